@@ -1,0 +1,23 @@
+"""The numeric operations of a decoder step: an interface (`kernels.ops`), its torch reference, its Triton kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.ops import Ops
+
+
+def select_ops(device: torch.device | str) -> Ops:
+    """Triton kernels on a CUDA device, plain torch elsewhere. Imported on demand, so that a CPU needs no Triton."""
+    import torch as _torch
+
+    if _torch.device(device).type == "cuda":
+        from kernels.triton_ops import TritonOps
+
+        return TritonOps()
+    from kernels.reference import ReferenceOps
+
+    return ReferenceOps()

@@ -1,0 +1,151 @@
+"""The operations that a decoder step is made of, as one interface with two implementations.
+
+`kernels.reference.ReferenceOps` is plain torch: the oracle of every kernel and the CPU path.
+`kernels.triton_ops.TritonOps` launches the Triton kernels. `kernels.select_ops(device)` picks one. Both take and return the same
+shapes and dtypes, allocate nothing per request, and never synchronise with the host, so a step can be captured in a CUDA graph.
+
+Letters in shapes: T rows of this step (all sequences, padded rows last), S sequences, H hidden size, Hq/Hkv query/KV heads, D head
+size, B KV blocks, P tokens in a block, V vocabulary.
+
+The KV cache of a layer is two tensors [B, P, Hkv, D]. A *slot* is a row of it: block × P + offset; slot -1 means "do not write".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Which rows attend to which cache blocks. Tensors live on the device; ints are host-side bounds, fixed under a CUDA graph.
+
+    query_start   int32 [S+1]; the rows of sequence s are query_start[s]:query_start[s+1] (padded sequences have none or a row of -1s)
+    context_len   int32 [S]; tokens of the sequence that are in the cache once this step's rows are written. Row i of a sequence
+                  with n rows stands at position context_len - n + i and sees positions ≤ its own. 0 for a padded sequence:
+                  its rows' output is then zero.
+    block_table   int32 [S, max_blocks]; entries past the sequence's blocks are never read. With a sliding window, entries of blocks
+                  wholly before the window may be -1 and are never read either
+    decode_seqs   the first decode_seqs sequences have exactly decode_rows rows each (1, or the nodes of a speculation tree);
+                  the rest are prefill chunks of any length
+    decode_rows   rows of each decode sequence
+    max_query     upper bound of the rows of a prefill sequence (0: there is none)
+    max_context   upper bound of context_len
+    tree_mask     int64 [decode_rows] or [decode_seqs * decode_rows] or None (causal); bit j of a row's word lets it see node j of its own sequence's rows
+                  (its ancestors and itself); everything before the tree's rows is visible
+    """
+
+    query_start: Tensor
+    context_len: Tensor
+    block_table: Tensor
+    decode_seqs: int
+    decode_rows: int
+    max_query: int
+    max_context: int
+    tree_mask: Tensor | None = None
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """Sampling state of the R rows whose next token is wanted; every tensor [R] unless said otherwise.
+
+    temperature f32 (0: greedy) · top_k int32 (0: all) · top_p f32 · min_p f32 · seed int64 · choice int32
+    position int32: index of the token to be chosen among the *generated* ones (0 for the first) — the key of the noise
+    any_filter: host-side bound, some row uses top_k/top_p/min_p · any_random: some row has temperature > 0
+    Penalties are applied to the logits beforehand (`apply_penalties`).
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    choice: Tensor
+    position: Tensor
+    any_random: bool = True
+    any_filter: bool = True
+
+
+class Ops(Protocol):
+    """See the module docstring for the letters. Activations are bf16 or f32; norm weights have the activations' dtype."""
+
+    name: str
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, H] → [T, H]; statistics in f32, the normalised row is cast to x.dtype, then scaled (Llama's order)."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place (rounded to its dtype); returns rms_norm(residual)."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] → silu(first half) × second half, [T, I]."""
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Per-head RMS norm of q and k (if weights [D] are given), NeoX-style rotary embedding, and the write of k, v to the cache.
+
+        qkv [T, (Hq + 2 Hkv) D] as the fused projection gives it; cos_sin f32 [max_position, D] (cos of D/2 frequencies, then sin);
+        positions int32 [T]; slots int32 [T]. Returns q [T, Hq, D], contiguous.
+        """
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+    ) -> Tensor:
+        """Causal (or tree-masked) attention of q [T, Hq, D] over the paged cache → [T, Hq, D].
+
+        window > 0: a row at position p sees positions > p - window only (Mistral's sliding window).
+        """
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        token_counts: Tensor,
+        prompt_mask: Tensor,
+        count_rows: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> Tensor:
+        """In place on f32 logits [R, V], in transformers' and OpenAI's sense; returns it.
+
+        token_counts int32 [slots, V] (generated so far), prompt_mask bool [slots, V] (occurs in the prompt), count_rows int32 [R]:
+        the row's slot, or -1 for "no penalties".
+        """
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """logits f32 or bf16 [R, V] → chosen ids int64 [R].
+
+        Greedy rows: argmax, ties to the lowest id. Random rows: argmax over the kept tokens of logit / temperature + Gumbel noise
+        (Gumbel-max), the noise from Philox4x32-10 (Salmon et al. 2011) with key = seed (low, high word) and counter =
+        (token id // 4, position, choice, 0), output word token id % 4. With v = (word + 0.5) × 2^-32, at most 1 - 2^-24,
+        the noise is -log(-log1p(-v)). Filters in the order of transformers' warpers: temperature, top_k, top_p, min_p.
+        """
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-softmax of raw logits [R, V]: (of the chosen ids f32 [R], the `top` largest f32 [R, top], their ids int64 [R, top])."""
+
+    def move_kv(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copies cache rows, one layer or all: caches [..., B, P, Hkv, D], source/target int32 [n] slots; target -1 skips.
+
+        Used to move the accepted nodes of a speculation tree into place: target ≤ source for each, and rows are moved in order.
+        """
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] · weight [out, in]ᵀ (+ bias). cuBLAS; skinny-matrix kernels replace it where they are measured faster."""
+    return torch.nn.functional.linear(x, weight, bias)

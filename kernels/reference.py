@@ -1,0 +1,188 @@
+"""Every operation of `kernels.ops.Ops` in plain torch: the oracle of the Triton kernels, and the path of a CPU.
+
+Reductions are done in f32, as the kernels do them; in f32 the results are those of transformers' eager models.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ops import AttentionBatch, SamplingBatch
+from kernels.philox import gumbel_noise
+
+
+class ReferenceOps:
+    """`Ops` in torch; runs on any device. It may read tensors back to the host, so it is not for CUDA graphs."""
+
+    name = "reference"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * normalised.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(residual.add_(x), weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        head_dim = k_cache.shape[-1]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
+        if q_norm is not None:
+            q = self.rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = self.rms_norm(k, k_norm, eps)
+        cos, sin = cos_sin[positions.long().clamp(min=0)][:, None].chunk(2, dim=-1)
+        written = slots >= 0
+        target = slots[written].long()
+        k_cache.view(-1, num_kv_heads, head_dim)[target] = _rotate(k, cos, sin)[written]
+        v_cache.view(-1, num_kv_heads, head_dim)[target] = v[written]
+        return _rotate(q, cos, sin)
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+    ) -> Tensor:
+        out = torch.zeros_like(q)
+        starts, contexts = batch.query_start.tolist(), batch.context_len.tolist()
+        decodes, rows = batch.decode_seqs, batch.decode_rows
+        # All decodes in one call, each prefill chunk in one of its own.
+        groups = [(0, decodes)] if decodes else []
+        groups += [(s, s + 1) for s in range(decodes, len(contexts))]
+        for first, last in groups:
+            begin, end = starts[first], starts[last]
+            longest = max(contexts[first:last])
+            if begin == end or longest == 0:
+                continue
+            n = rows if first < decodes else end - begin
+            earliest = min(max(0, c - n + 1 - window) for c in contexts[first:last]) if window else 0
+            tree = batch.tree_mask.view(-1, n) if batch.tree_mask is not None and first < decodes else None
+            block_size = k_cache.shape[1]
+            blocks = batch.block_table[first:last, earliest // block_size : -(-longest // block_size)].long()
+            context = batch.context_len[first:last].long()
+            index = earliest // block_size * block_size + torch.arange(blocks.shape[1] * block_size, device=q.device)
+            visible = _visible(index, context, n, window, tree)
+            # What no row may see can be anything, NaN too, so it is cleared rather than only masked.
+            unseen = ~visible.any(dim=1)[..., None, None]
+            k, v = (
+                cache[blocks.clamp(min=0)].flatten(1, 2).float().masked_fill_(unseen, 0) for cache in (k_cache, v_cache)
+            )
+            queries = q[begin:end].view(last - first, n, *q.shape[1:])
+            attended = _attend(queries.float(), k, v, visible, scale).to(q.dtype)
+            out[begin:end] = attended.masked_fill_((context == 0)[:, None, None, None], 0).flatten(0, 1)
+        return out
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        token_counts: Tensor,
+        prompt_mask: Tensor,
+        count_rows: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> Tensor:
+        penalised = (count_rows >= 0)[:, None]
+        rows = count_rows.long().clamp(min=0)
+        counts = token_counts[rows]
+        seen = prompt_mask[rows] | (counts > 0)
+        repetition = repetition[:, None]
+        repeated = torch.where(logits < 0, logits * repetition, logits / repetition)
+        changed = torch.where(seen, repeated, logits)
+        changed = changed - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+        return logits.copy_(torch.where(penalised, changed, logits))
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        greedy = logits.argmax(dim=-1)
+        if not batch.any_random:
+            return greedy
+        rows = (batch.temperature > 0).nonzero().flatten()
+        scores = logits[rows].float() / batch.temperature[rows, None]
+        if batch.any_filter:
+            scores = filter_scores(scores, batch.top_k[rows], batch.top_p[rows], batch.min_p[rows])
+        noise = gumbel_noise(batch.seed[rows], batch.position[rows], batch.choice[rows], logits.shape[1])
+        greedy[rows] = (scores + noise).argmax(dim=-1)
+        return greedy
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs = logits.float().log_softmax(dim=-1)
+        values, ids = logprobs.topk(top, dim=-1)
+        return logprobs.gather(1, chosen[:, None]).squeeze(1), values, ids
+
+    def move_kv(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        moved = target >= 0
+        source, target = source[moved].long(), target[moved].long()
+        for cache in (k_cache, v_cache):
+            rows = cache.flatten(-4, -3)  # a view: the cache is contiguous
+            # Reading all before writing any equals moving in order, as no target is the source of a later row.
+            rows[..., target, :, :] = rows[..., source, :, :]
+
+
+def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Scores f32 [R, V] (logits / temperature) with the dropped ones at -inf: top-k, top-p, min-p as transformers' warpers.
+
+    Each filter is a threshold on the score: what ties with the last token kept is kept too. The likeliest always stays.
+    """
+    vocabulary = scores.shape[1]
+    ordered = scores.sort(dim=-1, descending=True).values
+    best = ordered[:, :1]
+    k = torch.where((top_k <= 0) | (top_k > vocabulary), vocabulary, top_k).long()
+    threshold = ordered.gather(1, k[:, None] - 1)
+    # Ties with the k-th are part of the distribution that top-p looks at.
+    mass = (ordered - best).double().exp().masked_fill_(ordered < threshold, 0)
+    above = mass.cumsum(dim=-1) - mass
+    nucleus = (above < top_p[:, None].double() * mass.sum(dim=-1, keepdim=True)) & (mass > 0)
+    last_kept = (nucleus.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    threshold = torch.where(top_p[:, None] < 1, ordered.gather(1, last_kept), threshold)
+    threshold = torch.maximum(threshold, best + min_p[:, None].log())
+    return scores.masked_fill(scores < torch.minimum(threshold, best), -torch.inf)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, NeoX style: element i is paired with i + D/2. cos and sin f32 [T, 1, D/2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _visible(index: Tensor, context: Tensor, rows: int, window: int, tree: Tensor | None) -> Tensor:
+    """Which of the cache indices [L] each row sees: bool [S, rows, L]. tree: ancestor words int64 [S or 1, rows]."""
+    before = (context - rows)[:, None, None]
+    node = index - before  # index among this step's rows; negative for what came before them
+    lane = torch.arange(rows, device=index.device)[:, None]
+    if tree is None:
+        visible = node <= lane
+        if window:
+            visible &= node > lane - window
+    else:
+        seen = (tree[:, :, None] >> torch.arange(rows, device=index.device)) & 1
+        visible = (tree[:, :, None] >> node.clamp(0, rows - 1)) & 1 == 1
+        # A node stands as far into the sequence as it has ancestors, wherever its row is; windows exceed depths.
+        depth = seen.sum(-1, keepdim=True) - 1
+        visible = torch.where(node < 0, node > depth - window if window else True, visible)
+    return visible & (index < context[:, None, None])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """q [S, n, Hq, D], k and v [S, L, Hkv, D], visible [S, n, L] → [S, n, Hq, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, visible[:, None], scale=scale, enable_gqa=gqa)
+    return attended.transpose(1, 2)
