@@ -1,0 +1,129 @@
+"""Bytes of the internal messages: MessagePack arrays `[tag, field, ...]`, token ids packed as little-endian int32.
+
+A shorter array than this version's takes the missing fields' defaults, a longer one loses what this version does not know.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import msgpack
+
+from shared import messages as m
+from shared.sampling import SamplingParams
+
+# Tags are part of the wire format: never reuse or renumber one.
+_TAGS: dict[type[tuple[Any, ...]], int] = {
+    m.Request: 1,
+    m.Open: 10,
+    m.Attach: 11,
+    m.StepTokens: 12,
+    m.Fence: 13,
+    m.End: 14,
+    m.Run: 20,
+    m.RunReply: 21,
+    m.Abort: 22,
+    m.PrefixQuery: 30,
+    m.PrefixReply: 31,
+    m.Assignment: 40,
+    m.Tombstone: 41,
+    m.Heartbeat: 50,
+    m.WorkerHeartbeat: 51,
+}
+_TYPES = {tag: cls for cls, tag in _TAGS.items()}
+T = TypeVar("T")
+_SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+
+
+class CodecError(ValueError):
+    """The bytes are not a message of this protocol."""
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids → little-endian int32 bytes. Raises OverflowError or TypeError for what is not an int32."""
+    packed = array("i", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    packed = array("i")
+    packed.frombytes(data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
+def _make(cls: type[Any], row: list[Any]) -> Any:
+    return cls(*row[: len(cls._fields)])
+
+
+def _sampling(row: list[Any]) -> SamplingParams:
+    row = list(row[: len(_SAMPLING_FIELDS)])
+    stops = _SAMPLING_FIELDS.index("stop_token_ids")
+    if len(row) > stops:
+        row[stops] = tuple(row[stops])
+    return SamplingParams(*row)
+
+
+def _tokens(row: list[Any]) -> m.Tokens:
+    if len(row) > 7 and row[7] is not None:
+        row[7] = tuple(m.TokenLogprobs(chosen, ids, tuple(top)) for chosen, ids, top in row[7])
+    if len(row) > 8 and row[8] is not None:
+        row[8] = _make(m.Failure, row[8])
+    return m.Tokens(*row[:9])
+
+
+# How the fields that are not plain msgpack values are rebuilt, by message and field name.
+_REBUILD: dict[type[Any], dict[str, Any]] = {
+    m.Request: {"sampling": _sampling, "reply": lambda r: _make(m.ReplyTo, r), "stop": tuple},
+    m.Open: {"reply": lambda r: _make(m.ReplyTo, r), "stop": tuple},
+    m.Attach: {"reply": lambda r: _make(m.ReplyTo, r)},
+    m.StepTokens: {"entries": lambda rows: tuple(map(_tokens, rows))},
+    m.End: {"failure": lambda r: _make(m.Failure, r)},
+    m.Run: {"sampling": _sampling, "generated": tuple, "done": tuple},
+    m.PrefixReply: {"generated": tuple, "done": tuple},
+    m.WorkerHeartbeat: {"base": lambda r: _make(m.Heartbeat, r), "suspects": tuple},
+}
+_REBUILD_AT: dict[type[Any], tuple[tuple[int, Any], ...]] = {
+    cls: tuple((cls._fields.index(name), rebuild) for name, rebuild in by_name.items())
+    for cls, by_name in _REBUILD.items()
+}
+
+
+def _default(value: Any) -> Any:
+    if isinstance(value, SamplingParams):
+        return tuple(getattr(value, name) for name in _SAMPLING_FIELDS)
+    raise TypeError(f"{type(value).__name__} is not a wire type")
+
+
+def encode(message: Any) -> bytes:
+    """Any message of shared/messages.py that has a tag → bytes."""
+    data: bytes = msgpack.packb((_TAGS[type(message)], *message), default=_default)
+    return data
+
+
+def decode(data: bytes) -> Any:
+    """Bytes → the message. Raises CodecError for anything else."""
+    try:
+        tag, *row = msgpack.unpackb(data, strict_map_key=False)
+        cls = _TYPES[tag]
+        for index, rebuild in _REBUILD_AT.get(cls, ()):
+            if index < len(row) and row[index] is not None:
+                row[index] = rebuild(row[index])
+        return _make(cls, row)
+    except Exception as error:
+        raise CodecError(f"not a Gorgon message: {error!r}") from error
+
+
+def decode_as(cls: type[T], data: bytes) -> T:
+    """`decode`, and CodecError unless the message is a `cls`."""
+    message = decode(data)
+    if not isinstance(message, cls):
+        raise CodecError(f"expected {cls.__name__}, got {type(message).__name__}")
+    return message

@@ -1,0 +1,100 @@
+"""Settings common to the stages. Each stage has one typed settings object, a subclass that lives in its own package.
+
+Values come from, in order of precedence: command-line flags (`--nats-url`), environment (`GORGON_NATS_URL`), a TOML file named by
+`--config` or `GORGON_CONFIG` (top-level keys for all stages, a `[tokenizer]` table and so on for one), the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from shared.subjects import is_token
+
+CONFIG_VARIABLE = "GORGON_CONFIG"
+
+
+class _StageTable(TomlConfigSettingsSource):
+    """The file's top-level keys, overridden by the stage's own table; the other stages' tables are not this stage's business."""
+
+    def __init__(self, settings: type[StageSettings], path: str) -> None:
+        super().__init__(settings, Path(path))
+        data: dict[str, Any] = dict(self.init_kwargs)
+        table = data.get(settings.stage, {})
+        self.init_kwargs = {k: v for k, v in data.items() if not isinstance(v, dict)} | table
+
+
+class StageSettings(BaseSettings):
+    """What every stage can be told."""
+
+    stage: ClassVar[str] = ""
+    model_config = SettingsConfigDict(
+        env_prefix="GORGON_", extra="forbid", cli_kebab_case=True, cli_hide_none_type=True, protected_namespaces=()
+    )
+
+    nats_url: str = Field("nats://127.0.0.1:4222", description="server, or several separated by commas")
+    nats_user: str = ""
+    nats_password: str = ""
+    model: str = Field("demo", description="name of the model in subjects")
+    model_path: str = Field("models/demo", description="Hugging Face folder: weights, config.json, tokenizer.json")
+    name: str = Field("", description="name of this instance; default: host name")
+    partitions: int = Field(8, ge=1, le=1024, description="partitions of the token log; fixed for the life of the log")
+    tenant_classes: int = Field(4, ge=1, le=256, description="intake subjects over which tenants are spread")
+    heartbeat_interval: float = Field(0.1, gt=0, description="seconds")
+    drain_timeout: float = Field(10.0, gt=0, description="seconds a stage may take to hand over after SIGTERM")
+    attach_window: float = Field(300.0, gt=0, description="seconds that an ended request can still be attached to")
+    log_format: str = Field("auto", pattern="^(auto|json|console)$")
+    log_level: str = "info"
+    replicas: int = Field(1, ge=1, le=5, description="JetStream replicas of every stream and bucket")
+
+    @field_validator("model", "name")
+    @classmethod
+    def _one_subject_token(cls, value: str) -> str:
+        if value and not is_token(value):
+            raise ValueError("only letters, digits, '_' and '-', at most 64")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = [init_settings, env_settings]
+        if path := os.environ.get(CONFIG_VARIABLE):
+            assert issubclass(settings_cls, StageSettings)
+            sources.append(_StageTable(settings_cls, path))
+        return tuple(sources)
+
+    @classmethod
+    def from_command_line(cls, argv: list[str] | None = None) -> StageSettings:
+        """Settings of a process: flags, environment, file. Ends the process with a message when they are wrong."""
+        args = list(sys.argv[1:] if argv is None else argv)
+        if "--config" in args:
+            at = args.index("--config")
+            os.environ[CONFIG_VARIABLE] = args[at + 1]
+            del args[at : at + 2]
+        # `--nats` is what people type; the field is nats_url.
+        args = ["--nats-url" if a == "--nats" else a for a in args]
+        return CliApp.run(cls, cli_args=args)
+
+    def incarnation(self) -> str:
+        """A new identity for this process: instance name and boot id. Two lives of one instance are never confused."""
+        host = self.name or "".join(c if c.isalnum() or c in "_-" else "-" for c in socket.gethostname())[:40]
+        return f"{host}-{uuid.uuid4().hex[:10]}"

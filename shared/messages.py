@@ -1,0 +1,258 @@
+"""Every message that one stage sends to another, in one place.
+
+They are NamedTuples: on the wire each is a MessagePack array `[tag, field, field, ...]` (shared/codec.py). A field may only ever be
+added at the end and with a default, so that stages of two versions understand each other during a rolling upgrade.
+
+`key` is always the request's name inside Gorgon, `<tenant>.<id>` (subjects.request_key). Token ids travel packed as little-endian
+int32 (`codec.pack_ids`). What clients send and get is in shared/api.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from shared.sampling import SamplingParams
+
+# ---------------------------------------------------------------- client side of a request
+
+
+class ReplyTo(NamedTuple):
+    """Where and how a client wants its events. `subject` is empty for a durable request (its events go to RESULTS)."""
+
+    subject: str
+    encoding: str = "json"  # "json" or "msgpack"
+    batched: bool = False  # the client takes arrays of events, of several requests, in one message
+    stream: bool = True  # False: only the terminal event, with the whole text
+
+
+# ---------------------------------------------------------------- stream REQ: tokenizer → scheduler
+
+
+class Request(NamedTuple):
+    """An accepted request. Its place in REQ (the sequence) is its identity; the prompt is read from there at every migration."""
+
+    key: str
+    model: str
+    body_hash: bytes  # of everything but id and reply: the same id with another body is an error
+    prompt_ids: bytes
+    sampling: SamplingParams
+    reply: ReplyTo
+    stop: tuple[str, ...] = ()
+    choices: int = 1
+    durable: bool = False
+    priority: int = 0  # higher first, -100..100
+    deadline: float | None = None  # seconds from REQ's store time
+    metadata: dict[str, Any] = {}  # noqa: RUF012 - never mutated; echoed in the terminal event
+    trace: str = ""  # W3C traceparent
+    tokenize_ms: float = 0.0  # time spent in the tokenizer, for the timings of the terminal event
+
+
+# ---------------------------------------------------------------- stream TOK: the token log (folded by shared/tokenlog.py)
+
+
+class Open(NamedTuple):
+    """Written by the scheduler before the first `run`: everything a detokenizer needs to serve the request."""
+
+    key: str
+    reply: ReplyTo
+    req_seq: int
+    prompt_tokens: int
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    choices: int = 1
+    logprobs: bool = False
+    durable: bool = False
+    metadata: dict[str, Any] = {}  # noqa: RUF012
+    trace: str = ""
+    tokenize_ms: float = 0.0
+    queue_ms: float = 0.0  # from REQ's store time to OPEN
+
+
+class Attach(NamedTuple):
+    """The client wants its events elsewhere from now on."""
+
+    key: str
+    reply: ReplyTo
+
+
+class TokenLogprobs(NamedTuple):
+    chosen: float
+    top_ids: bytes
+    top: tuple[float, ...]
+
+
+class Failure(NamedTuple):
+    code: str
+    message: str
+
+
+class Tokens(NamedTuple):
+    """Tokens of one choice, generated but committed only once the fold accepts them.
+
+    position   index of ids[0] among the generated tokens of the choice
+    finish     None while the choice goes on, else "stop" (end of sequence), "stop_token", "length", "deadline" or "error"
+    stop       the id that ended it, for finish "stop" and "stop_token"; such an id is the last of `ids` and is not shown as text
+    failure    for finish "error" (and "deadline"): fails the whole request
+    """
+
+    key: str
+    choice: int
+    epoch: int
+    position: int
+    ids: bytes
+    finish: str | None = None
+    stop: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    failure: Failure | None = None
+
+
+class StepTokens(NamedTuple):
+    """All tokens of one engine step that belong to one partition."""
+
+    worker: str
+    step: int
+    entries: tuple[Tokens, ...]
+
+
+class Fence(NamedTuple):
+    """Written by the scheduler before every re-target. The highest epoch wins; lower ones are ignored."""
+
+    key: str
+    epoch: int
+
+
+class End(NamedTuple):
+    """Terminal by decree: by the scheduler for the whole request (choice -1), or by the partition's owner for a choice whose text
+    hit a stop string. `reason` is "cancelled", "error" or "stop"; `length` (for "stop") is the number of tokens that count."""
+
+    key: str
+    reason: str
+    choice: int = -1
+    length: int = -1
+    failure: Failure | None = None
+    stop: str | None = None
+
+
+LogEntry = Open | Attach | StepTokens | Fence | End
+
+# ---------------------------------------------------------------- scheduler ↔ worker (core)
+
+
+class Run(NamedTuple):
+    """Order to generate. `generated` holds the committed prefix of each choice (empty at first), `done` the choices that already
+    finished; positions, penalties, seeds and max_tokens count from the original prompt."""
+
+    key: str
+    epoch: int
+    prompt_ids: bytes
+    sampling: SamplingParams
+    choices: int = 1
+    generated: tuple[bytes, ...] = ()
+    done: tuple[int, ...] = ()
+    priority: int = 0
+    deadline: float | None = None  # seconds left
+    isolated: bool = False  # a suspect: run it in a step of its own
+    trace: str = ""
+
+
+class RunReply(NamedTuple):
+    """`accepted`: the worker has it (also the answer to a repeated Run). Otherwise `code` says why: "overloaded", "draining",
+    "stale_epoch", or a final error code such as context_length_exceeded that ends the request."""
+
+    accepted: bool
+    code: str = ""
+    message: str = ""
+
+
+class Abort(NamedTuple):
+    """Stop working on the request, in this and every lower epoch."""
+
+    key: str
+    epoch: int
+
+
+# ---------------------------------------------------------------- scheduler → detokenizer (core)
+
+
+class PrefixQuery(NamedTuple):
+    """Asked of a partition's owner after FENCE(epoch). It is answered from inside that FENCE's fold, or later, never earlier."""
+
+    key: str
+    epoch: int
+
+
+class PrefixReply(NamedTuple):
+    """`state`: "running" (the prefix is the one fixed by the fence), "ended", "superseded" (a higher epoch is in force),
+    or "pending" (this owner has not folded the fence yet: ask again)."""
+
+    state: str
+    epoch: int = 0
+    generated: tuple[bytes, ...] = ()
+    done: tuple[int, ...] = ()
+
+
+# ---------------------------------------------------------------- KV bucket `assign`, key = request key
+
+
+class Assignment(NamedTuple):
+    """Who works on a live request. Created and changed by schedulers only, by compare-and-swap.
+
+    `worker` is an incarnation, or "" while the request waits for one after a migration."""
+
+    req_seq: int
+    epoch: int
+    worker: str
+    body_hash: bytes
+    suspect: int = 0  # how often it was alone or among few on a worker that died (recovery.py)
+
+
+class Tombstone(NamedTuple):
+    """Replaces the Assignment when the request has ended. Written by the partition's owner only."""
+
+    req_seq: int
+    epoch: int
+    reason: str
+    body_hash: bytes
+    completion_tokens: int = 0
+
+
+# ---------------------------------------------------------------- heartbeats (core)
+
+
+class Heartbeat(NamedTuple):
+    """Every stage's sign of life. Times are durations: clocks of two machines are never compared.
+
+    load       0..1, for gorgon ps
+    detail     stage-specific counters, for gorgon ps and tests (numbers and strings only)
+    draining   takes no new work; its partitions or requests move elsewhere
+    """
+
+    stage: str
+    model: str
+    instance: str
+    beat: int  # grows by one each beat
+    interval: float  # seconds until the next one
+    draining: bool = False
+    load: float = 0.0
+    in_flight: int = 0
+    detail: dict[str, Any] = {}  # noqa: RUF012
+
+
+class WorkerHeartbeat(NamedTuple):
+    """A worker's heartbeat: liveness is progress, so it tells the step counter and how long the current step may take.
+
+    running    {request key: epoch} of everything the worker holds until its finish is acked
+    step_age   seconds since the current step began, 0 when idle;  step_bound: the longest that step may take
+    """
+
+    base: Heartbeat
+    step: int
+    step_age: float
+    step_bound: float
+    running: dict[str, int]
+    max_seqs: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    max_model_len: int
+    vocab_size: int
+    suspects: tuple[str, ...] = ()  # requests in the step that just failed, when the worker dies of an exception

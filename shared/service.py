@@ -1,0 +1,191 @@
+"""The life of a stage: start → ready → drain → stop, with heartbeats. A background task that dies takes the process with it
+(exit status ≠ 0), because a stage that lives on without one of its tasks is worse than one that the supervisor restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Coroutine
+from typing import Any, ClassVar
+
+import structlog
+
+from shared import codec, subjects
+from shared.bus import Bus, Message
+from shared.config import StageSettings
+from shared.messages import Heartbeat, WorkerHeartbeat
+
+log = structlog.get_logger()
+
+
+class Service:
+    """Base of the four stages. A subclass implements `on_start`, `on_drain`, `on_stop` and adds its figures in `heartbeat`.
+
+    Runs unchanged on the real bus (`run_stage`) and on the in-memory one (tests and the simulation call start, drain, stop).
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(self, bus: Bus, settings: StageSettings) -> None:
+        self.bus = bus
+        self.settings = settings
+        self.instance = settings.incarnation()
+        self.log = log.bind(stage=self.stage, instance=self.instance)
+        self.draining = False
+        self.failed: asyncio.Future[None] | None = None  # resolves to the exception of a dead task
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._beat = 0
+
+    # ------------------------------------------------ for subclasses
+
+    async def on_start(self) -> None:
+        """Subscribe, load, take up work. The stage is ready when this returns."""
+
+    async def on_drain(self) -> None:
+        """Take no new work; hand over or finish what is there, within settings.drain_timeout."""
+
+    async def on_stop(self) -> None:
+        """Let go of resources. Must be safe after a failed start."""
+
+    def heartbeat(self) -> Heartbeat | WorkerHeartbeat:
+        return self.base_heartbeat()
+
+    def base_heartbeat(self, load: float = 0.0, in_flight: int = 0, **detail: Any) -> Heartbeat:
+        return Heartbeat(
+            self.stage,
+            self.settings.model,
+            self.instance,
+            self._beat,
+            self.settings.heartbeat_interval,
+            self.draining,
+            load,
+            in_flight,
+            detail,
+        )
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Runs a task for the life of the stage (or until it returns); its exception fails the stage."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self.stage}.{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def beat_now(self) -> None:
+        """An extra heartbeat, for news that should not wait for the next one."""
+        self._beat += 1
+        subject = subjects.heartbeat(self.stage, self.settings.model, self.instance)
+        self.bus.publish(subject, codec.encode(self.heartbeat()))
+
+    # ------------------------------------------------ life
+
+    async def start(self) -> None:
+        self.failed = asyncio.get_running_loop().create_future()
+        await self.on_start()
+        await self.bus.subscribe(subjects.PS, self._answer_ps)
+        self.spawn(self._beat_forever(), "heartbeat")
+        self.log.info("ready", model=self.settings.model)
+
+    async def drain(self) -> None:
+        if self.draining:
+            return
+        self.draining = True
+        self.beat_now()
+        self.log.info("draining")
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.on_drain()
+        except TimeoutError:
+            self.log.warning("drain_timeout", seconds=self.settings.drain_timeout)
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.on_stop()
+        self.log.info("stopped")
+
+    def fail(self, error: BaseException) -> None:
+        """The stage cannot go on: the process ends with an exit status ≠ 0."""
+        if self.failed is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log.error("task_died", task=task.get_name(), error=repr(error), exc_info=error)
+            self.fail(error)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self.beat_now()
+            await asyncio.sleep(self.settings.heartbeat_interval)
+
+    def _answer_ps(self, message: Message) -> None:
+        if message.reply:
+            self.bus.publish(message.reply, codec.encode(self.heartbeat()))
+
+
+async def _serve(service_class: type[Service], settings: StageSettings) -> int:
+    from shared.nats_bus import NatsBus
+    from shared.streams import ensure_streams
+
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stopping.set)
+    connecting = loop.create_task(_connect(NatsBus, ensure_streams, settings))
+    stop_wanted = loop.create_task(_wait_for(stopping.wait()))
+    await asyncio.wait([connecting, stop_wanted], return_when=asyncio.FIRST_COMPLETED)
+    if not connecting.done():
+        connecting.cancel()
+        return 0
+    bus = connecting.result()
+    service = service_class(bus, settings)
+    status = 0
+    try:
+        starting = loop.create_task(service.start())
+        await asyncio.wait([starting, stop_wanted], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        starting.result()
+        assert service.failed is not None
+        failure = loop.create_task(_wait_for(service.failed))
+        await asyncio.wait([failure, stop_wanted], return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            status = 1
+        else:
+            failure.cancel()
+            await service.drain()
+    finally:
+        await service.stop()
+        await bus.close()
+    return status
+
+
+async def _wait_for(awaitable: Awaitable[Any]) -> None:
+    with contextlib.suppress(Exception):
+        await awaitable
+
+
+async def _connect(bus_class: Any, ensure_streams: Any, settings: StageSettings) -> Bus:
+    """Waits for NATS as long as it takes, and says so."""
+    bus: Bus = await bus_class.connect(settings)
+    await ensure_streams(bus, settings)
+    return bus
+
+
+def run_stage(service_class: type[Service], settings_class: type[StageSettings]) -> None:
+    """`python -m services.<stage>`: the process's main function."""
+    import uvloop
+
+    from shared.logging import configure_logging
+
+    settings = settings_class.from_command_line()
+    configure_logging(settings, service_class.stage)
+    sys.exit(uvloop.run(_serve(service_class, settings)))

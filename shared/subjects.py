@@ -1,0 +1,149 @@
+"""The only place where a NATS subject, stream, bucket or consumer name is spelled.
+
+llm.v1.generate.<model>                request door (core, queue group TOKENIZERS)
+llm.v1.jobs.<model>                    durable door (stream JOBS)
+llm.v1.results.<tenant>.<id>           events of a durable request (stream RESULTS)
+llm.v1.cancel.<model>                  cancel a request (core, queue group SCHEDULERS)
+llm.v1.replay.<model>.<partition>      what has been generated so far (core, answered by the partition's owner)
+llm.v1.beacon.<model>.<partition>      "this partition is being served" (core, from the owner)
+llm.v1.req.<model>.<class>             accepted requests (stream REQ), one class a group of tenants
+llm.v1.tok.<model>.<partition>         the token log (stream TOK)
+llm.v1.prefix.<model>.<partition>      committed prefix of a fenced request (core, answered by the owner)
+llm.v1.worker.<worker>.run|abort       orders to one worker incarnation (core)
+llm.v1.hb.<stage>.<model>.<instance>   heartbeats (core)
+llm.v1.dead.<model>                    quarantined requests (stream DEAD)
+llm.v1.ctl.ps                          "who is there" for gorgon ps (core; every instance answers)
+llm.v1.log.<stage>.<instance>          structured log lines for gorgon tail (core)
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+ROOT = "llm.v1"
+
+STREAM_JOBS = "JOBS"
+STREAM_RESULTS = "RESULTS"
+STREAM_REQ = "REQ"
+STREAM_TOK = "TOK"
+STREAM_DEAD = "DEAD"
+BUCKET_ASSIGN = "assign"
+BUCKET_SNAPSHOT = "snapshot"
+
+TOKENIZERS = "tokenizers"
+SCHEDULERS = "schedulers"
+
+PS = f"{ROOT}.ctl.ps"
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+def is_token(text: str) -> bool:
+    """Whether `text` may stand as one token of a subject and as part of a KV key (request ids, tenants, models, instances)."""
+    return _TOKEN.match(text) is not None
+
+
+def request_key(tenant: str, request_id: str) -> str:
+    """The name of a request inside Gorgon, `<tenant>.<id>`: ids are the client's own, so they are namespaced by tenant."""
+    return f"{tenant}.{request_id}"
+
+
+def split_request_key(key: str) -> tuple[str, str]:
+    tenant, _, request_id = key.partition(".")
+    return tenant, request_id
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """The token-log partition of a request. Fixed for a deployment: changing `partitions` needs an empty log."""
+    return zlib.crc32(key.encode()) % partitions
+
+
+def tenant_class_of(tenant: str, classes: int) -> int:
+    return zlib.crc32(tenant.encode()) % classes
+
+
+def generate(model: str) -> str:
+    return f"{ROOT}.generate.{model}"
+
+
+def jobs(model: str) -> str:
+    return f"{ROOT}.jobs.{model}"
+
+
+def results(key: str) -> str:
+    return f"{ROOT}.results.{key}"
+
+
+def cancel(model: str) -> str:
+    return f"{ROOT}.cancel.{model}"
+
+
+def replay(model: str, partition: int) -> str:
+    return f"{ROOT}.replay.{model}.{partition}"
+
+
+def beacon(model: str, partition: int) -> str:
+    return f"{ROOT}.beacon.{model}.{partition}"
+
+
+def req(model: str, tenant_class: int) -> str:
+    return f"{ROOT}.req.{model}.{tenant_class}"
+
+
+def tok(model: str, partition: int) -> str:
+    return f"{ROOT}.tok.{model}.{partition}"
+
+
+def prefix(model: str, partition: int) -> str:
+    return f"{ROOT}.prefix.{model}.{partition}"
+
+
+def worker_run(worker: str) -> str:
+    return f"{ROOT}.worker.{worker}.run"
+
+
+def worker_abort(worker: str) -> str:
+    return f"{ROOT}.worker.{worker}.abort"
+
+
+def heartbeat(stage: str, model: str, instance: str) -> str:
+    return f"{ROOT}.hb.{stage}.{model}.{instance}"
+
+
+def heartbeats(stage: str = "*", model: str = "*") -> str:
+    return f"{ROOT}.hb.{stage}.{model}.*"
+
+
+def dead(model: str) -> str:
+    return f"{ROOT}.dead.{model}"
+
+
+def log(stage: str, instance: str) -> str:
+    return f"{ROOT}.log.{stage}.{instance}"
+
+
+def logs() -> str:
+    return f"{ROOT}.log.>"
+
+
+def consumer_req(model: str, tenant_class: int) -> str:
+    return f"scheduler-{model}-{tenant_class}"
+
+
+def consumer_jobs(model: str) -> str:
+    return f"tokenizer-{model}"
+
+
+def snapshot_key(model: str, partition: int) -> str:
+    return f"{model}.{partition}"
+
+
+# What each stream holds; `shared.streams` creates them.
+STREAM_SUBJECTS: dict[str, str] = {
+    STREAM_JOBS: f"{ROOT}.jobs.*",
+    STREAM_RESULTS: f"{ROOT}.results.*.*",
+    STREAM_REQ: f"{ROOT}.req.*.*",
+    STREAM_TOK: f"{ROOT}.tok.*.*",
+    STREAM_DEAD: f"{ROOT}.dead.*",
+}

@@ -1,0 +1,301 @@
+"""The fold of the token log: one pure function that every reader of a partition runs alike.
+
+A partition of TOK is totally ordered, so whoever folds its entries from the beginning (or from a snapshot) reaches the same state.
+*Committed* means accepted by this fold, nothing else. Each rule is one method, so that a test can take it away and see a seed fail:
+
+    is_current           TOKENS count only in the epoch in force
+    is_duplicate         positions below the length were committed before: dropped
+    holds                positions above the length wait until the gap is filled
+    raises_epoch         FENCE is monotone: only a higher epoch takes effect
+    clear_held           FENCE forgets what the old epoch left waiting, and fixes `base` = length, where the new epoch begins
+    is_open_for_entries  the first terminal entry in log order wins; everything after it is dropped
+    remembers_early_end  END before OPEN (a cancel that overtook its request) counts
+    keeps_attached_reply ATTACH before OPEN wins over OPEN's reply
+
+Time is the stream's (the store time of entries), so pruning is the same for every reader as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgpack
+
+from shared import messages as m
+from shared.codec import unpack_ids
+
+# A choice that ended so has simply finished; any other finish ("deadline", "error") fails the request.
+FINISHED = frozenset({"stop", "stop_token", "length", "stop_string"})
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the `n` completions of a request. `base` is the length when the epoch in force began."""
+
+    ids: list[int] = field(default_factory=list)
+    base: int = 0
+    finish: str | None = None
+    stop: str | int | None = None  # the stop string or stop id
+    length: int = 0  # tokens that count for usage, once finished
+
+
+class Terminal(NamedTuple):
+    """How a request ended: "finished", "cancelled" or "error"."""
+
+    reason: str
+    failure: m.Failure | None = None
+
+
+@dataclass(slots=True)
+class RequestState:
+    key: str
+    opened: m.Open | None = None
+    reply: m.ReplyTo | None = None
+    epoch: int = 1
+    choices: list[Choice] = field(default_factory=list)
+    held: dict[tuple[int, int], m.Tokens] = field(default_factory=dict)  # (choice, position)
+    terminal: Terminal | None = None
+    touched: float = 0.0  # store time of the last entry about this request
+
+    @property
+    def prefix(self) -> tuple[list[int], ...]:
+        """What had been committed of each choice when the epoch in force began."""
+        return tuple(c.ids[: c.base] for c in self.choices)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(c.length if c.finish else len(c.ids) for c in self.choices)
+
+
+# ---------------------------------------------------------------- what an entry did
+
+
+class Opened(NamedTuple):
+    key: str
+
+
+class Attached(NamedTuple):
+    key: str
+    reply: m.ReplyTo
+
+
+class Committed(NamedTuple):
+    """`ids` extend the choice from `position` on. A finish without ids has an empty list."""
+
+    key: str
+    choice: int
+    position: int
+    ids: list[int]
+    logprobs: tuple[m.TokenLogprobs, ...] | None
+
+
+class ChoiceFinished(NamedTuple):
+    key: str
+    choice: int
+
+
+class Fenced(NamedTuple):
+    key: str
+    epoch: int
+
+
+class Ended(NamedTuple):
+    """The request is terminal. Exactly one of these for each request, as the last of its effects."""
+
+    key: str
+    terminal: Terminal
+
+
+Effect = Opened | Attached | Committed | ChoiceFinished | Fenced | Ended
+
+
+class PartitionFold:
+    """State of one partition: `requests` by key, those that ended included until `prune` forgets them."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, RequestState] = {}
+
+    # ------------------------------------------------------------ the rules
+
+    def is_current(self, request: RequestState, tokens: m.Tokens) -> bool:
+        return tokens.epoch == request.epoch
+
+    def is_duplicate(self, choice: Choice, tokens: m.Tokens) -> bool:
+        return tokens.position < len(choice.ids)
+
+    def holds(self, choice: Choice, tokens: m.Tokens) -> bool:
+        return tokens.position > len(choice.ids)
+
+    def raises_epoch(self, request: RequestState, fence: m.Fence) -> bool:
+        return fence.epoch > request.epoch
+
+    def clear_held(self, request: RequestState) -> None:
+        request.held.clear()
+
+    def is_open_for_entries(self, request: RequestState) -> bool:
+        return request.terminal is None
+
+    def remembers_early_end(self) -> bool:
+        return True
+
+    def keeps_attached_reply(self) -> bool:
+        return True
+
+    # ------------------------------------------------------------ the fold
+
+    def apply(self, entry: m.LogEntry, stamp: float) -> list[Effect]:
+        """Folds one entry, stored at `stamp` (seconds, the stream's clock); returns what it changed, in order."""
+        effects: list[Effect] = []
+        if isinstance(entry, m.StepTokens):
+            for tokens in entry.entries:
+                known = self.requests.get(tokens.key)
+                if known is not None and known.opened is not None:
+                    known.touched = stamp
+                    self._tokens(known, tokens, effects)
+            return effects
+        request = self.requests.get(entry.key)
+        if request is None:
+            request = self.requests[entry.key] = RequestState(entry.key)
+        request.touched = stamp
+        match entry:
+            case m.Open():
+                self._open(request, entry, effects)
+            case m.Attach():
+                request.reply = entry.reply
+                effects.append(Attached(entry.key, entry.reply))
+            case m.Fence():
+                self._fence(request, entry, effects)
+            case m.End():
+                self._end(request, entry, effects)
+        return effects
+
+    def _open(self, request: RequestState, entry: m.Open, effects: list[Effect]) -> None:
+        if request.opened is not None:
+            return  # a scheduler repeats OPEN when it does not know whether the first was stored
+        request.opened = entry
+        request.choices = [Choice() for _ in range(entry.choices)]
+        if request.reply is None or not self.keeps_attached_reply():
+            request.reply = entry.reply
+        effects.append(Opened(entry.key))
+        if request.terminal is not None:
+            effects.append(Ended(entry.key, request.terminal))
+
+    def _fence(self, request: RequestState, entry: m.Fence, effects: list[Effect]) -> None:
+        if not self.raises_epoch(request, entry):
+            return
+        request.epoch = entry.epoch
+        self.clear_held(request)
+        for choice in request.choices:
+            choice.base = len(choice.ids)
+        effects.append(Fenced(entry.key, entry.epoch))
+
+    def _end(self, request: RequestState, entry: m.End, effects: list[Effect]) -> None:
+        if not self.is_open_for_entries(request):
+            return
+        if request.opened is None and not self.remembers_early_end():
+            return
+        if entry.choice >= 0:
+            if entry.choice < len(request.choices) and request.choices[entry.choice].finish is None:
+                self._finish_choice(request, entry.choice, "stop_string", entry.stop, entry.length, effects)
+            return
+        self._terminate(request, Terminal(entry.reason, entry.failure), effects)
+
+    def _tokens(self, request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> None:
+        if not self.is_open_for_entries(request) or not self.is_current(request, tokens):
+            return
+        if not 0 <= tokens.choice < len(request.choices):
+            return
+        choice = request.choices[tokens.choice]
+        if choice.finish is not None or self.is_duplicate(choice, tokens):
+            return
+        if self.holds(choice, tokens):
+            request.held[tokens.choice, tokens.position] = tokens
+            return
+        self._commit(request, choice, tokens, effects)
+        while (
+            request.terminal is None
+            and choice.finish is None
+            and (waiting := request.held.pop((tokens.choice, len(choice.ids)), None)) is not None
+        ):
+            self._commit(request, choice, waiting, effects)
+
+    def _commit(self, request: RequestState, choice: Choice, tokens: m.Tokens, effects: list[Effect]) -> None:
+        ids = unpack_ids(tokens.ids)
+        if ids:
+            effects.append(Committed(request.key, tokens.choice, len(choice.ids), ids, tokens.logprobs))
+            choice.ids.extend(ids)
+        if tokens.finish is None:
+            return
+        if tokens.finish in FINISHED:
+            self._finish_choice(request, tokens.choice, tokens.finish, tokens.stop, len(choice.ids), effects)
+        else:
+            failure = tokens.failure or m.Failure("internal", f"the worker reported {tokens.finish!r} without a reason")
+            self._terminate(request, Terminal("error", failure), effects)
+
+    def _finish_choice(
+        self, request: RequestState, index: int, finish: str, stop: str | int | None, length: int, effects: list[Effect]
+    ) -> None:
+        choice = request.choices[index]
+        choice.finish, choice.stop, choice.length = finish, stop, length
+        effects.append(ChoiceFinished(request.key, index))
+        if all(c.finish is not None for c in request.choices):
+            self._terminate(request, Terminal("finished"), effects)
+
+    def _terminate(self, request: RequestState, terminal: Terminal, effects: list[Effect]) -> None:
+        request.terminal = terminal
+        request.held.clear()
+        if request.opened is not None:  # else OPEN reports it
+            effects.append(Ended(request.key, terminal))
+
+    # ------------------------------------------------------------ forgetting, and snapshots
+
+    def prune(self, before: float) -> list[str]:
+        """Forgets what ended (or never was opened) and was last touched before the stream time `before`; returns the keys."""
+        gone = [
+            key
+            for key, request in self.requests.items()
+            if request.touched < before and (request.terminal is not None or request.opened is None)
+        ]
+        for key in gone:
+            del self.requests[key]
+        return gone
+
+    def snapshot(self) -> bytes:
+        """The whole state as bytes; `restore` of it, followed by the entries after it, equals folding everything."""
+        rows = []
+        for r in self.requests.values():
+            choices = [(c.ids, c.base, c.finish, c.stop, c.length) for c in r.choices]
+            held = list(r.held.values())
+            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched))
+        data: bytes = msgpack.packb(rows)
+        return data
+
+    @classmethod
+    def restore(cls, data: bytes) -> PartitionFold:
+        fold = cls()
+        for key, opened, reply, epoch, choices, held, terminal, touched in msgpack.unpackb(data, strict_map_key=False):
+            request = RequestState(key, epoch=epoch, touched=touched)
+            request.opened = _open_from(opened) if opened is not None else None
+            request.reply = m.ReplyTo(*reply) if reply is not None else None
+            request.choices = [Choice(*row) for row in choices]
+            for row in held:
+                tokens = _tokens_from(row)
+                request.held[tokens.choice, tokens.position] = tokens
+            if terminal is not None:
+                request.terminal = Terminal(terminal[0], m.Failure(*terminal[1]) if terminal[1] is not None else None)
+            fold.requests[key] = request
+        return fold
+
+
+def _open_from(row: list[Any]) -> m.Open:
+    opened = m.Open(*row)
+    return opened._replace(reply=m.ReplyTo(*opened.reply), stop=tuple(opened.stop))
+
+
+def _tokens_from(row: list[Any]) -> m.Tokens:
+    tokens = m.Tokens(*row)
+    return tokens._replace(
+        logprobs=tokens.logprobs and tuple(m.TokenLogprobs(c, i, tuple(t)) for c, i, t in tokens.logprobs),
+        failure=tokens.failure and m.Failure(*tokens.failure),
+    )
