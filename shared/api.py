@@ -1,0 +1,265 @@
+"""The public contract: what a client may ask and what events it gets. docs/protocol.md explains it with examples.
+
+A request is one JSON object or MessagePack map; the answer's encoding follows the request's. Validation is strict: a wrong type, a
+value out of range or an unknown field is refused with `invalid_request` that names the field; nothing is silently ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+
+from shared.errors import RETRYABLE, ErrorCode, GorgonError
+from shared.messages import Failure, ReplyTo
+from shared.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from shared.subjects import is_token
+
+DEFAULT_TENANT = "default"
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_CHOICES = 16
+MAX_METADATA_BYTES = 4096
+MAX_TOKENS = 1_000_000
+
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ChatMessage(Strict):
+    """One turn. Templates may use further keys (tool calls, names): those are passed through to the template."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class GenerateRequest(Strict):
+    """The body of a request. Exactly one of `prompt` and `messages`. Sampling fields: see shared/sampling.py.
+
+    None for temperature, top_p, top_k means the model's own default (generation_config.json), else 1.0, 1.0, 0.
+    """
+
+    id: str | None = None  # the client's own, unique within its tenant; makes a retry safe. Default: a random one
+    tenant: str = DEFAULT_TENANT
+    model: str | None = None  # if given, it must be the subject's
+    prompt: str | list[TokenId] | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[dict[str, Any]] | None = None  # handed to the chat template
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    seed: Seed | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
+        default_factory=list, max_length=MAX_STOPS
+    )
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    ignore_eos: bool = False
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
+    deadline: Annotated[Finite, Field(gt=0, le=86_400)] | None = None  # seconds from acceptance
+    stream: bool = True
+    batched: bool = False  # the client takes arrays of events (of several requests on one reply subject)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    traceparent: Annotated[str, Field(max_length=64)] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("id", "tenant")
+    @classmethod
+    def _is_token(cls, value: str | None) -> str | None:
+        if value is not None and not is_token(value):
+            raise ValueError("1 to 64 of letters, digits, '_' and '-'")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _small_metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(value, default=str)) > MAX_METADATA_BYTES:
+            raise ValueError(f"more than {MAX_METADATA_BYTES} bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerateRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of 'prompt' and 'messages' is needed")
+        if self.prompt is not None and not self.prompt:
+            raise ValueError("the prompt is empty")
+        if self.messages is not None and not self.messages:
+            raise ValueError("'messages' is empty")
+        if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
+            raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
+        return self
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def decode_body(data: bytes) -> tuple[dict[str, Any], str]:
+    """A client's bytes → (map, "json" or "msgpack"). Raises GorgonError(INVALID_REQUEST).
+
+    JSON is told by its first non-blank byte `{`; 0x7b is no MessagePack map, so the two cannot be confused.
+    """
+    encoding = "json" if data.lstrip()[:1] == b"{" or not data.strip() else "msgpack"
+    try:
+        if encoding == "json":
+            body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        else:
+            body = msgpack.unpackb(data, strict_map_key=True)
+    except RecursionError:
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"the {encoding} is nested too deeply") from None
+    except Exception as error:
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"not valid {encoding}: {error}") from None
+    if not isinstance(body, dict) or not all(isinstance(k, str) for k in body):
+        raise GorgonError(ErrorCode.INVALID_REQUEST, "the body must be a map with string keys")
+    return body, encoding
+
+
+def parse_request(body: Mapping[str, Any]) -> GenerateRequest:
+    """Raises GorgonError(INVALID_REQUEST) that names each offending field."""
+    try:
+        return GenerateRequest.model_validate(body)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in e['loc']) or 'request'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_context=False, include_input=False)[:5]
+        ]
+        raise GorgonError(ErrorCode.INVALID_REQUEST, "; ".join(problems)) from None
+    except RecursionError:
+        raise GorgonError(ErrorCode.INVALID_REQUEST, "nested too deeply") from None
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no infinities: a log-probability of -inf is sent as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _json_number(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_number(v) for v in value]
+    return value
+
+
+def encode_event(event: Mapping[str, Any] | list[Mapping[str, Any]], encoding: str) -> bytes:
+    """An event, or for `batched` clients an array of them, as the client wants it."""
+    if encoding == "msgpack":
+        data: bytes = msgpack.packb(event)
+        return data
+    try:
+        return json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_json_number(event), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def encode_for(reply: ReplyTo, events: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """Messages for a reply subject: one array if the client takes batches, else one message an event."""
+    if reply.batched:
+        return [encode_event(list(events), reply.encoding)]
+    return [encode_event(event, reply.encoding) for event in events]
+
+
+# ---------------------------------------------------------------- events
+
+EventName = Literal["accepted", "tokens", "finished", "cancelled", "error"]
+TERMINAL_EVENTS = frozenset({"finished", "cancelled", "error"})
+
+
+def accepted_event(
+    request_id: str, tenant: str, *, prompt_tokens: int, seed: int, replay: str, results: str | None
+) -> dict[str, Any]:
+    """`replay` is the subject to ask for what was missed; `results` (durable door) the subject that the events are stored under."""
+    event = dict(event="accepted", id=request_id, tenant=tenant, prompt_tokens=prompt_tokens, seed=seed, replay=replay)
+    return event | ({"results": results} if results else {})
+
+
+def tokens_event(
+    request_id: str,
+    choice: int,
+    position: int,
+    ids: list[int],
+    text: str,
+    offset: int,
+    logprobs: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """`ids` extend the choice at `position` (index of ids[0]); `text` extends its text at character `offset`. The two advance on
+    their own: text lags while a character or a possible stop string is incomplete, so either may be empty.
+
+    logprobs, one for each id: {"id", "logprob", "top": [[id, logprob], ...]}.
+    """
+    event = dict(event="tokens", id=request_id, choice=choice, position=position, ids=ids, text=text, offset=offset)
+    if logprobs is not None:
+        event["logprobs"] = logprobs
+    return event
+
+
+def finished_event(
+    request_id: str,
+    choices: list[dict[str, Any]],
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    timings: Mapping[str, float],
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """choices: {"choice", "finish_reason": "stop" or "length", "stop": stop string, stop id or null, "tokens": count,
+    "chars": length of its text} and, with stream=false, "ids", "text" and "logprobs" too."""
+    usage = dict(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    return dict(
+        event="finished", id=request_id, choices=choices, usage=usage, timings=dict(timings), metadata=dict(metadata)
+    )
+
+
+def cancelled_event(
+    request_id: str, *, prompt_tokens: int, completion_tokens: int, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    usage = dict(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    return dict(event="cancelled", id=request_id, usage=usage, metadata=dict(metadata))
+
+
+def error_event(
+    request_id: str | None, error: GorgonError | Failure, *, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`id` is null only when the request was too broken to have one."""
+    event: dict[str, Any] = dict(
+        event="error",
+        id=request_id,
+        code=str(error.code),
+        message=error.message,
+        retryable=error.code in RETRYABLE,
+    )
+    if isinstance(error, GorgonError) and error.retry_after is not None:
+        event["retry_after"] = error.retry_after
+    if metadata:
+        event["metadata"] = dict(metadata)
+    return event
