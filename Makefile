@@ -1,0 +1,50 @@
+# The two commands: `make run` (set up, start everything, stream an answer) and `make test` (set up, all tests that need no GPU).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CUDA machine that has torch already: make VENV_ARGS=--system-site-packages TORCH="torch>=2.11"
+TORCH ?= torch==2.13.0
+VENV_ARGS ?=
+PROMPT ?= It was a dark night, and the old captain
+PYTEST_ARGS ?=
+
+.PHONY: run up test test-ci chaos compose-test lint bench clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[all]"
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+run: $(VENV)/.ready
+	$(BIN)/gorgon run "$(PROMPT)"
+
+up: $(VENV)/.ready
+	$(BIN)/gorgon up
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.ready-dev lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m chaos tests/chaos $(PYTEST_ARGS)
+
+compose-test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m compose tests/compose $(PYTEST_ARGS)
+
+test-ci: chaos compose-test
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/pipeline.py
+
+clean:
+	rm -rf data .pytest_cache .mypy_cache .ruff_cache

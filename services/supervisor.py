@@ -1,0 +1,162 @@
+"""One-machine mode: the embedded NATS server and every stage as child processes, restarted when they die.
+
+Each child writes its log to `<data>/logs/<name>.log`. The supervisor holds no request state: killing it loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+# Stopped in this order: first who takes work in, last who delivers it.
+STAGES = ("tokenizer", "scheduler", "model_worker", "detokenizer")
+BACKOFF = (0.05, 5.0)  # seconds before a restart: after a first death, and at most
+HEALTHY_AFTER = 10.0  # seconds of life after which a death counts as a first one again
+STOP_TIMEOUT = 15.0
+
+
+def _die_with_parent() -> None:
+    """A child must not outlive a killed supervisor (Linux: PR_SET_PDEATHSIG)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@dataclass
+class Child:
+    """One supervised process. `command` is run again whenever it exits, until `stop`."""
+
+    name: str
+    command: list[str]
+    log_path: Path
+    env: dict[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+    restarts: int = 0
+    _task: asyncio.Task[None] | None = None
+    _stopping: bool = False
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None and self.process.returncode is None else None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._task = asyncio.create_task(self._keep_alive(), name=f"supervise {self.name}")
+
+    async def _spawn(self) -> None:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as out:
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=os.environ | self.env,
+                process_group=0,  # Ctrl-C reaches the supervisor only, which then stops the stages in order
+                preexec_fn=_die_with_parent,
+            )
+
+    async def _keep_alive(self) -> None:
+        loop = asyncio.get_running_loop()
+        delay, longest = BACKOFF
+        while True:
+            assert self.process is not None
+            born = loop.time()
+            status = await self.process.wait()
+            if self._stopping:
+                return
+            if loop.time() - born > HEALTHY_AFTER:
+                delay = BACKOFF[0]
+            log.warning("process_died", process=self.name, status=status, restart_in=delay, log=str(self.log_path))
+            await asyncio.sleep(delay)
+            if self._stopping:
+                return
+            delay = min(delay * 2, longest)
+            self.restarts += 1
+            await self._spawn()
+
+    def kill(self, sig: signal.Signals) -> None:
+        if self.pid is not None:
+            os.kill(self.pid, sig)
+
+    async def stop(self, wait: float = STOP_TIMEOUT) -> None:
+        self._stopping = True
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), wait)
+            except TimeoutError:
+                log.warning("killed", process=self.name, after=wait)
+                self.process.kill()
+                await self.process.wait()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+@dataclass
+class Plan:
+    """What to run: copies of each stage, further flags by stage, the environment of all, and where the server keeps its data."""
+
+    data: Path
+    model: str = "demo"
+    model_path: Path = Path("models/demo")
+    port: int = 4222
+    copies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 1))
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nats_url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+
+class Supervisor:
+    """Starts the plan, keeps it running, stops it in order."""
+
+    def __init__(self, plan: Plan) -> None:
+        from shared.broker import server_command
+
+        self.plan = plan
+        logs = plan.data / "logs"
+        self.broker = Child("nats", server_command(plan.data / "nats", plan.port), logs / "nats.log")
+        env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"} | plan.env
+        self.stages: dict[str, Child] = {}
+        for stage in STAGES:
+            for number in range(1, plan.copies.get(stage, 0) + 1):
+                name = f"{stage}-{number}"
+                command = [
+                    sys.executable,
+                    "-m",
+                    f"services.{stage}",
+                    "--nats-url",
+                    plan.nats_url,
+                    "--model",
+                    plan.model,
+                ]
+                command += ["--model-path", str(plan.model_path), "--name", name, *plan.flags.get(stage, [])]
+                self.stages[name] = Child(name, command, logs / f"{name}.log", env)
+
+    async def start(self) -> None:
+        from shared.broker import wait_until_ready
+
+        await self.broker.start()
+        await wait_until_ready(self.plan.port)
+        await asyncio.gather(*(child.start() for child in self.stages.values()))
+
+    async def stop(self) -> None:
+        for stage in STAGES:
+            await asyncio.gather(*(c.stop() for name, c in self.stages.items() if name.rsplit("-", 1)[0] == stage))
+        await self.broker.stop()
+
+    def children(self) -> list[Child]:
+        return [self.broker, *self.stages.values()]

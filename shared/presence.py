@@ -1,0 +1,66 @@
+"""Who is there: one question to every stage of a deployment (`gorgon ps`, health checks, tests that wait for readiness)."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+
+from shared import codec, subjects
+from shared.bus import Bus, Message
+from shared.messages import Heartbeat, WorkerHeartbeat
+
+
+def base_of(beat: Heartbeat | WorkerHeartbeat) -> Heartbeat:
+    return beat.base if isinstance(beat, WorkerHeartbeat) else beat
+
+
+async def gather(
+    bus: Bus, wait: float = 0.5, enough: Callable[[list[Heartbeat | WorkerHeartbeat]], bool] | None = None
+) -> list[Heartbeat | WorkerHeartbeat]:
+    """The heartbeat of every stage that answers within `wait` seconds, or until `enough` says so."""
+    beats: list[Heartbeat | WorkerHeartbeat] = []
+    done = asyncio.Event()
+
+    def on_reply(message: Message) -> None:
+        if not message.data:
+            done.set()  # NATS's "no responders"
+            return
+        beats.append(codec.decode(message.data))
+        if enough is not None and enough(beats):
+            done.set()
+
+    inbox = f"_INBOX.{uuid.uuid4().hex}"
+    subscription = await bus.subscribe(inbox, on_reply)
+    try:
+        bus.publish(subjects.PS, b"", reply=inbox)
+        await asyncio.wait_for(done.wait(), wait)
+    except TimeoutError:
+        pass
+    finally:
+        await subscription.unsubscribe()
+    return beats
+
+
+async def wait_for_stages(bus: Bus, wanted: dict[str, int], model: str, wait: float) -> None:
+    """Returns once at least `wanted[stage]` ready instances of each stage serve `model`. Raises TimeoutError that names what is
+    missing."""
+    deadline = asyncio.get_running_loop().time() + wait
+    missing: dict[str, int] = dict(wanted)
+
+    def complete(beats: list[Heartbeat | WorkerHeartbeat]) -> bool:
+        nonlocal missing
+        counts: dict[str, int] = {}
+        for base in map(base_of, beats):
+            if base.model == model and not base.draining:
+                counts[base.stage] = counts.get(base.stage, 0) + 1
+        missing = {stage: n - counts.get(stage, 0) for stage, n in wanted.items() if counts.get(stage, 0) < n}
+        return not missing
+
+    while True:
+        await gather(bus, 0.2, complete)
+        if not missing:
+            return
+        if asyncio.get_running_loop().time() > deadline:
+            raise TimeoutError(f"after {wait:.0f} s these stages are missing: {missing}")
+        await asyncio.sleep(0.05)

@@ -1,0 +1,114 @@
+"""The fold: a seeded simulation, and for each of its rules the proof that the simulation needs it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from shared import codec
+from shared import messages as m
+from shared.tokenlog import Committed, Ended, PartitionFold
+from tests.protocol.fold_simulation import Broken, Simulation
+
+SEEDS = int(os.environ.get("GORGON_FOLD_SEEDS", "1500"))
+
+
+def test_no_seed_breaks_the_fold() -> None:
+    for seed in range(SEEDS):
+        try:
+            Simulation(seed).simulate()
+        except Broken as broken:
+            pytest.fail(f"seed {seed}: {broken}")
+
+
+class AnyEpoch(PartitionFold):
+    def is_current(self, request, tokens):  # type: ignore[no-untyped-def]
+        return True
+
+
+class Duplicates(PartitionFold):
+    def is_duplicate(self, choice, tokens):  # type: ignore[no-untyped-def]
+        return False
+
+
+class NoHolding(PartitionFold):
+    def holds(self, choice, tokens):  # type: ignore[no-untyped-def]
+        return False
+
+
+class AnyFence(PartitionFold):
+    def raises_epoch(self, request, fence):  # type: ignore[no-untyped-def]
+        return True
+
+
+class HeldOutlivesFence(PartitionFold):
+    def clear_held(self, request):  # type: ignore[no-untyped-def]
+        pass
+
+
+class SecondTerminal(PartitionFold):
+    def is_open_for_entries(self, request):  # type: ignore[no-untyped-def]
+        return True
+
+
+class ForgetsEarlyEnd(PartitionFold):
+    def remembers_early_end(self) -> bool:
+        return False
+
+
+class ForgetsAttach(PartitionFold):
+    def keeps_attached_reply(self) -> bool:
+        return False
+
+
+RULES = [AnyEpoch, Duplicates, NoHolding, AnyFence, HeldOutlivesFence, SecondTerminal, ForgetsEarlyEnd, ForgetsAttach]
+
+
+@pytest.mark.parametrize("mutant", RULES, ids=lambda c: c.__name__)
+def test_without_a_rule_some_seed_breaks(mutant: type[PartitionFold]) -> None:
+    for seed in range(3000):
+        try:
+            Simulation(seed, mutant).simulate()
+        except Broken:
+            return
+    pytest.fail("no seed needs this rule")
+
+
+def _open(key: str = "t.a", choices: int = 1) -> m.Open:
+    return m.Open(key, m.ReplyTo("inbox"), 1, 3, 8, choices=choices)
+
+
+def _tokens(position: int, ids: list[int], epoch: int = 1, finish: str | None = None) -> m.StepTokens:
+    return m.StepTokens("w", 0, (m.Tokens("t.a", 0, epoch, position, codec.pack_ids(ids), finish),))
+
+
+def test_fence_fixes_the_prefix_that_the_next_epoch_continues() -> None:
+    fold = PartitionFold()
+    for stamp, entry in enumerate(
+        [_open(), _tokens(0, [1, 2]), _tokens(3, [9]), m.Fence("t.a", 2), _tokens(2, [7], epoch=1)]
+    ):
+        fold.apply(entry, stamp)
+    assert fold.requests["t.a"].prefix == ([1, 2],)
+    effects = fold.apply(_tokens(2, [3], epoch=2), 9)
+    assert effects == [Committed("t.a", 0, 2, [3], None)]
+    assert fold.requests["t.a"].prefix == ([1, 2],), "the prefix is that of the fence, whatever came after"
+
+
+def test_all_choices_must_finish() -> None:
+    fold = PartitionFold()
+    fold.apply(_open(choices=2), 0)
+    fold.apply(m.StepTokens("w", 0, (m.Tokens("t.a", 0, 1, 0, codec.pack_ids([5]), "stop", 5),)), 1)
+    assert fold.requests["t.a"].terminal is None
+    effects = fold.apply(m.End("t.a", "stop", choice=1, length=0, stop="\n"), 2)
+    assert isinstance(effects[-1], Ended) and effects[-1].terminal.reason == "finished"
+
+
+def test_prune_forgets_what_ended_and_nothing_else() -> None:
+    fold = PartitionFold()
+    fold.apply(_open("t.live"), 0)
+    fold.apply(_open("t.a"), 0)
+    fold.apply(_tokens(0, [1], finish="length"), 1)
+    fold.apply(m.End("t.never-opened", "cancelled"), 1)
+    assert sorted(fold.prune(before=1.5)) == ["t.a", "t.never-opened"]
+    assert list(fold.requests) == ["t.live"]
