@@ -137,7 +137,7 @@ class ReferenceOps:
 
 
 def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Scores f32 [R, V] (logits / temperature) with the dropped ones at -inf: top-k, top-p, min-p as transformers' warpers.
+    """Scores f32 [R, V] (logits / temperature), dropped ones at -inf: top-k, top-p, min-p as transformers' warpers.
 
     Each filter is a threshold on the score: what ties with the last token kept is kept too. The likeliest always stays.
     """

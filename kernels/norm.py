@@ -1,0 +1,47 @@
+"""RMS norm (Zhang and Sennrich 2019), alone and with the residual addition. Oracle: `ReferenceOps.rms_norm`, `.add_rms_norm`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * H
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
+    # The row is rounded before it is scaled: that is the order of the models the weights were trained with.
+    normalised = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + column, (normalised * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Norm of x [T, H], or of residual + x when a residual (updated in place) is given. One program a row."""
+    x = x.contiguous()
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _rms_norm_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            eps,
+            width,
+            ADD=residual is not None,
+            BLOCK=block,
+            num_warps=min(8, max(1, block // 512)),
+        )
+    return out

@@ -1,0 +1,84 @@
+"""`kernels.ops.Ops` by Triton kernels: each method launches the kernels of one module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import activation, kv_move, norm, rope_cache, sampling
+from kernels.attention_decode import decode_attention
+from kernels.attention_prefill import prefill_attention
+from kernels.ops import AttentionBatch, SamplingBatch
+
+
+class TritonOps:
+    """Launches on torch's current stream. Grids follow from shapes and host bounds, so a step can be captured in a CUDA graph.
+
+    fixed_split: tokens in a span of decode attention, whatever the batch (None: by load). With it a row's attention has the
+    same bits in every batch.
+    """
+
+    name = "triton"
+
+    def __init__(self, fixed_split: int | None = None) -> None:
+        self.fixed_split = fixed_split
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps, residual)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return activation.silu_mul(gate_up)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        return rope_cache.rope_and_cache(
+            qkv, cos_sin, positions, slots, k_cache, v_cache, num_q_heads, num_kv_heads, q_norm, k_norm, eps
+        )
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+    ) -> Tensor:
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        decode_attention(q, k_cache, v_cache, batch, scale, window, out, self.fixed_split)
+        prefill_attention(q, k_cache, v_cache, batch, scale, window, out)
+        return out
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        token_counts: Tensor,
+        prompt_mask: Tensor,
+        count_rows: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> Tensor:
+        return sampling.apply_penalties(logits, token_counts, prompt_mask, count_rows, repetition, presence, frequency)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        return sampling.sample(logits, batch)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        # Asked for by few requests, and torch's operators are graph-safe here: a kernel of its own would not pay.
+        logprobs = logits.float().log_softmax(dim=-1)
+        values, ids = logprobs.topk(top, dim=-1)
+        return logprobs.gather(1, chosen[:, None]).squeeze(1), values, ids
+
+    def move_kv(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        kv_move.move_kv(k_cache, v_cache, source, target)
