@@ -1,0 +1,227 @@
+"""What the compiler made of the kernels: registers, spills, shared memory and instructions. Needs no GPU.
+
+    python -m kernels.resources [--capability 90] [--only attention]
+
+Each operation is called as in production, on CPU tensors, with the launch replaced by a compilation for the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # must be unset when Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.attention_tiles import TileConfig
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Of one compiled kernel; spills in bytes of stores and loads, shared memory in bytes."""
+
+    kernel: str
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    wgmma: int
+    mma: int
+    tma: int
+    async_copies: int
+    serialized: bool
+
+    @property
+    def programs_per_sm(self) -> int:
+        """On Hopper: 64 Ki registers, 227 KiB of shared memory, 64 warps, 32 blocks."""
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.num_warps)
+        return min(by_registers, 227 * 1024 // (self.shared + 1024), 64 // self.num_warps, 32)
+
+    def __str__(self) -> str:
+        note = " WGMMA-SERIALIZED" if self.serialized else ""
+        return (
+            f"{self.kernel:22} warps {self.num_warps:2} regs {self.registers:3} spill {self.spill_bytes:4} "
+            f"smem {self.shared:6} per SM {self.programs_per_sm:2} wgmma {self.wgmma:3} mma {self.mma:3} "
+            f"tma {self.tma:2} cp.async {self.async_copies:3}{note}"
+        )
+
+
+@contextmanager
+def compiled_launches(capability: int = 90) -> Iterator[list[Resources]]:
+    """Within it every kernel launch compiles for the GPU and adds to the list; nothing runs."""
+    found: list[Resources] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        found.append(_compile(self, args, kwargs, capability))
+
+    JITFunction.run = record
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def _compile(fn: Any, args: tuple[object, ...], kwargs: dict[str, object], capability: int) -> Resources:
+    options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
+    values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+    constants = {p.name: values[p.name] for p in fn.params if p.is_constexpr}
+    signature, attributes = {}, {}
+    for index, name in enumerate(fn.arg_names):
+        value = values[name]
+        if name in constants or (isinstance(value, int) and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        signature[name] = _type_name(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _inspect(fn.__name__, binary)
+
+
+def _type_name(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _inspect(name: str, binary: Any) -> Resources:
+    ptx = binary.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(ptx)
+        ptxas = get_ptxas(int(re.search(r"\d+", target)[0])).path
+        command = [ptxas, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
+        report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return Resources(
+        kernel=name,
+        num_warps=binary.metadata.num_warps,
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spill_bytes=int(spills[1]) + int(spills[2]),
+        shared=binary.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
+        serialized="serializ" in report,
+    )
+
+
+def production_calls() -> dict[str, Callable[[], object]]:
+    """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
+    from kernels.ops import AttentionBatch, SamplingBatch
+    from kernels.triton_ops import TritonOps
+
+    ops = TritonOps()
+    bf16 = torch.bfloat16
+    hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
+    x = torch.zeros(2, hidden, dtype=bf16)
+    ints = torch.zeros(8, dtype=torch.int32)
+    floats = torch.zeros(2)
+    logits = torch.zeros(2, vocabulary)
+    long = torch.zeros(2, dtype=torch.int64)
+    sampling = SamplingBatch(floats, ints, floats, floats, long, ints, ints)
+    unfiltered = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_filter=False)
+    greedy = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_random=False)
+    qkv = torch.zeros(2, (q_heads + 2 * kv_heads) * head_dim, dtype=bf16)
+    counts, mask = torch.zeros(1, vocabulary, dtype=torch.int32), torch.zeros(1, vocabulary, dtype=torch.bool)
+
+    def cache(page: int) -> torch.Tensor:
+        return torch.zeros(2, page, kv_heads, head_dim, dtype=bf16)
+
+    def attend(decodes: int, rows: int, page: int, window: int = 0, tree: bool = False) -> object:
+        batch = AttentionBatch(
+            torch.zeros(3, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int32),
+            torch.zeros(2, 256, dtype=torch.int32),
+            decodes,
+            rows,
+            0 if decodes else 2048,
+            16384,
+            torch.zeros(rows, dtype=torch.int64) if tree else None,
+        )
+        q = torch.zeros(2 * rows, q_heads, head_dim, dtype=bf16)
+        return ops.attention(q, cache(page), cache(page), batch, 0.1, window)
+
+    def rope(norm: torch.Tensor | None) -> object:
+        k = cache(64)
+        table = torch.zeros(8, head_dim)
+        return ops.rope_and_cache(qkv, table, ints[:2], ints[:2], k, k, q_heads, kv_heads, norm, norm, 1e-6)
+
+    return {
+        "rms_norm": lambda: ops.rms_norm(x, x[0], 1e-6),
+        "add_rms_norm": lambda: ops.add_rms_norm(x, x, x[0], 1e-6),
+        "silu_mul": lambda: ops.silu_mul(torch.zeros(2, 2 * intermediate, dtype=bf16)),
+        "rope_and_cache": lambda: rope(None),
+        "rope_and_cache, qk-norm": lambda: rope(qkv[0, :head_dim].clone()),
+        "attention prefill, P 64": lambda: attend(0, 1, 64),
+        "attention prefill, P 16": lambda: attend(0, 1, 16),
+        "attention prefill, window": lambda: attend(0, 1, 64, window=4096),
+        "attention decode, P 64": lambda: attend(2, 1, 64),
+        "attention decode, P 16": lambda: attend(2, 1, 16),
+        "attention decode, window": lambda: attend(2, 1, 64, window=4096),
+        "attention tree of 16": lambda: attend(2, 16, 64, tree=True),
+        "attention tree of 64": lambda: attend(2, 64, 64, tree=True),
+        "sample": lambda: ops.sample(logits, sampling),
+        "sample, no filter": lambda: ops.sample(logits, unfiltered),
+        "sample, greedy": lambda: ops.sample(logits, greedy),
+        "apply_penalties": lambda: ops.apply_penalties(logits, counts, mask, ints[:2], floats, floats, floats),
+        "move_kv": lambda: ops.move_kv(cache(64)[None], cache(64)[None], ints, ints),
+    }
+
+
+def prefill_variants(page: int, configs: list[TileConfig]) -> dict[str, Callable[[], object]]:
+    """Prefill attention at an 8B model's shape for each tile shape; to choose among them."""
+    from kernels.attention_prefill import prefill_attention
+    from kernels.ops import AttentionBatch
+
+    bf16 = torch.bfloat16
+    table = torch.zeros(1, 256, dtype=torch.int32)
+    batch = AttentionBatch(table[0, :2], table[0, :1], table, 0, 1, 2048, 2048)
+    q, cache = torch.zeros(2, 32, 128, dtype=bf16), torch.zeros(2, page, 8, 128, dtype=bf16)
+    return {str(c): lambda c=c: prefill_attention(q, cache, cache, batch, 0.1, 0, q, c) for c in configs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--only", default="", help="part of an operation's name")
+    arguments = parser.parse_args()
+    for name, call in production_calls().items():
+        if arguments.only in name:
+            with compiled_launches(arguments.capability) as launches:
+                call()
+            for launch in launches:
+                print(f"{name:26} {launch}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
