@@ -1,0 +1,345 @@
+"""Decides what each step of the model computes. Pure: no tensors, no clock, no threads.
+
+Each step has one budget of rows. Sequences that decode come first, then prompts already begun, then waiting ones; priority before
+arrival among each. Long prompts are computed in chunks (Agrawal et al. 2023, SARATHI, arXiv 2308.16369). When blocks run out, the
+lowest and latest running sequence gives back all it holds and is recomputed later.
+
+Steps may be planned while earlier ones are in flight; they retire in the order in which they were planned. What a finished or
+preempted sequence holds is released when the last step that uses it retires.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+
+from services.model_worker.block_pool import BlockPool
+from services.model_worker.interface import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from services.model_worker.sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """max_model_len    longest sequence, prompt and generated tokens together
+    max_seqs            slots: sequences that run at the same time
+    max_batched_tokens  rows of one step, at least max_seqs
+    window              positions that any layer can see, 0: all. Blocks wholly before it are released
+    """
+
+    block_size: int
+    max_model_len: int
+    max_seqs: int
+    max_batched_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_batched_tokens < self.max_seqs:
+            raise ValueError(f"max_batched_tokens ({self.max_batched_tokens}) is below max_seqs ({self.max_seqs})")
+
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows start … start + rows - 1 of a sequence whose token ids are all known. `final`: the next token is sampled from the last."""
+
+    sequence: Sequence
+    start: int
+    rows: int
+    final: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: a row for each of `decodes`, whose last token the device knows and perhaps the host does not, then the chunks.
+
+    admitted        sequences that got a slot: their state must be written to the device first
+    table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
+    """
+
+    step: int
+    admitted: list[Sequence] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    table_slots: list[int] = field(default_factory=list)
+    table_columns: list[int] = field(default_factory=list)
+    table_blocks: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.decodes) + sum(chunk.rows for chunk in self.chunks)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get new tokens, in the order of the sampler's rows."""
+        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.final]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return self.decodes + [chunk.sequence for chunk in self.chunks]
+
+    def add_blocks(self, sequence: Sequence, column: int, blocks: list[int]) -> None:
+        self.table_slots += [sequence.slot] * len(blocks)
+        self.table_columns += range(column, column + len(blocks))
+        self.table_blocks += blocks
+
+
+class BatchScheduler:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.steps = 0
+        self.preemptions = 0
+        self.prompt_tokens = 0
+        self.prefix_hit_tokens = 0
+        self.running: list[Sequence] = []  # sorted: the last one is preempted first
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; finished ones stay until they come up
+        self._num_waiting = 0
+        self._releasing: set[Sequence] = set()  # not running any more, but in a step in flight
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._arrivals = 0
+
+    # ---- what comes and goes
+
+    @property
+    def waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._slots)
+
+    def add(self, request: EngineRequest) -> Sequence:
+        """Queues a sequence. The caller has checked that it fits (its prompt leaves room for a token) and is not finished already."""
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals, self.limits.eos_ids, self.limits.max_model_len)
+        self._enqueue(sequence)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival, sequence))
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence from outside. Tokens still in flight are discarded. Harmless if it has ended already."""
+        if sequence.status is Status.WAITING:
+            self._num_waiting -= 1
+        self._leave(sequence, Status.FINISHED)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Ends and returns the sequences whose deadline has passed."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.status is not Status.FINISHED:
+                self.finish(sequence)
+                late.append(sequence)
+        return late
+
+    @property
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][2].status is Status.FINISHED:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._num_waiting += 1
+
+    def _leave(self, sequence: Sequence, status: Status) -> None:
+        """A running (or preempted, or waiting) sequence stops; what it holds goes back now or when its last step retires."""
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        sequence.status = status
+        if sequence.inflight:
+            self._releasing.add(sequence)
+        else:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._releasing.discard(sequence)
+        self.pool.release(block for block in reversed(sequence.blocks) if block >= 0)
+        sequence.blocks = []
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
+        if sequence.status is Status.PREEMPTED:
+            sequence.reset(0)
+            self._enqueue(sequence)
+
+    # ---- planning
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing can run now (nothing to do, or blocks come free only when a step retires)."""
+        plan = StepPlan(self.steps)
+        self._plan_decodes(plan)
+        budget = self.limits.max_batched_tokens - len(plan.decodes)
+        for sequence in self.running:
+            if budget and sequence.computed < len(sequence.tokens) - 1 and not sequence.pending:
+                budget -= self._plan_chunk(plan, sequence, budget)
+        while budget and (admitted := self._admit(plan)):
+            budget -= self._plan_chunk(plan, admitted, budget)
+        if not plan.decodes and not plan.chunks:
+            return None
+        self.steps += 1
+        return plan
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        block_size = self.limits.block_size
+        index = 0
+        # Preemption takes sequences from the end of the list, never one that this loop has passed.
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            known = len(sequence.tokens) + sequence.pending
+            if sequence.computed != known - 1 or known >= sequence.limit:
+                continue
+            if sequence.computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
+                continue
+            sequence.computed += 1
+            sequence.pending += 1
+            sequence.inflight += 1
+            plan.decodes.append(sequence)
+
+    def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """One more block for a running sequence; False if it must sit this step out."""
+        while self.pool.free == 0:
+            if self._releasing:  # blocks are on their way already
+                return False
+            victim = self.running[-1]
+            self.preemptions += 1
+            self._leave(victim, Status.PREEMPTED)
+            if victim is sequence:
+                return False
+        blocks = self.pool.allocate(1)
+        plan.add_blocks(sequence, len(sequence.blocks), blocks)
+        sequence.blocks += blocks
+        return True
+
+    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+        rows = min(budget, len(sequence.tokens) - sequence.computed)
+        chunk = Chunk(sequence, sequence.computed, rows, sequence.computed + rows == len(sequence.tokens))
+        plan.chunks.append(chunk)
+        sequence.computed += rows
+        sequence.pending += chunk.final
+        sequence.inflight += 1
+        return rows
+
+    def _admit(self, plan: StepPlan) -> Sequence | None:
+        """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are."""
+        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
+            heapq.heappop(self._waiting)
+        if not self._waiting or not self._slots:
+            return None
+        sequence = self._waiting[0][1]
+        size, length = self.limits.block_size, len(sequence.tokens)
+        # The last token is always computed: its logits are wanted.
+        digests = sequence.hashes((length - 1) // size, size) if self.pool.prefix_cache else []
+        cached = self.pool.match(digests)
+        missing = self.limits.blocks_of(length) - len(cached)
+        # Each running sequence wants another block soon. Without that reserve the newcomer would be preempted at once.
+        if missing + len(self.running) > self.pool.free and (self.running or self._releasing):
+            self.pool.release(reversed(cached))
+            return None
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        sequence.status = Status.RUNNING
+        sequence.slot = self._slots.pop()
+        sequence.blocks = cached + self.pool.allocate(missing)
+        sequence.reset(len(cached) * size)
+        sequence.registered = len(cached)
+        insort(self.running, sequence, key=lambda other: other.order)
+        plan.admitted.append(sequence)
+        plan.add_blocks(sequence, 0, sequence.blocks)
+        self.prompt_tokens += length
+        self.prefix_hit_tokens += len(cached) * size
+        return sequence
+
+    # ---- retiring
+
+    def retire(
+        self,
+        plan: StepPlan,
+        ids: SequenceABC[SequenceABC[int]],
+        logprobs: SequenceABC[list[TokenLogprobs] | None] | None = None,
+    ) -> list[TokenOutput]:
+        """Takes the new token ids of `plan.sampled` (at least one each) and returns those that belong to live sequences."""
+        outputs = []
+        for chunk in plan.chunks:
+            chunk.sequence.verified = chunk.start + chunk.rows
+            if not chunk.final:
+                self._settle(chunk.sequence)
+        for sequence in plan.decodes:
+            sequence.verified += 1
+        for row, sequence in enumerate(plan.sampled):
+            sequence.pending -= 1
+            if sequence.status is not Status.FINISHED:
+                output = self._accept(sequence, ids[row])
+                if logprobs is not None and (of_row := logprobs[row]) is not None:
+                    output.logprobs = of_row[: len(output.ids)]
+                outputs.append(output)
+            self._settle(sequence)
+        return outputs
+
+    def _accept(self, sequence: Sequence, ids: SequenceABC[int]) -> TokenOutput:
+        """Appends new tokens up to the first that ends the sequence."""
+        request = sequence.request
+        output = TokenOutput(request.request_id, request.choice, request.epoch, sequence.num_generated, [])
+        for token in ids:
+            sequence.tokens.append(token)
+            output.ids.append(token)
+            if (reason := sequence.finish_reason()) is not None:
+                output.finish = reason
+                output.stop_token = token if reason in (FinishReason.STOP, FinishReason.STOP_TOKEN) else None
+                self._register(sequence)
+                # The retiring step still counts as in flight, so nothing is released before `_settle`.
+                self._leave(sequence, Status.FINISHED)
+                break
+        return output
+
+    def _settle(self, sequence: Sequence) -> None:
+        """A step with this sequence has retired."""
+        sequence.inflight -= 1
+        if sequence.status is not Status.FINISHED:
+            self._register(sequence)
+        if sequence.status is not Status.RUNNING:
+            if sequence.inflight == 0:
+                self._release(sequence)
+        elif self.limits.window:
+            self._release_before_window(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        size = self.limits.block_size
+        if self.pool.prefix_cache and (full := sequence.verified // size) > sequence.registered:
+            digests = sequence.hashes(full, size)
+            for column in range(sequence.registered, full):
+                if (block := sequence.blocks[column]) >= 0:
+                    self.pool.register(block, digests[column])
+            sequence.registered = full
+
+    def _release_before_window(self, sequence: Sequence) -> None:
+        # Rows not yet retired stand at `verified` or later, and see `window` positions including their own.
+        end = max(0, sequence.verified - self.limits.window + 1) // self.limits.block_size
+        if end > sequence.released:
+            self.pool.release(reversed(sequence.blocks[sequence.released : end]))
+            sequence.blocks[sequence.released : end] = [-1] * (end - sequence.released)
+            sequence.released = end
+
+    def check_idle(self) -> list[str]:
+        """Complaints if, with nothing to do and nothing in flight, not everything is back."""
+        complaints = self.pool.check()
+        if self.running or self._num_waiting or self._releasing:
+            complaints.append(
+                f"{len(self.running)} running, {self._num_waiting} waiting, {len(self._releasing)} releasing"
+            )
+        if self.pool.free != self.pool.num_blocks:
+            complaints.append(f"{self.pool.num_blocks - self.pool.free} KV blocks are not back")
+        if sorted(self._slots) != list(range(self.limits.max_seqs)):
+            complaints.append(f"{self.limits.max_seqs - len(self._slots)} slots are not back")
+        return complaints

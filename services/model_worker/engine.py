@@ -1,0 +1,346 @@
+"""The engine: sequences in, tokens out, on a thread of its own. Knows nothing of NATS.
+
+Overlap: step N+1 is planned and launched while the device still works on step N; only then is N read back. What N's tokens decide
+(an end-of-sequence id) is therefore acted upon one step late, and what was computed for nothing is discarded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from services.model_worker.batch_scheduler import BatchScheduler, StepPlan
+from services.model_worker.engine_setup import EngineConfig, ModelInfo, build
+from services.model_worker.interface import (
+    EngineOverloaded,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    RequestError,
+    RequestRejected,
+    StepOutput,
+    TokenLogprobs,
+    TokenOutput,
+)
+from services.model_worker.loader import Progress
+from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner, Ticket
+from services.model_worker.models.config import ModelError
+from services.model_worker.sampler import SamplingMode
+from services.model_worker.sequence import Sequence
+from services.model_worker.step_bound import StepBound
+from services.model_worker.step_state import field_row
+from shared.sampling import MAX_LOGPROBS
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineOverloaded",
+    "EngineRequest",
+    "EngineStats",
+    "FinishReason",
+    "ModelError",
+    "ModelInfo",
+    "RequestError",
+    "RequestRejected",
+    "StepOutput",
+    "TokenLogprobs",
+    "TokenOutput",
+]
+
+Suspects = list[tuple[str, int]]
+Key = tuple[str, int]  # (request id, choice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    request: EngineRequest
+    device_row: Any
+    sampling_mode: SamplingMode
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    ticket: Ticket
+    launched: float
+    prompt_rows: int
+    bound: float
+
+
+class Engine:
+    """load, start, then submit; `on_step` and `on_fatal` are called on the engine's thread and must only hand over.
+
+    on_fatal(error, suspects): a step failed as a whole and the engine has stopped; suspects are the (request id, epoch) pairs that
+    took part in the steps in flight. Everything that it held is lost.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_step: Callable[[StepOutput], None],
+        on_fatal: Callable[[BaseException, Suspects], None] | None = None,
+    ) -> None:
+        self.config = config
+        self._on_step = on_step
+        self._on_fatal = on_fatal
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self.info: ModelInfo
+        self.scheduler: BatchScheduler
+        self.runner: ModelRunner
+        self._lock = threading.Lock()  # of the next three
+        self._inbox: deque[_Submission | _Abort] = deque()
+        self._held: dict[Key, int] = {}  # the epoch of every sequence that has not ended
+        self._accepting = False
+        self._paused = False
+        self._stopping = self._draining = False
+        # From here on, the engine's thread alone writes.
+        self._sequences: dict[Key, Sequence] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._launching: StepPlan | None = None
+        self._bound = StepBound(config.min_step_bound, config.first_step_bound)
+        self._last_retired = 0.0
+        self._tokens_generated = 0
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Reads the model, sizes the cache, compiles and captures. Raises ModelError; blocks for seconds to minutes."""
+        parts = build(self.config, progress or (lambda fraction, text: None))
+        self.info, self.scheduler, self.runner = parts
+        overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
+        self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
+
+    def start(self) -> None:
+        self._accepting = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain: bool = False, timeout: float | None = None) -> None:
+        """Refuses new sequences; with `drain` finishes those held, otherwise drops them without a word. Waits for the thread."""
+        with self._lock:
+            self._accepting = False
+        self._draining = drain
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    # ---- from any thread
+
+    def submit(self, *requests: EngineRequest) -> None:
+        """Takes all of these sequences or none. Raises EngineOverloaded (try elsewhere) or RequestRejected (it can never run here);
+        otherwise each will end in exactly one TokenOutput with a finish, unless the engine is stopped or fails as a whole.
+
+        A sequence that is held already with a lower epoch is aborted and replaced.
+        """
+        submissions = [self._checked(request) for request in requests]
+        keys = [(request.request_id, request.choice) for request in requests]
+        with self._lock:
+            if not self._accepting:
+                raise EngineOverloaded("the engine is not running or is draining")
+            held = [self._held.get(key) for key in keys]
+            for request, epoch in zip(requests, held, strict=True):
+                if epoch is not None and epoch >= request.epoch:
+                    raise _rejected(request, "duplicate_request", f"is held already, with epoch {epoch}")
+            if len(self._held) + held.count(None) > self.config.max_seqs + self.config.max_waiting:
+                raise EngineOverloaded(f"{len(self._held)} sequences are held already")
+            for (request_id, _), epoch in zip(keys, held, strict=True):
+                if epoch is not None:
+                    self._inbox.append(_Abort(request_id, epoch))
+            self._held.update((key, request.epoch) for key, request in zip(keys, requests, strict=True))
+            self._inbox.extend(submissions)
+        self._wake.set()
+
+    def abort(self, request_id: str, epoch: int) -> None:
+        """Ends all choices of the request whose epoch is at most `epoch`. Harmless if there are none."""
+        with self._lock:
+            self._inbox.append(_Abort(request_id, epoch))
+        self._wake.set()
+
+    def pause_output(self, paused: bool) -> None:
+        """While paused no step is launched. Those in flight still come out: at most two StepOutputs."""
+        self._paused = paused
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        in_flight = list(self._in_flight)
+        with self._lock:
+            running: dict[str, int] = {}
+            for (request_id, _), epoch in self._held.items():
+                running[request_id] = max(epoch, running.get(request_id, epoch))
+            waiting = scheduler.waiting + sum(isinstance(item, _Submission) for item in self._inbox)
+        return EngineStats(
+            step=scheduler.steps,
+            step_started=max(in_flight[0].launched, self._last_retired) if in_flight else None,
+            step_bound=in_flight[0].bound if in_flight else self.config.min_step_bound,
+            running=running,
+            waiting=waiting,
+            batch_size=len(scheduler.running),
+            blocks_free=scheduler.pool.free,
+            blocks_total=scheduler.pool.num_blocks,
+            slots_free=scheduler.free_slots,
+            slots_total=scheduler.limits.max_seqs,
+            prompt_tokens=scheduler.prompt_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            tokens_generated=self._tokens_generated,
+        )
+
+    def check_idle(self) -> list[str]:
+        """Invariant: when nothing is held, every block and slot is back. Returns complaints; meaningless while something runs."""
+        with self._lock:
+            complaints = [f"{len(self._held)} sequences are held"] if self._held else []
+        if self._sequences or self._in_flight:
+            complaints.append(f"{len(self._sequences)} sequences, {len(self._in_flight)} steps in flight")
+        return complaints + self.scheduler.check_idle()
+
+    def _checked(self, request: EngineRequest) -> _Submission:
+        """All that can be wrong with one request is found here, before it meets others in a batch."""
+        params, longest = request.params, self.info.max_model_len
+        if not len(request.prompt_ids):
+            raise _rejected(request, "invalid_request", "the prompt is empty")
+        if len(request.prompt_ids) >= longest:
+            message = (
+                f"the prompt has {len(request.prompt_ids)} tokens, the context holds {longest} and one must be left"
+            )
+            raise _rejected(request, "context_length_exceeded", message)
+        try:
+            ids = np.concatenate([np.asarray(part, np.int64) for part in (request.prompt_ids, request.generated_ids)])
+            device_row = field_row(params, request.choice, len(request.prompt_ids))
+            mode = SamplingMode.of(params)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _rejected(request, "invalid_request", str(error)) from None
+        # An id outside the embedding would take the whole device process down.
+        if ids.min() < 0 or ids.max() >= self.info.vocab_size:
+            raise _rejected(request, "invalid_token_id", f"token ids must be in 0 … {self.info.vocab_size - 1}")
+        if params.max_tokens < 1 or not -1 <= mode.logprobs <= min(MAX_LOGPROBS, self.info.vocab_size):
+            raise _rejected(request, "invalid_request", "max_tokens or logprobs is out of range")
+        return _Submission(request, device_row, mode)
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            with self.runner.context():
+                while not self._stopping or (self._draining and self._held):
+                    self._turn()
+                self._drop_all()
+        except BaseException as error:
+            with self._lock:
+                self._accepting = False
+            plans = [flight.ticket.plan for flight in self._in_flight]
+            plans += [self._launching] if self._launching is not None else []
+            suspects = {(s.request.request_id, s.request.epoch) for plan in plans for s in plan.sequences}
+            if self._on_fatal is None:
+                raise
+            self._on_fatal(error, sorted(suspects))
+
+    def _turn(self) -> None:
+        """Takes what came in, launches a step if there is one, reads a step back if it is time."""
+        output = StepOutput(self.scheduler.steps)
+        self._take_inbox(output)
+        for sequence in self.scheduler.expired(time.monotonic()):
+            self._end(sequence, FinishReason.DEADLINE, output)
+        plan = None if self._paused else self.scheduler.schedule()
+        if plan is not None:
+            self._launch(plan)
+        idle = plan is None and not self._in_flight
+        if len(self._in_flight) > (self._depth if plan is not None else 0):
+            self._retire(output)
+        if output.tokens or output.errors:
+            self._on_step(output)
+        if idle:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        deadline = self.scheduler.next_deadline
+        self._wake.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        # Cleared before the inbox is looked at: what comes after sets it again.
+        self._wake.clear()
+
+    def _take_inbox(self, output: StepOutput) -> None:
+        while self._inbox:
+            with self._lock:
+                item = self._inbox.popleft()
+            if isinstance(item, _Abort):
+                self._take_abort(item, output)
+            else:
+                self._take_submission(item, output)
+
+    def _take_submission(self, item: _Submission, output: StepOutput) -> None:
+        request = item.request
+        sequence = self.scheduler.add(request)
+        sequence.device_row, sequence.sampling_mode = item.device_row, item.sampling_mode
+        self._sequences[request.request_id, request.choice] = sequence
+        # A migrated sequence may have generated all it will before its old worker died.
+        if (reason := sequence.finish_reason()) is not None:
+            self._end(sequence, reason, output)
+
+    def _take_abort(self, item: _Abort, output: StepOutput) -> None:
+        for (request_id, _), sequence in list(self._sequences.items()):
+            if request_id == item.request_id and sequence.request.epoch <= item.epoch:
+                self._end(sequence, FinishReason.ABORTED, output)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, output: StepOutput) -> None:
+        """Ends a sequence without a new token."""
+        self.scheduler.finish(sequence)
+        request = sequence.request
+        output.tokens.append(
+            TokenOutput(request.request_id, request.choice, request.epoch, sequence.num_generated, [], finish=reason)
+        )
+        self._forget(request)
+
+    def _forget(self, request: EngineRequest) -> None:
+        key = (request.request_id, request.choice)
+        del self._sequences[key]
+        with self._lock:
+            if self._held.get(key) == request.epoch:
+                del self._held[key]
+
+    def _launch(self, plan: StepPlan) -> None:
+        self._launching = plan
+        launched = time.monotonic()
+        prompt_rows = sum(chunk.rows for chunk in plan.chunks)
+        ticket = self.runner.launch(plan)
+        self._in_flight.append(_InFlight(ticket, launched, prompt_rows, self._bound.declare(prompt_rows)))
+        self._launching = None
+
+    def _retire(self, output: StepOutput) -> None:
+        flight = self._in_flight[0]
+        result = flight.ticket.result()
+        now = time.monotonic()
+        self._bound.observe(flight.prompt_rows, now - max(flight.launched, self._last_retired))
+        self._last_retired = now
+        output.step = flight.ticket.plan.step
+        tokens = self.scheduler.retire(flight.ticket.plan, result.ids, result.logprobs)
+        self._in_flight.popleft()
+        self._tokens_generated += sum(len(token.ids) for token in tokens)
+        output.tokens += tokens
+        for token in tokens:
+            if token.finish is not None:
+                self._forget(self._sequences[token.request_id, token.choice].request)
+
+    def _drop_all(self) -> None:
+        for sequence in list(self._sequences.values()):
+            self.scheduler.finish(sequence)
+            self._forget(sequence.request)
+        while self._in_flight:
+            self._retire(StepOutput(self.scheduler.steps))
+        with self._lock:
+            self._inbox.clear()
+            self._held.clear()
+
+
+def _rejected(request: EngineRequest, code: str, message: str) -> RequestRejected:
+    return RequestRejected(RequestError(request.request_id, request.choice, request.epoch, code, message))

@@ -1,0 +1,145 @@
+"""From a configuration to an engine's parts: reads the model, sizes the cache, compiles and captures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kernels import select_ops
+from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
+from services.model_worker.block_pool import BlockPool
+from services.model_worker.kv_cache import KVCache, block_bytes
+from services.model_worker.loader import Progress, load_weights
+from services.model_worker.model_runner import ModelRunner
+from services.model_worker.models.config import ModelError, load_config
+from services.model_worker.models.decoder import Decoder, dummy_weights
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """model                a Hugging Face folder
+    load_format          "auto", or "dummy": random weights, only config.json is read
+    device, dtype        "auto": CUDA if there is one, in bfloat16; else the CPU, in float32
+    max_model_len        None: what the model is made for; always at most what the cache holds
+    max_batched_tokens   rows of a step
+    block_size           tokens in a block of the cache; None: 64 on CUDA, 16 on a CPU
+    num_blocks           None: as many as fit, on CUDA into gpu_memory_fraction of the device's memory, on a CPU into cpu_cache_bytes
+    overlap              plan and launch a step before the one before it is read back; None: on CUDA
+    max_waiting          sequences that may wait beside those that run; more are refused
+    min_step_bound       seconds; no step is declared to take less, see EngineStats.step_bound
+    first_step_bound     the same for the first step, which has no predecessor to learn from
+    """
+
+    model: Path
+    load_format: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_seqs: int = 256
+    max_batched_tokens: int = 8192
+    block_size: int | None = None
+    num_blocks: int | None = None
+    gpu_memory_fraction: float = 0.9
+    cpu_cache_bytes: int = 1 << 30
+    prefix_cache: bool = True
+    cuda_graphs: bool = True
+    overlap: bool | None = None
+    max_waiting: int = 4096
+    min_step_bound: float = 2.0
+    first_step_bound: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    family: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    num_blocks: int
+    block_size: int
+    device: str
+    dtype: str
+
+
+def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchScheduler, ModelRunner]:
+    """Raises ModelError. `report` is called with the fraction done and what is being done."""
+    report(0.0, "reading the configuration")
+    device = _device(config.device)
+    name = config.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name not in _DTYPES:
+        raise ModelError("unsupported_dtype", f"cannot compute in {name}, only in {', '.join(_DTYPES)}")
+    dtype = _DTYPES[name]
+    model = load_config(config.model)
+    longest = min(config.max_model_len or model.max_position, model.max_position)
+    with torch.inference_mode():
+        if config.load_format == "dummy":
+            weights = dummy_weights(model, dtype, device)
+        else:
+            weights = load_weights(config.model, model, dtype, device, lambda part, text: report(0.8 * part, text))
+        ops = select_ops(device)
+        decoder = Decoder(model, weights, ops, longest)
+    limits = SchedulerLimits(
+        block_size=config.block_size or (64 if device.type == "cuda" else 16),
+        max_model_len=longest,
+        max_seqs=config.max_seqs,
+        max_batched_tokens=max(config.max_batched_tokens, config.max_seqs),
+        eos_ids=model.eos_ids,
+        window=model.window,
+    )
+
+    def cache(blocks: int) -> KVCache:
+        return KVCache(model, blocks, limits.block_size, dtype, device)
+
+    report(0.8, "sizing the cache")
+    runner = ModelRunner(decoder, ops, limits, cache(1))
+    blocks = config.num_blocks or _fitting_blocks(config, block_bytes(model, limits.block_size, dtype), runner)
+    runner.cache = cache(blocks)
+    if device.type == "cuda" and config.cuda_graphs:
+        runner.capture_graphs(lambda part: report(0.85 + 0.15 * part, "capturing CUDA graphs"))
+    # A sequence that has the cache to itself must always be able to go on.
+    limits = replace(limits, max_model_len=min(longest, blocks * limits.block_size))
+    info = ModelInfo(
+        model.family,
+        limits.max_model_len,
+        model.vocab_size,
+        model.eos_ids,
+        blocks,
+        limits.block_size,
+        str(device),
+        name,
+    )
+    report(1.0, "ready")
+    return info, BatchScheduler(limits, BlockPool(blocks, config.prefix_cache)), runner
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError("unsupported_device", f"{name} is no device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("unsupported_device", "there is no CUDA device here")
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _fitting_blocks(config: EngineConfig, bytes_each: int, runner: ModelRunner) -> int:
+    """As many blocks as there is memory for, and no more than all slots could fill."""
+    limits, device = runner.limits, runner.device
+    if device.type == "cuda":
+        reserve = runner.profile()
+        free, total = torch.cuda.mem_get_info(device)
+        room = int(total * config.gpu_memory_fraction) - (total - free) - reserve
+    else:
+        room = config.cpu_cache_bytes
+    blocks = min(room // bytes_each, limits.max_seqs * limits.blocks_of(limits.max_model_len))
+    if blocks < 1:
+        raise ModelError("out_of_memory", f"{room / 1e9:.2f} GB are left for the KV cache, not enough for one block")
+    return int(blocks)

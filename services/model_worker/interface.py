@@ -1,0 +1,126 @@
+"""The engine's vocabulary: what goes in, what comes out. No torch, no NATS, no wire types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from shared.sampling import SamplingParams
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # one of the model's own end-of-sequence ids
+    STOP_TOKEN = "stop_token"  # one of the request's stop_token_ids
+    LENGTH = "length"  # max_tokens or the context limit
+    DEADLINE = "deadline"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate: choice `choice` of a request.
+
+    prompt_ids     the original prompt
+    generated_ids  what was generated and committed elsewhere before (a migrated request). Positions, penalties, noise and
+                   max_tokens count from the original prompt, so the output continues as if never interrupted
+    priority       higher runs first; among equals first come, first served
+    deadline       time.monotonic() seconds, or None
+    isolated       no step with this request holds another one (it is suspected to kill its worker)
+    """
+
+    request_id: str
+    choice: int
+    epoch: int
+    prompt_ids: SequenceABC[int]
+    params: SamplingParams
+    generated_ids: SequenceABC[int] = ()
+    priority: int = 0
+    deadline: float | None = None
+    isolated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of one token: its log-probability, and the likeliest ids with theirs, best first (as many as the request asked for)."""
+
+    chosen: float
+    top_ids: list[int]
+    top: list[float]
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """New tokens of one sequence.
+
+    position    index of ids[0] among the sequence's generated tokens (of all epochs)
+    ids         may be empty when `finish` comes without a token (deadline, aborted); includes the id that stopped the sequence
+    logprobs    one for each id, or None if the request asked for none
+    stop_token  the id that stopped the sequence, with finish STOP or STOP_TOKEN
+    """
+
+    request_id: str
+    choice: int
+    epoch: int
+    position: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestError:
+    """One sequence failed; nothing else did. `code` is stable, `retryable` says whether another worker may succeed."""
+
+    request_id: str
+    choice: int
+    epoch: int
+    code: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(slots=True)
+class StepOutput:
+    step: int
+    tokens: list[TokenOutput] = field(default_factory=list)
+    errors: list[RequestError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Blocks and slots that a finished sequence still holds in a step in flight count as used.
+
+    step          steps launched so far
+    step_started  time.monotonic() of the oldest step in flight, None when idle
+    step_bound    seconds that this step may take before the engine should be taken for stalled
+    running       {request id: epoch} of all requests held, waiting ones included
+    """
+
+    step: int
+    step_started: float | None
+    step_bound: float
+    running: dict[str, int]
+    waiting: int
+    batch_size: int
+    blocks_free: int
+    blocks_total: int
+    slots_free: int
+    slots_total: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    tokens_generated: int
+
+
+class EngineOverloaded(RuntimeError):
+    """The queue of waiting sequences is full, or the engine is draining: try another worker."""
+
+
+class RequestRejected(ValueError):
+    """The request can never run here; `error` says why."""
+
+    def __init__(self, error: RequestError) -> None:
+        super().__init__(f"{error.code}: {error.message}")
+        self.error = error

@@ -1,0 +1,144 @@
+"""The decoder-only transformer that all supported families are configurations of: pre-norm, rotary embedding, grouped-query
+attention on the paged cache, gated MLP. Plain tensors and `kernels.ops`; nothing here depends on a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionBatch, Ops, linear
+from services.model_worker.models.config import ModelConfig
+from services.model_worker.models.rope import rope_table
+
+
+@dataclass(slots=True)
+class Layer:
+    """Weights of one layer; projections are [out, in], q, k and v stacked in `qkv`, gate and up in `gate_up`."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Weights:
+    """`head` is `embedding` itself when they are tied; both [V, H]."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, by its path in Weights ("layers.3.qkv")."""
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * head, config.num_kv_heads * head
+    layer: dict[str, tuple[int, ...]] = {
+        "input_norm": (hidden,),
+        "qkv": (q + 2 * kv, hidden),
+        "o": (hidden, q),
+        "post_norm": (hidden,),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+    if config.qkv_bias:
+        layer["qkv_bias"] = (q + 2 * kv,)
+    if config.o_bias:
+        layer["o_bias"] = (hidden,)
+    if config.mlp_bias:
+        layer |= {"gate_up_bias": (2 * inner,), "down_bias": (hidden,)}
+    if config.qk_norm:
+        layer |= {"q_norm": (head,), "k_norm": (head,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["norm"] = (hidden,)
+    if not config.tied:
+        shapes["head"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def assemble(parameters: dict[str, Tensor], config: ModelConfig) -> Weights:
+    """Parameters by path → Weights."""
+    layers: list[dict[str, Tensor]] = [{} for _ in range(config.num_layers)]
+    for path, tensor in parameters.items():
+        if path.startswith("layers."):
+            _, index, name = path.split(".")
+            layers[int(index)][name] = tensor
+    embedding = parameters["embedding"]
+    return Weights(
+        embedding, [Layer(**layer) for layer in layers], parameters["norm"], parameters.get("head", embedding)
+    )
+
+
+class Decoder:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_positions: int) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self.scale = config.head_dim**-0.5
+        self.cos_sin = rope_table(config.rope, config.head_dim, max_positions, weights.embedding.device)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        batch: AttentionBatch,
+        caches: list[tuple[Tensor, Tensor]],
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """ids int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the final
+        hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows)."""
+        config, ops, eps = self.config, self.ops, self.config.norm_eps
+        residual = self.weights.embedding.index_select(0, ids)
+        x: Tensor | None = None
+        for layer, (keys, values), window in zip(self.weights.layers, caches, config.windows, strict=True):
+            if x is None:
+                x = ops.rms_norm(residual, layer.input_norm, eps)
+            else:
+                x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            q = ops.rope_and_cache(
+                linear(x, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, keys, values,
+                config.num_heads, config.num_kv_heads, layer.q_norm, layer.k_norm, eps,
+            )  # fmt: skip
+            attended = ops.attention(q, keys, values, batch, self.scale, window)
+            x = linear(attended.flatten(1), layer.o, layer.o_bias)
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias))
+            x = linear(x, layer.down, layer.down_bias)
+        assert x is not None
+        if wanted is not None:
+            x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
+        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] → [R, V], in the activations' dtype."""
+        return linear(hidden, self.weights.head)
+
+
+def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+    """Random weights made on the device, scaled so that activations stay of order one; norms are one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    parameters = {}
+    for path, shape in parameter_shapes(config).items():
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if path.endswith("norm"):
+            tensor.fill_(1)
+        else:
+            tensor.normal_(0.0, 0.02 if path == "embedding" else shape[-1] ** -0.5, generator=generator)
+        parameters[path] = tensor
+    return assemble(parameters, config)

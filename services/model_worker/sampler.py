@@ -1,0 +1,101 @@
+"""From hidden states to the next token of each row, all on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Ops, SamplingBatch
+from services.model_worker.step_state import FIELDS, FLOAT_FIELDS, StepState
+from shared.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMode:
+    """What at least one row of a batch needs: bounds known to the host, so that the device does no work that nobody asked for.
+
+    logprobs  the most top log-probabilities that a row wants, -1: no row wants any
+    """
+
+    random: bool = False
+    filters: bool = False
+    penalties: bool = False
+    logprobs: int = -1
+
+    @property
+    def capturable(self) -> bool:
+        """Common enough for a CUDA graph of its own."""
+        return not self.penalties and self.logprobs < 0
+
+    @staticmethod
+    def of(params: SamplingParams) -> SamplingMode:
+        random = not params.greedy
+        filters = random and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+        logprobs = -1 if params.logprobs is None else params.logprobs
+        return SamplingMode(random, filters, params.has_penalties, logprobs)
+
+    @staticmethod
+    def union(modes: Iterable[SamplingMode]) -> SamplingMode:
+        distinct = set(modes)
+        if len(distinct) == 1:
+            return distinct.pop()
+        return SamplingMode(
+            any(mode.random for mode in distinct),
+            any(mode.filters for mode in distinct),
+            any(mode.penalties for mode in distinct),
+            max((mode.logprobs for mode in distinct), default=-1),
+        )
+
+
+CAPTURED_MODES = (SamplingMode(), SamplingMode(random=True), SamplingMode(random=True, filters=True))
+
+
+@dataclass(slots=True)
+class Sampled:
+    """ids int64 [R]; logprobs (chosen f32 [R], top f32 [R, n], their ids int64 [R, n]) if any row wants them."""
+
+    ids: Tensor
+    logprobs: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def sample(
+    ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode
+) -> Sampled:
+    """Chooses the token after each row and counts it towards its sequence's penalties.
+
+    logits [R, V], may be overwritten; slots int64 [≥ R], padded to a multiple of four so that the gathered rows stay aligned;
+    context_len int32 [R]: tokens of each row's sequence, the row's own included.
+    """
+    rows = logits.shape[0]
+    gathered = state.fields.index_select(1, slots)
+    values = [row.view(torch.float32) for row in gathered[:FLOAT_FIELDS]] + list(gathered[FLOAT_FIELDS:])
+    field = {name: row[:rows] for name, row in zip(FIELDS, values, strict=True)}
+    slots = slots[:rows]
+    scores = logits
+    if mode.penalties:
+        scores = logits.to(torch.float32, copy=mode.logprobs >= 0)
+        penalised = field["penalised"] > 0
+        ops.apply_penalties(
+            scores, state.token_counts, state.prompt_mask, torch.where(penalised, slots, -1).int(),
+            field["repetition"], field["presence"], field["frequency"],
+        )  # fmt: skip
+    ids = ops.sample(
+        scores,
+        SamplingBatch(
+            temperature=field["temperature"],
+            top_k=field["top_k"],
+            top_p=field["top_p"],
+            min_p=field["min_p"],
+            seed=state.seed.index_select(0, slots),
+            choice=field["choice"],
+            position=context_len - field["prompt_len"],
+            any_random=mode.random,
+            any_filter=mode.filters,
+        ),
+    )
+    if mode.penalties:
+        state.token_counts.index_put_((slots, ids), field["penalised"], accumulate=True)
+    return Sampled(ids, ops.logprobs(logits, ids, mode.logprobs) if mode.logprobs >= 0 else None)

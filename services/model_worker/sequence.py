@@ -1,0 +1,81 @@
+"""What the engine knows about one sequence while it generates it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+from enum import Enum, auto
+from typing import Any
+
+from services.model_worker.block_pool import ROOT_HASH, block_hash
+from services.model_worker.interface import EngineRequest, FinishReason
+
+
+class Status(Enum):
+    WAITING = auto()  # in the queue, holds nothing
+    RUNNING = auto()  # holds a slot and blocks, takes part in steps
+    PREEMPTED = auto()  # gives back what it holds as soon as no step in flight uses it, then waits again
+    FINISHED = auto()  # the same, then is gone
+
+
+class Sequence:
+    """Token counts run ahead of what is known, since steps are launched before earlier ones are read back:
+
+    tokens    prompt and generated tokens that were read back
+    pending   tokens that launched steps will have generated, ids not yet known to the host
+    computed  tokens whose keys and values the launched steps will have written to the cache
+    verified  those of them that retired steps have written, ids known: their blocks may be shared
+    inflight  launched steps, not yet retired, that this sequence takes part in
+    """
+
+    __slots__ = (
+        "arrival", "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len",
+        "registered", "released", "request", "sampling_mode", "slot", "status", "stops", "tokens", "verified",
+    )  # fmt: skip
+
+    def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
+        params = request.params
+        self.request = request
+        self.arrival = arrival
+        self.order = (-request.priority, arrival)
+        self.tokens = array("i", request.prompt_ids)
+        self.prompt_len = len(self.tokens)
+        self.tokens.extend(request.generated_ids)
+        # Longest total length. The request's own stop ids win over the model's, so that the reason given is the caller's.
+        self.limit = min(self.prompt_len + params.max_tokens, max_model_len)
+        self.stops = {} if params.ignore_eos else dict.fromkeys(eos_ids, FinishReason.STOP)
+        self.stops.update(dict.fromkeys(params.stop_token_ids, FinishReason.STOP_TOKEN))
+        self.status = Status.WAITING
+        self.slot = -1
+        self.blocks: list[int] = []  # -1: released, wholly before the attention window
+        self.block_hashes: list[bytes] = []  # of the full blocks of `tokens`, as far as needed yet
+        self.inflight = 0
+        self.pending = 0
+        # What the model runner wants to know of the sequence, worked out once; nothing to the scheduler.
+        self.device_row: Any = None
+        self.sampling_mode: Any = None
+        self.reset(0)
+
+    def reset(self, cached: int) -> None:
+        """Start (again) with `cached` tokens in the cache, from shared blocks that are registered already."""
+        self.computed = self.verified = cached
+        self.registered = self.released = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the tokens read back so far end here, if they do."""
+        if self.num_generated and (reason := self.stops.get(self.tokens[-1])) is not None:
+            return reason
+        return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
+
+    def hashes(self, count: int, block_size: int) -> list[bytes]:
+        """Digests of the first `count` blocks, all full of known tokens."""
+        known = self.block_hashes
+        while len(known) < count:
+            start = len(known) * block_size
+            parent = known[-1] if known else ROOT_HASH
+            known.append(block_hash(parent, self.tokens[start : start + block_size]))
+        return known[:count]
