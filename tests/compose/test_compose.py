@@ -1,0 +1,109 @@
+"""The containers as a user runs them: up, scaled, one of each killed inside its container, down. Needs a Docker engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared import presence
+from shared.client import Client
+from shared.config import StageSettings
+from shared.nats_bus import NatsBus
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT = 14222
+URL = f"nats://127.0.0.1:{PORT}"
+SCALED = {"tokenizer": 2, "model_worker": 2, "detokenizer": 2}
+COPIES = {"scheduler": 1, **SCALED}
+
+
+def compose(*args: str, wait: float = 900) -> str:
+    env = os.environ | {"NATS_PORT": str(PORT), "COMPOSE_PROJECT_NAME": "gorgontest"}
+    done = subprocess.run(
+        ["docker", "compose", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=wait, check=False
+    )
+    assert done.returncode == 0, f"docker compose {' '.join(args)}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[None]:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no Docker engine runs here")
+    compose("build")
+    scale = [arg for stage, n in SCALED.items() for arg in ("--scale", f"{stage}={n}")]
+    try:
+        compose("up", "-d", "--wait", "--wait-timeout", "240", *scale)
+        yield
+    finally:
+        compose("down", "-v", "--timeout", "20")
+
+
+async def ask(client: Client, number: int) -> str:
+    stream = await client.generate(f"Chapter {number}. The old man", max_tokens=24, temperature=0.8, seed=number)
+    result = await stream.result()
+    assert result.usage["completion_tokens"] > 0
+    return result.id
+
+
+async def fifty(first: int) -> None:
+    bus = await NatsBus.connect(StageSettings(nats_url=URL))
+    try:
+        async with Client(bus, "demo") as client:
+            ids = await asyncio.gather(*(ask(client, first + n) for n in range(50)))
+        assert len(set(ids)) == 50
+    finally:
+        await bus.close()
+
+
+async def wait_ready() -> None:
+    bus = await NatsBus.connect(StageSettings(nats_url=URL))
+    try:
+        await presence.wait_for_stages(bus, COPIES, "demo", 120)
+    finally:
+        await bus.close()
+
+
+def kill_inside(stage: str) -> None:
+    """Kills the stage's process inside its first container, as a crash would; the restart policy brings it back."""
+    containers = [json.loads(line) for line in compose("ps", "--format", "json", stage).splitlines()]
+    name = containers[0]["Name"]
+    script = (
+        "import os, signal; pids = [int(p) for p in os.listdir('/proc') if p.isdigit() and p not in ('1', str(os.getpid()))];"
+        + (
+            f"[os.kill(p, signal.SIGKILL) for p in pids if b'services.{stage}' in open(f'/proc/{{p}}/cmdline', 'rb').read()]"
+        )
+    )
+    subprocess.run(["docker", "exec", name, "python", "-c", script], check=True, capture_output=True, timeout=60)
+
+
+async def test_up_scaled_killed_and_answered(deployment: None) -> None:
+    await wait_ready()
+    await fifty(0)
+    for stage in COPIES:
+        kill_inside(stage)
+    await fifty(100)
+    await wait_ready()
+
+
+def test_stages_without_torch_are_small(deployment: None) -> None:
+    for stage in ("tokenizer", "scheduler", "detokenizer"):
+        found = subprocess.run(
+            ["docker", "run", "--rm", "--entrypoint", "python", f"gorgontest-{stage}", "-c", "import torch"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "No module named 'torch'" in found.stderr
