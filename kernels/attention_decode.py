@@ -254,7 +254,8 @@ def decode_config(k_cache: Tensor, packed_rows: int) -> TileConfig:
     head_dim, narrow = k_cache.shape[-1], k_cache.element_size() == 2
     block_m = min(64 if narrow else 32, max(16, triton.next_power_of_2(packed_rows)))
     block_n = 64 if head_dim <= 128 and narrow else 32
-    return TileConfig(block_m, block_n, 4, 3 if head_dim <= 128 else 2, tma_fits(k_cache, block_n))
+    # Deep pipelines: the page id of a tile must arrive before the tile is asked for.
+    return TileConfig(block_m, block_n, 4, 5 if head_dim <= 128 and block_m < 64 else 3, tma_fits(k_cache, block_n))
 
 
 def decode_attention(
