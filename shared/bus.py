@@ -11,9 +11,14 @@ Handlers of subscriptions are plain functions, called one after another on the e
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
+
+# The server's limit, and what a message keeps below it for headers: one byte over and the server closes the connection for good.
+MAX_PAYLOAD = 8 * 2**20
+HEADROOM = 64 * 2**10
 
 
 class BusError(Exception):
@@ -38,6 +43,35 @@ class StorageFull(BusError):
 
 class WrongRevision(BusError):
     """A compare-and-swap lost: the key or subject has changed since, or exists already."""
+
+
+class IncompatibleStream(BusError):
+    """The stream exists already, and its metadata say that it was laid out otherwise."""
+
+
+class StreamSpec(NamedTuple):
+    """A file stream that refuses new messages when it is full (discard new). 0 means no limit.
+
+    work_queue   an acked message is deleted
+    max_age, duplicate_window   seconds
+    metadata     what must never change in the life of the stream: a disagreement is IncompatibleStream
+    """
+
+    name: str
+    subject: str
+    work_queue: bool = False
+    max_age: float = 0.0
+    max_bytes: int = 0
+    duplicate_window: float = 120.0
+    replicas: int = 1
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+class BucketSpec(NamedTuple):
+    """A key-value bucket on file that keeps one value a key. Keys may have a time to live."""
+
+    name: str
+    replicas: int = 1
 
 
 @dataclass(slots=True)
@@ -68,7 +102,9 @@ class Stored:
 
 
 class Delivery(Protocol):
-    """A message of a durable consumer. It comes again after ack_wait unless acked; `attempt` counts from 1."""
+    """A message of a durable consumer. It comes again after ack_wait unless acked; `attempt` counts from 1.
+
+    The methods do not wait for the server and do not raise: what is lost on the way makes the message come again, nothing else."""
 
     message: Stored
     attempt: int
@@ -120,8 +156,9 @@ class Bucket(Protocol):
     async def delete(self, key: str) -> None: ...
     async def entries(self) -> list[Entry]: ...
     async def watch(self, handler: Callable[[Entry], None], ready: Callable[[], None]) -> Subscription:
-        """Calls handler for every key's present value, then `ready`, then handler for each change. After a reconnect the whole
-        bucket is listed again (keys that vanished meanwhile come with value None), so a watch is never silently blind."""
+        """Calls handler for every key's present value, then `ready` (once), then handler for each change. After a reconnect the
+        whole bucket is listed again: what changed meanwhile comes, keys that vanished with value None, so that a watch is never
+        silently blind. Of several changes in quick succession only the last may be seen."""
 
 
 class Bus(Protocol):
@@ -182,7 +219,12 @@ class Bus(Protocol):
     async def trim(self, stream: str, below_seq: int) -> None:
         """Deletes every message with a smaller sequence."""
 
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        """Creates the stream, or brings one that exists to the spec. Raises IncompatibleStream."""
+
     # ------------------------------------------------ key-value
+
+    async def ensure_bucket(self, spec: BucketSpec) -> None: ...
 
     async def bucket(self, name: str) -> Bucket: ...
 
