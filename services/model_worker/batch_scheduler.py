@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
@@ -90,6 +91,8 @@ class StepPlan:
 
 class BatchScheduler:
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+        if limits.blocks_of(limits.max_model_len) > pool.num_blocks:
+            raise ValueError(f"{pool.num_blocks} blocks cannot hold a sequence of {limits.max_model_len} tokens")
         self.limits = limits
         self.pool = pool
         self.steps = 0
@@ -101,6 +104,7 @@ class BatchScheduler:
         self._num_waiting = 0
         self._releasing: set[Sequence] = set()  # not running any more, but in a step in flight
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._isolated: deque[Sequence] = deque()
         self._slots = list(range(limits.max_seqs - 1, -1, -1))
         self._arrivals = 0
 
@@ -119,6 +123,8 @@ class BatchScheduler:
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals, self.limits.eos_ids, self.limits.max_model_len)
         self._enqueue(sequence)
+        if request.isolated:
+            self._isolated.append(sequence)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, sequence.arrival, sequence))
         return sequence
@@ -177,18 +183,34 @@ class BatchScheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run now (nothing to do, or blocks come free only when a step retires)."""
+        alone = self._alone()
+        if alone is not None and not self._clear_for(alone):
+            return None
         plan = StepPlan(self.steps)
         self._plan_decodes(plan)
         budget = self.limits.max_batched_tokens - len(plan.decodes)
         for sequence in self.running:
             if budget and sequence.computed < len(sequence.tokens) - 1 and not sequence.pending:
                 budget -= self._plan_chunk(plan, sequence, budget)
-        while budget and (admitted := self._admit(plan)):
+        while budget and (admitted := self._admit(plan, alone)):
             budget -= self._plan_chunk(plan, admitted, budget)
         if not plan.decodes and not plan.chunks:
             return None
         self.steps += 1
         return plan
+
+    def _alone(self) -> str | None:
+        """The request that must have the steps for itself, if there is one."""
+        while self._isolated and self._isolated[0].status is Status.FINISHED:
+            self._isolated.popleft()
+        return self._isolated[0].request.request_id if self._isolated else None
+
+    def _clear_for(self, alone: str) -> bool:
+        """Preempts every other request; True once none is in a step any more. It costs their recomputation, but it is rare, and an
+        isolated request can never be kept out by what the others hold."""
+        for sequence in [s for s in self.running if s.request.request_id != alone]:
+            self._leave(sequence, Status.PREEMPTED)
+        return all(sequence.request.request_id == alone for sequence in self._releasing)
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         block_size = self.limits.block_size
@@ -231,13 +253,16 @@ class BatchScheduler:
         sequence.inflight += 1
         return rows
 
-    def _admit(self, plan: StepPlan) -> Sequence | None:
-        """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are."""
+    def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
+        """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are. An isolated one comes first;
+        `alone`: the only request that may come now."""
         while self._waiting and self._waiting[0][1].status is not Status.WAITING:
             heapq.heappop(self._waiting)
         if not self._waiting or not self._slots:
             return None
         sequence = self._waiting[0][1]
+        if alone is not None and sequence.request.request_id != alone:
+            return None
         size, length = self.limits.block_size, len(sequence.tokens)
         # The last token is always computed: its logits are wanted.
         digests = sequence.hashes((length - 1) // size, size) if self.pool.prefix_cache else []

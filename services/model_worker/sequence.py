@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Collection
 from enum import Enum, auto
@@ -37,7 +38,7 @@ class Sequence:
         params = request.params
         self.request = request
         self.arrival = arrival
-        self.order = (-request.priority, arrival)
+        self.order = (-math.inf if request.isolated else -request.priority, arrival)
         self.tokens = array("i", request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.tokens.extend(request.generated_ids)
