@@ -1,0 +1,123 @@
+"""Runs requests through a real engine on the CPU and collects what comes out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.model_worker.engine import (
+    Engine,
+    EngineConfig,
+    EngineRequest,
+    FinishReason,
+    RequestError,
+    StepOutput,
+    TokenLogprobs,
+    TokenOutput,
+)
+from shared.sampling import SamplingParams
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+TIMEOUT = 60.0
+
+needs_weights = pytest.mark.skipif(not (SHARED / "data/weights").is_dir(), reason="../shared/data/weights is not here")
+
+
+def weights(name: str) -> Path:
+    return SHARED / "data/weights" / name
+
+
+@dataclass
+class Collected:
+    """One sequence's output, checked to come without gaps as it is collected."""
+
+    start: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    error: RequestError | None = None
+
+    def add(self, output: TokenOutput) -> None:
+        assert self.finish is None, "an output after the finish"
+        assert output.position == self.start + len(self.ids)
+        self.ids += output.ids
+        self.logprobs += output.logprobs or []
+        self.finish, self.stop_token = output.finish, output.stop_token
+
+
+class Harness:
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine = Engine(config, self._on_step, self._on_fatal)
+        self.fatal: tuple[BaseException, list[tuple[str, int]]] | None = None
+        self.outputs: dict[tuple[str, int, int], Collected] = {}
+        self.steps: list[StepOutput] = []
+        self._changed = threading.Condition()
+
+    def _on_step(self, step: StepOutput) -> None:
+        with self._changed:
+            self.steps.append(step)
+            for token in step.tokens:
+                self.outputs[token.request_id, token.choice, token.epoch].add(token)
+            for error in step.errors:
+                self.outputs[error.request_id, error.choice, error.epoch].error = error
+            self._changed.notify_all()
+
+    def _on_fatal(self, error: BaseException, suspects: list[tuple[str, int]]) -> None:
+        with self._changed:
+            self.fatal = error, suspects
+            self._changed.notify_all()
+
+    def submit(self, request: EngineRequest) -> Collected:
+        collected = Collected(len(request.generated_ids))
+        self.outputs[request.request_id, request.choice, request.epoch] = collected
+        self.engine.submit(request)
+        return collected
+
+    def wait_for(self, condition: Any) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition() or self.fatal, TIMEOUT), "timed out"
+        if self.fatal is not None:
+            raise self.fatal[0]
+
+    def wait(self, outputs: Iterable[Collected]) -> None:
+        outputs = list(outputs)
+        self.wait_for(lambda: all(o.finish is not None or o.error is not None for o in outputs))
+
+    def run(self, requests: Iterable[EngineRequest]) -> list[Collected]:
+        outputs = [self.submit(request) for request in requests]
+        self.wait(outputs)
+        return outputs
+
+    def settle(self) -> None:
+        """Drains and stops; everything must be back."""
+        self.engine.stop(drain=True, timeout=TIMEOUT)
+        assert self.fatal is None, self.fatal
+        assert self.engine.check_idle() == []
+
+
+@contextmanager
+def running(model: Path, **options: Any) -> Iterator[Harness]:
+    """An engine on the CPU with overlap on, as on a GPU; on leaving, drained and checked to be empty."""
+    options = {"device": "cpu", "overlap": True, "max_seqs": 16, "cpu_cache_bytes": 16 << 20, **options}
+    harness = Harness(EngineConfig(model, **options))
+    harness.engine.load()
+    harness.engine.start()
+    try:
+        yield harness
+    except BaseException:
+        harness.engine.stop(timeout=TIMEOUT)
+        raise
+    harness.settle()
+
+
+def greedy(name: str, prompt: Iterable[int], max_tokens: int = 64, **options: Any) -> EngineRequest:
+    """A greedy request that only max_tokens ends, unless `params` in options says otherwise."""
+    params = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **options.pop("params", {})}
+    return EngineRequest(name, 0, 1, tuple(prompt), SamplingParams(**params), **options)
