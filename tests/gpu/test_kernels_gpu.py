@@ -1,0 +1,262 @@
+"""The compiled kernels at an 8B model's shapes in bf16. Errors are taken row by row against float64 and may be at most 1.5 times
+those of torch's own bf16 operator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.ops import AttentionBatch
+from kernels.philox import gumbel_noise
+from kernels.reference import ReferenceOps, filter_scores
+from tests.kernels.cases import attention_batch, random_cache, sampling_batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BF16, Q_HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = torch.bfloat16, 32, 8, 128, 128_256
+REFERENCE = ReferenceOps()
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from kernels.triton_ops import TritonOps
+
+    return TritonOps()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def row_errors(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    difference = (got.double() - exact).flatten(1).norm(dim=1)
+    return difference / exact.flatten(1).norm(dim=1).clamp(min=1e-9)
+
+
+def assert_as_exact_as_torch(got: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    assert got.isfinite().all()
+    ours, theirs = row_errors(got, exact), row_errors(torchs, exact)
+    # Single rows scatter: the limit for one is the worst of torch's, the limit of 1.5 times is for the mean.
+    assert ours.mean() <= 1.5 * theirs.mean(), f"{ours.mean():.2e} against {theirs.mean():.2e}"
+    assert ours.max() <= 1.5 * theirs.max(), f"{ours.max():.2e} against {theirs.max():.2e}"
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(BF16)
+
+
+def test_norms(ops):
+    x, residual, weight = bf16(300, 4096), bf16(300, 4096), bf16(4096)
+    exact = F.rms_norm(x.double(), (4096,), weight.double(), 1e-5)
+    theirs = REFERENCE.rms_norm(x, weight, 1e-5)
+    assert_as_exact_as_torch(ops.rms_norm(x, weight, 1e-5), theirs, exact)
+    total = residual + x
+    got = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    exact = F.rms_norm(total.double(), (4096,), weight.double(), 1e-5)
+    assert_as_exact_as_torch(got, REFERENCE.rms_norm(total, weight, 1e-5), exact)
+
+
+def test_silu_mul(ops):
+    gate_up = bf16(300, 2 * 14336)
+    gate, up = gate_up.chunk(2, -1)
+    assert_as_exact_as_torch(ops.silu_mul(gate_up), F.silu(gate) * up, F.silu(gate.double()) * up.double())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_cache(ops, normed):
+    rows = 300
+    qkv = bf16(rows, (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    angles = torch.rand(4096, HEAD_DIM // 2, device="cuda") * 6.3
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    positions = torch.randint(4096, (rows,), device="cuda").int()
+    slots = torch.randperm(640, device="cuda")[:rows].int()
+    slots[5] = -1
+    norm = bf16(HEAD_DIM) if normed else None
+    results = []
+    for implementation, dtype in ((ops, BF16), (REFERENCE, BF16), (REFERENCE, torch.float32)):
+        k_cache, v_cache = torch.zeros(2, 10, 64, KV_HEADS, HEAD_DIM, device="cuda", dtype=dtype)
+        weight = None if norm is None else norm.to(dtype)
+        q = implementation.rope_and_cache(
+            qkv.to(dtype), table, positions, slots, k_cache, v_cache, Q_HEADS, KV_HEADS, weight, weight, 1e-6
+        )
+        results.append((q, k_cache.flatten(0, 1), v_cache))
+    (q, k, v), (their_q, their_k, their_v), (exact_q, exact_k, _) = results
+    assert_as_exact_as_torch(q, their_q, exact_q.double())
+    used = slots[slots >= 0].long()
+    assert_as_exact_as_torch(k[used], their_k[used], exact_k[used].double())
+    assert torch.equal(v, their_v)
+    unused = torch.ones(640, dtype=torch.bool, device="cuda")
+    unused[used] = False
+    assert not k[unused].any()
+
+
+def attend(q, k_cache, v_cache, batch: AttentionBatch, scale: float, window: int, dtype) -> torch.Tensor:
+    """torch's attention, a sequence at a time, on gathered keys and values of the type."""
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    page, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
+    starts = batch.query_start.tolist()
+    for s, context in enumerate(batch.context_len.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if context == 0 or begin == end:
+            continue
+        n = end - begin
+        index = torch.arange(context, device=q.device)
+        table = batch.block_table[s].long()
+        k, v = (
+            c[table[index // page], index % page].to(dtype).repeat_interleave(group, dim=1).transpose(0, 1)
+            for c in (k_cache, v_cache)
+        )
+        node = index - (context - n)
+        lane = torch.arange(n, device=q.device)[:, None]
+        depth = lane
+        visible = node <= lane
+        if batch.tree_mask is not None and s < batch.decode_seqs:
+            words = batch.tree_mask.view(-1, n)[:, :, None]
+            word = words[s % len(words)]
+            depth = ((word >> torch.arange(n, device=q.device)) & 1).sum(-1, keepdim=True) - 1
+            visible = (node < 0) | ((word >> node.clamp(min=0)) & 1 == 1)
+        if window:
+            visible &= (node > depth - window) | ((node >= 0) & (depth is not lane))
+        queries = q[begin:end].to(dtype).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(queries[None], k[None], v[None], visible, scale=scale)
+        out[begin:end] = attended[0].transpose(0, 1)
+    return out
+
+
+TREE = torch.tensor([1, 3, 5, 9, 19, 35, 69, 133] + [(1 << j) | 1 for j in range(8, 16)])
+
+
+@pytest.mark.parametrize("page", [16, 32, 64])
+@pytest.mark.parametrize("window", [0, 256])
+@pytest.mark.parametrize("tree", [False, True])
+def test_attention(ops, page, window, tree):
+    n = 16 if tree else 1
+    contexts, rows = [1000, n, 3000, 0, 65, 700, 2048, 130, 64], [n] * 5 + [700, 500, 1, 64]
+    words = TREE if tree else None
+    blocks = 8 + sum(-(-c // page) for c in contexts)
+    batch = attention_batch(contexts, rows, page, blocks, decode_seqs=5, tree=words, device="cuda")
+    caches = [random_cache(blocks, page, KV_HEADS, HEAD_DIM, BF16, "cuda") for _ in "kv"]
+    q, scale = bf16(sum(rows), Q_HEADS, HEAD_DIM), HEAD_DIM**-0.5
+    got = ops.attention(q, *caches, batch, scale, window)
+    exact = attend(q, *caches, batch, scale, window, torch.float64)
+    assert_as_exact_as_torch(got, attend(q, *caches, batch, scale, window, BF16), exact)
+    padded = slice(batch.query_start[3].item(), batch.query_start[4].item())
+    assert not got[padded].any()
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"), [(28, 4, 128), (16, 8, 128), (8, 1, 256), (14, 2, 64), (6, 2, 16)]
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_attention_of_other_shapes(ops, q_heads, kv_heads, head_dim, dtype):
+    batch = attention_batch([300, 20, 333], [1, 1, 150], 64, 20, decode_seqs=2, device="cuda")
+    caches = [random_cache(20, 64, kv_heads, head_dim, dtype, "cuda") for _ in "kv"]
+    q = torch.randn(152, q_heads, head_dim, device="cuda").to(dtype)
+    got = ops.attention(q, *caches, batch, head_dim**-0.5)
+    exact = attend(q, *caches, batch, head_dim**-0.5, 0, torch.float64)
+    if dtype is torch.float32:
+        assert row_errors(got, exact).max() < 1e-5
+    else:
+        assert_as_exact_as_torch(got, attend(q, *caches, batch, head_dim**-0.5, 0, BF16), exact)
+
+
+def test_stale_nan_in_a_block_harms_nobody(ops):
+    batch = attention_batch([100, 70, 90], [1, 1, 20], 64, 8, decode_seqs=2, device="cuda")
+    caches = [random_cache(8, 64, KV_HEADS, HEAD_DIM, BF16, "cuda") for _ in "kv"]
+    q = bf16(22, Q_HEADS, HEAD_DIM)
+    clean = ops.attention(q, *caches, batch, 0.1)
+    for s, context in enumerate(batch.context_len.tolist()):
+        for cache in caches:
+            cache[batch.block_table[s, context // 64].item(), context % 64 :] = float("nan")
+    assert torch.equal(ops.attention(q, *caches, batch, 0.1), clean)
+
+
+def test_fixed_split_gives_the_same_bits_in_every_batch():
+    from kernels.triton_ops import TritonOps
+
+    invariant = TritonOps(fixed_split=256)
+    contexts = [4000, 100, 900, 1777]
+    batch = attention_batch(contexts, [1] * 4, 64, 120, decode_seqs=4, device="cuda")
+    caches = [random_cache(120, 64, KV_HEADS, HEAD_DIM, BF16, "cuda") for _ in "kv"]
+    q = bf16(4, Q_HEADS, HEAD_DIM)
+    together = invariant.attention(q, *caches, batch, 0.1)
+    for s, context in enumerate(contexts):
+        alone = attention_batch([context], [1], 64, 120, decode_seqs=1, device="cuda")
+        alone.block_table.copy_(batch.block_table[s, : alone.block_table.shape[1]])
+        assert torch.equal(invariant.attention(q[s : s + 1], *caches, alone, 0.1), together[s : s + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_sample(ops, dtype):
+    rows = 64
+    logits = (torch.randn(rows, VOCABULARY, device="cuda") * 3).to(dtype)
+    index = torch.arange(rows)
+    batch = sampling_batch(
+        rows,
+        device="cuda",
+        temperature=torch.tensor([0, 1, 0.6, 1.5])[index % 4],
+        top_k=torch.tensor([0, 20, 1, 1000, 0])[index % 5],
+        top_p=torch.tensor([1, 0.95, 0.5])[index % 3],
+        min_p=torch.tensor([0, 0, 0, 0, 0, 0, 0.05])[index % 7],
+        seed=index * 7919 - 5,
+        position=index,
+    )
+    got = ops.sample(logits, batch)
+    greedy = batch.temperature == 0
+    assert torch.equal(got[greedy], logits[greedy].argmax(-1))
+    scores = logits.float() / batch.temperature[:, None].clamp(min=1e-3)
+    scores = filter_scores(scores, batch.top_k, batch.top_p, batch.min_p)
+    scores += gumbel_noise(batch.seed, batch.position, batch.choice, VOCABULARY)
+    lost = scores.max(-1).values - scores.gather(1, got[:, None])[:, 0]
+    assert lost[~greedy].max() < 1e-4  # the noise's logarithms are rounded differently
+
+
+def test_penalties_and_moves(ops):
+    logits = torch.randn(40, VOCABULARY, device="cuda")
+    counts = torch.randint(0, 3, (8, VOCABULARY), device="cuda").int()
+    mask = torch.rand(8, VOCABULARY, device="cuda") > 0.5
+    rows = (torch.arange(40, device="cuda") % 9 - 1).int()
+    penalties = [1 + torch.rand(40, device="cuda") for _ in range(3)]
+    expected, got = (o.apply_penalties(logits.clone(), counts, mask, rows, *penalties) for o in (REFERENCE, ops))
+    torch.testing.assert_close(got, expected)
+
+    caches = torch.randn(2, 4, 20, 64, KV_HEADS, HEAD_DIM, device="cuda").to(BF16)
+    source = torch.arange(1, 1001, device="cuda").int()
+    target = (source - 1).where(source % 7 != 0, -1)
+    moved = caches.clone()
+    REFERENCE.move_kv(*caches, source, target)
+    ops.move_kv(*moved, source, target)
+    assert torch.equal(moved, caches)
+
+
+def test_a_step_in_a_cuda_graph_follows_its_inputs(ops):
+    """Captured with one set of lengths, replayed with others: nothing may depend on the host but the bounds."""
+    seqs, page, blocks = 8, 64, 200
+    contexts = torch.randint(1, 1024, (seqs,)).tolist()
+    batch = attention_batch([1024] * seqs, [1] * seqs, page, blocks, decode_seqs=seqs, device="cuda")
+    caches = [random_cache(blocks, page, KV_HEADS, HEAD_DIM, BF16, "cuda") for _ in "kv"]
+    q, logits = bf16(seqs, Q_HEADS, HEAD_DIM), torch.randn(seqs, VOCABULARY, device="cuda")
+    sampling = sampling_batch(seqs, device="cuda", temperature=0.8, top_k=50, top_p=0.9, seed=torch.arange(seqs))
+
+    def step():
+        return ops.attention(q, *caches, batch, 0.1), ops.sample(logits, sampling)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attended, tokens = step()
+    for new_contexts in (contexts, [0, 1, 64, 65, 1024, 500, 0, 3]):
+        batch.context_len.copy_(torch.tensor(new_contexts))
+        q.copy_(torch.randn_like(q))
+        logits.copy_(torch.randn_like(logits) * 4)
+        sampling.position += 1
+        graph.replay()
+        expected = REFERENCE.attention(q, *caches, batch, 0.1)
+        torch.testing.assert_close(attended.float(), expected.float(), atol=0.02, rtol=0.02)
+        assert (tokens == REFERENCE.sample(logits, sampling)).sum() >= seqs - 1
