@@ -1,0 +1,203 @@
+"""Text of token ids, as they come: at the end exactly what `Tokenizer.decode(ids, skip_special_tokens=True)` says of all of them.
+
+What has come out never changes and depends on the ids only, not on how they were cut into calls: so every owner of a partition
+produces the same text at the same character offsets.
+
+`tokenizers.decoders.DecodeStream` is not enough for that: with a byte-fallback tokenizer it raises "invalid prefix" on ids that are
+no valid UTF-8 (a run of byte tokens that turns out broken is decoded anew as a whole), and on ids that stay invalid it decodes all
+of them again at each step. So the two kinds of decoders that language models use are done here, at a table lookup a token; others
+fall back to DecodeStream.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoding(Protocol):
+    """The text of one growing sequence of ids."""
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Returns what further text is certain now."""
+
+    def flush(self) -> str:
+        """No more ids: returns what was kept back, broken bytes as U+FFFD."""
+
+
+class ByteLevelDecoding:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen): a token stands for bytes, and the bytes of all tokens together are UTF-8."""
+
+    def __init__(self, pieces: dict[int, bytes]) -> None:
+        self._piece = pieces.__getitem__
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return self._utf8.decode(b"".join(map(self._piece, ids)))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class ByteFallbackDecoding:
+    """SentencePiece with byte fallback (Llama 2, Mistral, Gemma): a token is text, or a byte `<0xNN>`.
+
+    The tokenizer decodes a run of bytes only as a whole: as UTF-8, or as one U+FFFD a byte if any of it is broken. So a run is kept
+    back until it ends.
+    """
+
+    def __init__(self, pieces: dict[int, str | int], strip: int) -> None:
+        self._pieces = pieces
+        self._strip = strip  # spaces that are still to be taken from the beginning of the text
+        self._run = bytearray()
+
+    def feed(self, ids: Iterable[int]) -> str:
+        out = []
+        for token in ids:
+            piece = self._pieces[token]
+            if isinstance(piece, int):
+                self._run.append(piece)
+            elif piece is not _SKIPPED:
+                if self._run:
+                    out.append(self._take_run())
+                out.append(piece)
+        return self._stripped("".join(out))
+
+    def flush(self) -> str:
+        return self._stripped(self._take_run())
+
+    def _take_run(self) -> str:
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(run)
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+            else:
+                self._strip -= 1
+                text = text[1:]
+        return text
+
+
+class GenericDecoding:
+    """Any other tokenizer, by DecodeStream. Keeps the ids of the last two pieces of text, to know what is left at the end."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._context: list[int] = []  # ids of the newest text
+        self._pending: list[int] = []  # ids after it
+
+    def feed(self, ids: Iterable[int]) -> str:
+        out = []
+        for token in ids:
+            self._pending.append(token)
+            if text := self._stream.step(self._tokenizer, token):
+                out.append(text)
+                self._context, self._pending = self._pending, []
+        return "".join(out)
+
+    def flush(self) -> str:
+        known = self._decode(self._context)
+        return self._decode(self._context + self._pending)[len(known) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+# A special token leaves no text, but unlike an empty piece it does not end a run of bytes either.
+_SKIPPED: str = str(b"<skipped>", "ascii")
+
+
+class _BytePieces(dict[int, bytes]):
+    """id → its bytes, looked up in the tokenizer at first use."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = _special_ids(tokenizer)
+        self._bytes = _byte_of_char()
+
+    def __missing__(self, token: int) -> bytes:
+        text = None if token in self._special else self._tokenizer.id_to_token(token)
+        if text is None:
+            piece = b""  # special, or one of the ids that pad a model's vocabulary
+        elif all(char in self._bytes for char in text):
+            piece = bytes(self._bytes[char] for char in text)
+        else:
+            piece = text.encode()  # an added token is spelled as it is
+        self[token] = piece
+        return piece
+
+
+class _FallbackPieces(dict[int, "str | int"]):
+    """id → its text, or the byte that it stands for, looked up in the tokenizer at first use."""
+
+    def __init__(self, tokenizer: Tokenizer, replacements: list[tuple[str, str]]) -> None:
+        self._tokenizer = tokenizer
+        self._special = _special_ids(tokenizer)
+        self._replacements = replacements
+
+    def __missing__(self, token: int) -> str | int:
+        text = None if token in self._special else self._tokenizer.id_to_token(token)
+        piece: str | int
+        if text is None:
+            piece = _SKIPPED
+        else:
+            for old, new in self._replacements:
+                text = text.replace(old, new)
+            piece = text
+            if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+                try:
+                    piece = int(text[3:5], 16)
+                except ValueError:
+                    pass
+        self[token] = piece
+        return piece
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others are moved to U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(moved)}
+
+
+def decoder_for(tokenizer: Tokenizer) -> Callable[[], Decoding]:
+    """How this tokenizer's ids become text: returns what makes the Decoding of a new sequence."""
+    parts = _parts(tokenizer)
+    kinds = [part["type"] for part in parts]
+    if kinds == ["ByteLevel"]:
+        byte_pieces = _BytePieces(tokenizer)
+        return lambda: ByteLevelDecoding(byte_pieces)
+    strip = 0
+    if kinds and kinds[-1] == "Strip" and parts[-1]["content"] == " " and parts[-1]["stop"] == 0:
+        strip = int(parts[-1]["start"])
+        kinds.pop()
+    replacing = parts[: kinds.count("Replace")]
+    if kinds == ["Replace"] * len(replacing) + ["ByteFallback", "Fuse"] and all("String" in p["pattern"] for p in replacing):
+        pieces = _FallbackPieces(tokenizer, [(p["pattern"]["String"], p["content"]) for p in replacing])
+        return lambda: ByteFallbackDecoding(pieces, strip)
+    return lambda: GenericDecoding(tokenizer)
+
+
+def _parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    if tokenizer.decoder is None:
+        return []
+    state = json.loads(tokenizer.decoder.__getstate__())
+    return list(state["decoders"]) if state["type"] == "Sequence" else [state]
