@@ -12,6 +12,7 @@ fall back to DecodeStream.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -159,10 +160,8 @@ class _FallbackPieces(dict[int, "str | int"]):
                 text = text.replace(old, new)
             piece = text
             if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-                try:
+                with contextlib.suppress(ValueError):
                     piece = int(text[3:5], 16)
-                except ValueError:
-                    pass
         self[token] = piece
         return piece
 
@@ -190,7 +189,8 @@ def decoder_for(tokenizer: Tokenizer) -> Callable[[], Decoding]:
         strip = int(parts[-1]["start"])
         kinds.pop()
     replacing = parts[: kinds.count("Replace")]
-    if kinds == ["Replace"] * len(replacing) + ["ByteFallback", "Fuse"] and all("String" in p["pattern"] for p in replacing):
+    plain = all(part["type"] == "Replace" and "String" in part["pattern"] for part in replacing)
+    if plain and kinds[len(replacing) :] == ["ByteFallback", "Fuse"]:
         pieces = _FallbackPieces(tokenizer, [(p["pattern"]["String"], p["content"]) for p in replacing])
         return lambda: ByteFallbackDecoding(pieces, strip)
     return lambda: GenericDecoding(tokenizer)

@@ -1,0 +1,499 @@
+"""Asyncio client: streams that survive lost messages, reconnects and the restart of any process, the server's included.
+
+    async with Client("nats://127.0.0.1:4222", "demo") as client:
+        async for delta in client.generate("Once upon a time", max_tokens=64):
+            print(delta.text, end="")
+
+It folds events by position and offset: what it has seen is dropped, and on a gap or on silence it asks the owner of the request's
+partition for what is missing (`replay`). One inbox serves all streams of a client, so that events of a step share a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import structlog
+
+from shared import subjects
+from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
+from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
+from shared.errors import ErrorCode, GorgonError
+
+log = structlog.get_logger()
+
+TICK = 0.05  # how often streams are looked at, seconds
+FIRST_PATIENCE = 0.3  # silence after a token before the first question
+WAITING_PATIENCE = 1.0  # the same before the first token: the request may be queued
+LONGEST_PATIENCE = 5.0
+UNSERVED_PATIENCE = 0.5  # never wait longer while nobody serves the partition
+BEACON_FRESH = 0.5  # a partition is served if its beacon is no older
+GAP_PATIENCE = 0.1  # between questions about one gap
+FIRST_RETRY = 0.5  # of a request that is not accepted yet; doubled each time
+LONGEST_RETRY = 4.0
+FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one choice: `ids` from `position` on, `text` from character `offset` on. Either may be empty."""
+
+    choice: int
+    position: int
+    ids: list[int]
+    text: str
+    offset: int
+    logprobs: list[dict[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class ChoiceResult:
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop: str | int | None = None
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a request ended. `status` is "finished" or "cancelled"; an error raises instead. usage: counts of tokens. timings: ms."""
+
+    id: str
+    status: str
+    choices: list[ChoiceResult]
+    usage: dict[str, int]
+    timings: dict[str, float]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How much of a choice is known already, for `attach`."""
+
+    choice: int = 0
+    position: int = 0
+    offset: int = 0
+
+
+class _Choice:
+    def __init__(self, position: int = 0, offset: int = 0) -> None:
+        self.position = position
+        self.offset = offset
+        self.parts: list[str] = []
+        self.result = ChoiceResult()
+
+
+class Stream:
+    """One request. Iterate for deltas; `text()` and `result()` wait for the end. An error event raises GorgonError."""
+
+    def __init__(
+        self, client: Client, request_id: str, body: dict[str, Any] | None, cursors: Sequence[Cursor] = ()
+    ) -> None:
+        now = client.loop.time()
+        self.id = request_id
+        self.accepted: dict[str, Any] | None = None  # the event
+        self.partition = subjects.partition_of(subjects.request_key(client.tenant, request_id), client.partitions)
+        self.body = body  # None: attached to a request that somebody else made
+        self._client = client
+        self._choices = {c.choice: _Choice(c.position, c.offset) for c in cursors}
+        self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self._end: asyncio.Future[dict[str, Any]] = client.loop.create_future()
+        self._error: GorgonError | None = None  # why the request was not accepted so far, or is about to fail
+        self._known = body is None  # accepted: from here on nothing may lose it
+        self._started = False  # a token came
+        self._due = now
+        self._asked = -GAP_PATIENCE
+        self._retry = FIRST_RETRY
+        self._patience = WAITING_PATIENCE
+        self._give_up = now + client.accept_timeout
+        self._missing_since: float | None = None
+
+    # ------------------------------------------------ for the caller
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await self._deltas.get()
+        if delta is not None:
+            return delta
+        self._deltas.put_nowait(None)
+        self._terminal_event(self._end.result())
+        raise StopAsyncIteration
+
+    async def result(self) -> Result:
+        """Waits for the end. Raises GorgonError if it is an error."""
+        event = self._terminal_event(await asyncio.shield(self._end))
+        ends = {c["choice"]: c for c in event.get("choices", ())}
+        for index in ends:
+            self._choice(index)
+        results = []
+        for index, choice in sorted(self._choices.items()):
+            result = choice.result
+            result.text = "".join(choice.parts)
+            if index in ends:
+                result.finish_reason, result.stop = ends[index]["finish_reason"], ends[index]["stop"]
+            results.append(result)
+        return Result(
+            self.id,
+            event["event"],
+            results,
+            event.get("usage", {}),
+            event.get("timings", {}),
+            event.get("metadata", {}),
+        )
+
+    async def text(self) -> str:
+        """The text of the first choice, when it has ended."""
+        choices = (await self.result()).choices
+        return choices[0].text if choices else ""
+
+    async def cancel(self) -> None:
+        """Asks for the end; the stream then ends as cancelled, unless it was faster. Retried until heard."""
+        while not self._end.done():
+            if await self._client.cancel(self.id):
+                return
+            await asyncio.sleep(0.2)
+
+    @property
+    def cursors(self) -> list[Cursor]:
+        """Where the stream stands: what `attach` needs to go on from here in another process."""
+        return [Cursor(index, c.position, c.offset) for index, c in sorted(self._choices.items())]
+
+    @property
+    def done(self) -> bool:
+        return self._end.done()
+
+    # ------------------------------------------------ events
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        if self._end.done():
+            return
+        name = event.get("event")
+        if name == "accepted":
+            self._on_accepted(event)
+        elif name == "tokens":
+            self._accept()
+            self._missing_since = None
+            self._on_tokens(event)
+        elif name == "error":
+            self._on_error(event)
+        elif name in TERMINAL_EVENTS:
+            self._accept()
+            if self._complete(event):
+                self.finish(event)
+            else:
+                self._gap()
+
+    def _on_accepted(self, event: dict[str, Any]) -> None:
+        self._accept()
+        if self.accepted is None:
+            self.accepted = event
+            self.partition = int(event["replay"].rsplit(".", 1)[1])
+
+    def _accept(self) -> None:
+        if not self._known:
+            self._known = True
+            self._error = None
+            self._due = self._client.loop.time() + self._patience
+
+    def _on_tokens(self, event: dict[str, Any]) -> None:
+        choice = self._choice(event["choice"])
+        ids, text, logprobs = event["ids"], event["text"], event.get("logprobs")
+        skip, skip_text = choice.position - event["position"], choice.offset - event["offset"]
+        if skip < 0 or skip_text < 0:
+            self._gap()
+            return
+        ids, text = ids[skip:], text[skip_text:]
+        if not ids and not text:
+            return
+        logprobs = logprobs[skip:] if logprobs is not None else None
+        delta = Delta(event["choice"], choice.position, ids, text, choice.offset, logprobs)
+        choice.position += len(ids)
+        choice.offset += len(text)
+        choice.result.ids.extend(ids)
+        choice.result.logprobs.extend(logprobs or ())
+        choice.parts.append(text)
+        self._started = True
+        self._error = None
+        self._patience = FIRST_PATIENCE
+        self._due = self._client.loop.time() + FIRST_PATIENCE
+        self._deltas.put_nowait(delta)
+
+    def _on_error(self, event: dict[str, Any]) -> None:
+        error = _as_error(event)
+        now = self._client.loop.time()
+        if error.code == ErrorCode.NOT_FOUND:
+            # It may be queued, or its partition's owner behind. If it was never accepted, sending it again is right and harmless.
+            if self._missing_since is None:
+                self._missing_since = now
+            if self._error is not None and self._known:
+                self.fail(self._error)
+            elif (self._started or self.body is None) and now - self._missing_since >= FORGOTTEN_AFTER:
+                self.fail(error)
+            elif not self._started and self.body is not None:
+                self._client.send(self)
+        elif not error.retryable:
+            self.finish(event)
+        elif not self._known:
+            self._error = error
+            self._due = now + max(error.retry_after or 0.0, self._retry)
+            if self._due > self._give_up:
+                self.finish(event)
+        elif self._error is not None:
+            self.finish(event)
+        else:
+            # The end, or the late refusal of a first attempt whose repetition was accepted: what a replay says is the truth.
+            self._error = error
+            self._ask()
+
+    def _complete(self, event: dict[str, Any]) -> bool:
+        """Whether everything that the terminal event counts is here. An event with the whole text in it brings it along."""
+        for end in event.get("choices", ()):
+            choice = self._choice(end["choice"])
+            if "text" in end:
+                whole = dict(choice=end["choice"], position=0, ids=end["ids"], text=end["text"], offset=0)
+                self._on_tokens(whole | ({"logprobs": end["logprobs"]} if "logprobs" in end else {}))
+            if (choice.position, choice.offset) != (end["tokens"], end["chars"]):
+                return False
+        return event["event"] != "cancelled" or (
+            sum(c.position for c in self._choices.values()) >= event["usage"]["completion_tokens"]
+        )
+
+    def finish(self, event: dict[str, Any]) -> None:
+        self._client.forget(self)
+        if not self._end.done():
+            self._end.set_result(event)
+            self._deltas.put_nowait(None)
+
+    def fail(self, error: GorgonError) -> None:
+        self.finish(dict(event="error", id=self.id, code=str(error.code), message=error.message))
+
+    def _terminal_event(self, event: dict[str, Any]) -> dict[str, Any]:
+        if event["event"] == "error":
+            raise _as_error(event)
+        return event
+
+    def _choice(self, index: int) -> _Choice:
+        if index not in self._choices:
+            self._choices[index] = _Choice()
+        return self._choices[index]
+
+    # ------------------------------------------------ time
+
+    def tick(self, now: float) -> None:
+        if now < self._due and not (self._known and self._unserved(now) and now >= self._asked + UNSERVED_PATIENCE):
+            return
+        if self._known:
+            self._ask()
+            self._due = now + self._patience
+            self._patience = min(self._patience * 2, LONGEST_PATIENCE)
+        elif now >= self._give_up:
+            nobody = GorgonError(
+                ErrorCode.UNAVAILABLE, f"nobody accepted the request for model {self._client.model!r} in time"
+            )
+            self.fail(self._error or nobody)
+        else:
+            self._client.send(self)
+            self._due = min(now + self._retry, self._give_up)
+            self._retry = min(self._retry * 2, LONGEST_RETRY)
+
+    def hurry(self) -> None:
+        """Something changed (a reconnect, a new owner): look again at once."""
+        self._due = self._client.loop.time()
+        self._patience = FIRST_PATIENCE if self._started else WAITING_PATIENCE
+
+    def _unserved(self, now: float) -> bool:
+        return not self._client.is_served(self.partition, now)
+
+    def _gap(self) -> None:
+        if self._client.loop.time() >= self._asked + GAP_PATIENCE:
+            self._ask()
+        else:
+            self._due = min(self._due, self._asked + GAP_PATIENCE)
+
+    def _ask(self) -> None:
+        self._asked = self._client.loop.time()
+        self._client.ask_replay(self)
+
+
+class Client:
+    """See the module docstring. Give it a bus that is connected, or a URL (then it connects, and closes the connection at the end).
+
+    partitions      of the deployment; needed to attach to requests that were made elsewhere
+    accept_timeout  seconds within which a request must be accepted; until then it is repeated under the same id
+    """
+
+    def __init__(
+        self,
+        bus: Bus | str,
+        model: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        partitions: int = 8,
+        accept_timeout: float = 30.0,
+    ) -> None:
+        self.model = model
+        self.tenant = tenant
+        self.partitions = partitions
+        self.accept_timeout = accept_timeout
+        self.inbox = f"_INBOX.{uuid.uuid4().hex}"
+        self.loop: asyncio.AbstractEventLoop
+        self._given = bus
+        self._bus: Bus
+        self._streams: dict[str, Stream] = {}
+        self._inbox_subscription: Subscription
+        self._beacons: dict[int, Subscription] = {}
+        self._beacon_seen: dict[int, float] = {}
+        self._ticker: asyncio.Task[None]
+
+    async def __aenter__(self) -> Client:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._bus = await _connect(self._given) if isinstance(self._given, str) else self._given
+        self._inbox_subscription = await self._bus.subscribe(self.inbox, self._on_message)
+        self._bus.on_reconnect(self._on_reconnect)
+        self._ticker = self.loop.create_task(self._tick_forever(), name="client")
+
+    async def close(self) -> None:
+        """Streams that have not ended raise `unavailable`; the requests themselves go on (`attach` to them, or cancel them first)."""
+        for stream in list(self._streams.values()):
+            stream.fail(GorgonError(ErrorCode.UNAVAILABLE, "the client was closed"))
+        self._ticker.cancel()
+        await asyncio.gather(self._ticker, return_exceptions=True)
+        for subscription in (self._inbox_subscription, *self._beacons.values()):
+            with contextlib.suppress(BusError):
+                await subscription.unsubscribe()
+        if isinstance(self._given, str):
+            await self._bus.close()
+
+    # ------------------------------------------------ requests
+
+    def generate(
+        self,
+        prompt: str | list[int] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        id: str | None = None,
+        **params: Any,
+    ) -> Stream:
+        """Starts a request; fields as in shared.api.GenerateRequest. Raises GorgonError(INVALID_REQUEST) before anything is sent."""
+        body = dict(id=id or uuid.uuid4().hex, tenant=self.tenant, batched=True, **params)
+        body |= {"prompt": prompt} if prompt is not None else {}
+        body |= {"messages": messages} if messages is not None else {}
+        parse_request(body)
+        return self._add(Stream(self, body["id"], body))
+
+    def attach(self, request_id: str, cursors: Sequence[Cursor] = ()) -> Stream:
+        """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on."""
+        return self._add(Stream(self, request_id, None, cursors))
+
+    async def cancel(self, request_id: str) -> bool:
+        """Whether somebody heard it."""
+        body = msgpack.packb(dict(id=request_id, tenant=self.tenant))
+        try:
+            await self._bus.request(subjects.cancel(self.model), body, 1.0)
+        except BusError:
+            return False
+        return True
+
+    def _add(self, stream: Stream) -> Stream:
+        if stream.id in self._streams:
+            raise ValueError(f"this client follows {stream.id} already")
+        self._streams[stream.id] = stream
+        stream.tick(self.loop.time())
+        return stream
+
+    # ------------------------------------------------ for streams
+
+    def send(self, stream: Stream) -> None:
+        try:
+            self._bus.publish(subjects.generate(self.model), msgpack.packb(stream.body), reply=self.inbox)
+        except PayloadTooLarge as error:
+            stream.fail(GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, str(error)))
+
+    def ask_replay(self, stream: Stream) -> None:
+        cursors = [dict(choice=c.choice, position=c.position, offset=c.offset) for c in stream.cursors]
+        question = dict(id=stream.id, tenant=self.tenant, cursors=cursors, attach=stream.body is None, batched=True)
+        self._bus.publish(subjects.replay(self.model, stream.partition), msgpack.packb(question), reply=self.inbox)
+
+    def is_served(self, partition: int, now: float) -> bool:
+        return now - self._beacon_seen.get(partition, -BEACON_FRESH) < BEACON_FRESH
+
+    def forget(self, stream: Stream) -> None:
+        self._streams.pop(stream.id, None)
+
+    # ------------------------------------------------ what comes in
+
+    def _on_message(self, message: Message) -> None:
+        if not message.data:
+            return  # "no responders": the timers take care
+        events = msgpack.unpackb(message.data)
+        for event in events if isinstance(events, list) else [events]:
+            stream = self._streams.get(event.get("id"))
+            if stream is not None:
+                stream.on_event(event)
+            elif event.get("id") is None:
+                log.error("request_refused", code=event.get("code"), message=event.get("message"))
+
+    def _on_beacon(self, partition: int) -> None:
+        now = self.loop.time()
+        returned = partition in self._beacon_seen and not self.is_served(partition, now)
+        self._beacon_seen[partition] = now
+        if returned:
+            self._hurry(partition)
+
+    def _on_reconnect(self) -> None:
+        self._hurry(None)
+
+    def _hurry(self, partition: int | None) -> None:
+        for stream in self._streams.values():
+            if partition is None or stream.partition == partition:
+                stream.hurry()
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            now = self.loop.time()
+            for stream in list(self._streams.values()):
+                stream.tick(now)
+            await self._follow_beacons({stream.partition for stream in self._streams.values()})
+
+    async def _follow_beacons(self, wanted: set[int]) -> None:
+        """Listens to the beacons of the partitions that streams are in, and to no others."""
+        with contextlib.suppress(BusError):
+            for partition in wanted - self._beacons.keys():
+                handler = lambda _, partition=partition: self._on_beacon(partition)  # noqa: E731
+                self._beacons[partition] = await self._bus.subscribe(subjects.beacon(self.model, partition), handler)
+            for partition in self._beacons.keys() - wanted:
+                await self._beacons.pop(partition).unsubscribe()
+                self._beacon_seen.pop(partition, None)
+
+
+def _as_error(event: dict[str, Any]) -> GorgonError:
+    try:
+        code = ErrorCode(event["code"])
+    except ValueError:
+        code = ErrorCode.INTERNAL  # of a newer server
+    return GorgonError(code, event["message"], retry_after=event.get("retry_after"))
+
+
+async def _connect(url: str) -> Bus:
+    from shared.config import StageSettings
+    from shared.nats_bus import NatsBus
+
+    settings: dict[str, Any] = {"nats_url": url}
+    bus: Bus = await NatsBus.connect(StageSettings(**settings))
+    return bus
