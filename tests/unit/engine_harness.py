@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Harness:
         self.outputs: dict[tuple[str, int, int], Collected] = {}
         self.steps: list[StepOutput] = []
         self._changed = threading.Condition()
+        self._pause_after: int | None = None
 
     def _on_step(self, step: StepOutput) -> None:
         with self._changed:
@@ -67,6 +69,11 @@ class Harness:
                 self.outputs[token.request_id, token.choice, token.epoch].add(token)
             for error in step.errors:
                 self.outputs[error.request_id, error.choice, error.epoch].error = error
+            if self._pause_after is not None:
+                self._pause_after -= sum(len(token.ids) for token in step.tokens)
+                if self._pause_after <= 0:
+                    self._pause_after = None
+                    self.engine.pause_output(True)
             self._changed.notify_all()
 
     def _on_fatal(self, error: BaseException, suspects: list[tuple[str, int]]) -> None:
@@ -79,6 +86,14 @@ class Harness:
         self.outputs[request.request_id, request.choice, request.epoch] = collected
         self.engine.submit(request)
         return collected
+
+    def submit_and_pause(self, requests: Iterable[EngineRequest], tokens: int) -> list[Collected]:
+        """Lets the engine come to that many tokens and pauses it there, however slow this thread is to notice."""
+        self._pause_after = tokens
+        self.engine.pause_output(False)
+        outputs = [self.submit(request) for request in requests]
+        self.wait_for(lambda: self._pause_after is None)
+        return outputs
 
     def wait_for(self, condition: Any) -> None:
         with self._changed:
@@ -121,3 +136,14 @@ def greedy(name: str, prompt: Iterable[int], max_tokens: int = 64, **options: An
     """A greedy request that only max_tokens ends, unless `params` in options says otherwise."""
     params = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **options.pop("params", {})}
     return EngineRequest(name, 0, 1, tuple(prompt), SamplingParams(**params), **options)
+
+
+def dummy_model(folder: Path, **changes: Any) -> Path:
+    """A folder with the config.json of a small Llama, to be loaded with load_format="dummy"."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256, "eos_token_id": 2,
+    } | changes  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class ModelError(ValueError):
+class ModelError(Exception):
     """A model folder that cannot be served; `code` is stable."""
 
     def __init__(self, code: str, message: str) -> None:
