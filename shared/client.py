@@ -262,9 +262,8 @@ class Stream:
                 self._on_tokens(whole | ({"logprobs": end["logprobs"]} if "logprobs" in end else {}))
             if (choice.position, choice.offset) != (end["tokens"], end["chars"]):
                 return False
-        return event["event"] != "cancelled" or (
-            sum(c.position for c in self._choices.values()) >= event["usage"]["completion_tokens"]
-        )
+        counted: int = event["usage"]["completion_tokens"] if event["event"] == "cancelled" else 0
+        return sum(c.position for c in self._choices.values()) >= counted
 
     def finish(self, event: dict[str, Any]) -> None:
         self._client.forget(self)

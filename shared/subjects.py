@@ -139,6 +139,11 @@ def snapshot_key(model: str, partition: int) -> str:
     return f"{model}.{partition}"
 
 
+def archive_key(model: str, key: str) -> str:
+    """Where an ended request is kept (bucket BUCKET_SNAPSHOT) for those that attach later."""
+    return f"{model}.ended.{key}"
+
+
 # What each stream holds; `shared.streams` creates them.
 STREAM_SUBJECTS: dict[str, str] = {
     STREAM_JOBS: f"{ROOT}.jobs.*",

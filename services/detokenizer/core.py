@@ -1,0 +1,122 @@
+"""One partition without its messaging: entries in, answers that have news out. No I/O, no clock but the stream's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from services.detokenizer.answer import Answer, Cursor
+from services.detokenizer.decoding import Decoding
+from services.detokenizer.snapshot import Snapshot, lighten, pack
+from shared import tokenlog
+from shared.messages import LogEntry, ReplyTo
+from shared.tokenlog import PartitionFold, RequestState
+
+# Of a request that ended longer ago than this when its partition was taken over, nothing is sent unasked: whoever still
+# waits for it has asked for a replay.
+STALE = 10.0
+
+
+class PartitionCore:
+    """State of one partition at `seq`, stream time `stamp`.
+
+    answers    what clients are told, by request key: those that run, and those that ended but are not archived yet
+    settled    keys of ended requests whose end the schedulers know of (tombstone), not archived yet
+    archived   keys of ended requests of which only the fold's minimum is left here
+    fenced     keys with news for those that asked for a prefix; taken by the caller
+    recalled   (key, reply) of archived requests that somebody attached to; taken by the caller
+    """
+
+    def __init__(self, new_decoding: Callable[[], Decoding], snapshot: Snapshot | None = None) -> None:
+        if snapshot is None:
+            snapshot = Snapshot(0, 0.0, PartitionFold(), {}, set(), set())
+        self.seq, self.stamp, self.fold, self.answers, self.settled, self.archived = snapshot
+        self.tokens = 0
+        self.fenced: list[str] = []
+        self.recalled: list[tuple[str, ReplyTo]] = []
+        self._new_decoding = new_decoding
+        self._dirty: dict[str, Answer] = dict(self.answers)
+        self._attaching: dict[tuple[str, str], dict[int, Cursor]] = {}
+
+    def apply(self, seq: int, stamp: float, entry: LogEntry) -> None:
+        answers, dirty = self.answers, self._dirty
+        for effect in self.fold.apply(entry, stamp):
+            kind = type(effect)
+            key = effect.key
+            if kind is tokenlog.Committed:
+                answer = dirty[key] = answers[key]
+                answer.commit(effect, stamp)  # type: ignore[arg-type]
+                self.tokens += len(effect.ids)  # type: ignore[union-attr]
+            elif kind is tokenlog.ChoiceFinished:
+                answer = dirty[key] = answers[key]
+                answer.finish(effect.choice)  # type: ignore[union-attr]
+            elif kind is tokenlog.Opened:
+                dirty[key] = answers[key] = Answer(self.fold.requests[key], self._new_decoding, stamp)
+            elif kind is tokenlog.Ended:
+                answer = dirty[key] = answers[key]
+                answer.end(stamp)
+                self.fenced.append(key)
+            elif kind is tokenlog.Fenced:
+                self.fenced.append(key)
+            elif kind is tokenlog.Attached:
+                self._attached(key, effect.reply)  # type: ignore[union-attr]
+        self.skip(seq, stamp)
+
+    def skip(self, seq: int, stamp: float) -> None:
+        """An entry that is no message of this protocol."""
+        self.seq = seq
+        self.stamp = max(self.stamp, stamp)
+
+    def _attached(self, key: str, reply: ReplyTo) -> None:
+        if key in self.archived:
+            self.recalled.append((key, reply))
+        elif (answer := self.answers.get(key)) is not None:  # else OPEN comes later and finds the reply
+            answer.rewind(self._attaching.pop((key, reply.subject), {}))
+            self._dirty[key] = answer
+
+    def expect_attach(self, answer: Answer, reply: ReplyTo, cursors: dict[int, Cursor]) -> None:
+        """A replay answer went out up to now; an ATTACH that is under way goes on from here. Requests without news from the cursors on
+        are exact about it: a cursor beyond what is here stays."""
+        now = {
+            index: Cursor(
+                max(s.shown, cursors.get(index, Cursor()).position), max(s.chars, cursors.get(index, Cursor()).offset)
+            )
+            for index, s in enumerate(answer.streams)
+        }
+        self._attaching[answer.state.key, reply.subject] = now
+
+    def take_dirty(self) -> Iterable[Answer]:
+        """Answers that may have news since the last call."""
+        dirty, self._dirty = self._dirty, {}
+        return dirty.values()
+
+    def drop_stale(self) -> None:
+        """After catching up: what ended long ago is not news."""
+        for answer in self._dirty.values():
+            if answer.ended and self.stamp - answer.ended_at > STALE:
+                answer.mark_sent()
+
+    # ------------------------------------------------ the end of requests
+
+    def request(self, key: str) -> RequestState | None:
+        return self.fold.requests.get(key)
+
+    def archive(self, answer: Answer) -> None:
+        """The ended request is stored elsewhere now."""
+        key = answer.state.key
+        if self.answers.pop(key, None) is not None:
+            self._dirty.pop(key, None)
+            self.settled.discard(key)
+            self.archived.add(key)
+            lighten(answer.state)
+
+    def prune(self, window: float) -> None:
+        """Forgets what ended more than `window` seconds of stream time ago."""
+        for key in self.fold.prune(self.stamp - window):
+            self.answers.pop(key, None)
+            self._dirty.pop(key, None)
+            self.settled.discard(key)
+            self.archived.discard(key)
+        self._attaching = {at: cursors for at, cursors in self._attaching.items() if at[0] in self.answers}
+
+    def snapshot(self) -> bytes:
+        return pack(self.seq, self.stamp, self.fold, self.answers, self.settled, self.archived)

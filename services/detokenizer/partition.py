@@ -1,0 +1,433 @@
+"""One owned partition: follows its log from the last snapshot on, serves its clients and schedulers, and settles what has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from services.detokenizer.answer import Answer
+from services.detokenizer.core import PartitionCore
+from services.detokenizer.decoding import Decoding
+from services.detokenizer.queries import Replay, parse_replay, prefix_reply
+from services.detokenizer.results import ResultsWriter
+from services.detokenizer.retry import until_done
+from services.detokenizer.settings import DetokenizerSettings
+from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
+from shared import codec, subjects
+from shared.api import encode_for, error_event
+from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
+from shared.errors import ErrorCode, GorgonError
+from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
+
+log = structlog.get_logger()
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
+
+PREFIX_HELD = 1.0  # how long the question for a prefix waits for its fence, seconds
+BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
+SNAPSHOT_SHARE = 0.05  # most of the time that snapshots may take
+REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
+EVENTS_PER_MESSAGE = 256
+PROBES_AT_ONCE = 128
+PROBE_TIMEOUT = 0.25
+
+
+class Partition:
+    """See the module docstring. `run` is the follower's task; whatever else runs for the partition ends with `close`."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: DetokenizerSettings,
+        number: int,
+        new_decoding: Callable[[], Decoding],
+        spawn: Spawn,
+        owner: str,
+    ) -> None:
+        self.number = number
+        self.core = PartitionCore(new_decoding)
+        self.serving = False
+        self.backlog = 0
+        self._bus = bus
+        self._settings = settings
+        self._new_decoding = new_decoding
+        self._owner = owner
+        self._log = log.bind(partition=number)
+        self._spawn_task = spawn
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: list[Subscription] = []
+        self._subject = subjects.tok(settings.model, number)
+        self._snapshots: Bucket
+        self._assignments: Bucket
+        self._saved_seq = 0
+        self._pack_seconds = 0.0
+        self._delivered_at = 0.0
+        self._writers: dict[str, ResultsWriter] = {}
+        self._settling: set[str] = set()
+        self._held: dict[str, list[tuple[PrefixQuery, str]]] = {}  # questions for a prefix that wait for their fence
+        self._gone_since: dict[str, float] = {}  # live requests whose client does not listen
+
+    # ------------------------------------------------ life
+
+    def start(self) -> None:
+        self._spawn(self._run(), "follow")
+
+    async def close(self) -> None:
+        """Lets go; the state as it is goes into a last snapshot, so that the next owner need not replay much."""
+        was_serving, self.serving = self.serving, False
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for subscription in self._subscriptions:
+            with contextlib.suppress(BusError):
+                await subscription.unsubscribe()
+        if was_serving:
+            with contextlib.suppress(BusError):
+                await self._save()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._spawn_task(coroutine, f"{name}.{self.number}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self) -> None:
+        follower = await until_done("load", self._subject, self._load)
+        try:
+            target = await until_done(
+                "last_seq", self._subject, lambda: self._bus.last_seq(subjects.STREAM_TOK, self._subject)
+            )
+            if self.core.seq >= target:
+                await self._serve()
+            async for stored in follower:
+                self._fold(stored)
+                if self.serving:
+                    await self._deliver_in_time(stored)
+                elif stored.seq >= target:
+                    await self._serve()
+        finally:
+            await follower.close()
+
+    async def _load(self) -> Follower:
+        self._snapshots = await self._bus.bucket(subjects.BUCKET_SNAPSHOT)
+        self._assignments = await self._bus.bucket(subjects.BUCKET_ASSIGN)
+        entry = await self._snapshots.get(subjects.snapshot_key(self._settings.model, self.number))
+        snapshot = None
+        if entry is not None and entry.value is not None:
+            try:
+                snapshot = unpack(entry.value, self._new_decoding)
+            except ValueError as error:
+                self._log.error("snapshot_unreadable", error=str(error))
+        if snapshot is not None and not await self._is_of_this_stream(snapshot):
+            self._log.error("snapshot_ahead_of_stream", seq=snapshot.seq)
+            snapshot = None
+        self.core = PartitionCore(self._new_decoding, snapshot)
+        self._saved_seq = self.core.seq
+        return await self._bus.follow(subjects.STREAM_TOK, self._subject, self.core.seq + 1)
+
+    async def _is_of_this_stream(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot was made from the stream as it is now, not from one that was lost with its disk."""
+        stored = await self._bus.read(subjects.STREAM_TOK, snapshot.seq)
+        if stored is not None:
+            return stored.subject == self._subject and stored.stamp <= snapshot.stamp
+        if await self._bus.last_seq(subjects.STREAM_TOK, self._subject) > snapshot.seq:
+            return True  # it has been trimmed since
+        # Trimmed as well, or not reached yet: the place of a new (empty) entry tells.
+        appended = await self._bus.append(self._subject, codec.encode(StepTokens("", 0, ())))
+        return appended.seq > snapshot.seq
+
+    async def _serve(self) -> None:
+        self.core.drop_stale()
+        model = self._settings.model
+        await self._listen(subjects.replay(model, self.number), self._on_replay)
+        await self._listen(subjects.prefix(model, self.number), self._on_prefix_query)
+        self.serving = True
+        self._spawn(self._save_forever(), "snapshots")
+        self._spawn(self._prune_forever(), "prune")
+        if self._settings.vanished_after:
+            self._spawn(self._probe_forever(), "probe")
+        self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
+        self._deliver()
+
+    async def _listen(self, subject: str, handler: Callable[[Message], None]) -> None:
+        self._subscriptions.append(
+            await until_done("subscribe", subject, lambda: self._bus.subscribe(subject, handler))
+        )
+
+    # ------------------------------------------------ folding and delivery
+
+    def _fold(self, stored: Stored) -> None:
+        self.backlog = stored.pending
+        try:
+            entry = codec.decode(stored.data)
+        except codec.CodecError as error:
+            self._log.error("entry_unreadable", seq=stored.seq, error=str(error))
+            self.core.skip(stored.seq, stored.stamp)
+            return
+        if not isinstance(entry, LogEntry):
+            self._log.error("entry_unreadable", seq=stored.seq, error=f"{type(entry).__name__} does not belong here")
+            self.core.skip(stored.seq, stored.stamp)
+            return
+        self.core.apply(stored.seq, stored.stamp, entry)
+
+    async def _deliver_in_time(self, stored: Stored) -> None:
+        """At once when there is no backlog; else now and then, so that events of several steps share a message."""
+        now = asyncio.get_running_loop().time()
+        if stored.pending == 0:
+            self._deliver()
+        elif now - self._delivered_at >= BEHIND:
+            self._deliver()
+            await asyncio.sleep(0)  # a follower with a backlog does not wait, so nobody else would run
+        else:
+            return
+        self._delivered_at = now
+
+    def _deliver(self) -> None:
+        batches: dict[str, tuple[ReplyTo, list[dict[str, Any]]]] = {}
+        for answer in self.core.take_dirty():
+            reply = answer.state.reply
+            if reply is not None and reply.subject and (events := answer.unsent()):
+                if not reply.batched:
+                    self._publish(reply, events)
+                elif (batch := batches.get(reply.subject)) is not None:
+                    batch[1].extend(events)
+                else:
+                    batches[reply.subject] = (reply, events)
+            self._follow_up(answer)
+        for reply, events in batches.values():
+            self._publish(reply, events)
+        self._answer_held()
+        for key, reply in self.core.recalled:
+            self._spawn(
+                self._answer_from_archive(Replay(key, subjects.split_request_key(key)[1], {}, False, reply)), "archive"
+            )
+        self.core.recalled.clear()
+
+    def _follow_up(self, answer: Answer) -> None:
+        """What an answer's news mean beside its events."""
+        key = answer.state.key
+        if answer.ended:
+            if key not in self._settling:
+                self._settling.add(key)
+                self._spawn(self._settle(answer), "settle")
+        elif answer.opened.stop:
+            for choice, stop, length in answer.undeclared_stops():
+                self._append(End(key, "stop", choice, length, stop=stop))
+        if answer.opened.durable:
+            self._writer(answer).news.set()
+
+    def _publish(self, reply: ReplyTo, events: list[dict[str, Any]]) -> None:
+        size = EVENTS_PER_MESSAGE if reply.batched else 1
+        for start in range(0, len(events), size):
+            group = events[start : start + size]
+            for data in encode_for(reply, group):
+                try:
+                    self._bus.publish(reply.subject, data)
+                except PayloadTooLarge as error:
+                    self._publish_smaller(reply, group, error)
+
+    def _publish_smaller(self, reply: ReplyTo, events: list[dict[str, Any]], error: PayloadTooLarge) -> None:
+        if len(events) > 1:
+            for event in events:
+                self._publish(reply, [event])
+            return
+        request_id = events[0]["id"]
+        self._log.warning("answer_too_large", id=request_id, error=str(error))
+        failure = GorgonError(
+            ErrorCode.PAYLOAD_TOO_LARGE, "the answer does not fit into a message; ask for a replay with stream"
+        )
+        self._publish(reply, [error_event(request_id, failure)])
+
+    def _append(self, entry: LogEntry) -> None:
+        """Into the partition's log, repeated until it is there: a second time does no harm to the entries written here."""
+        data, key = codec.encode(entry), getattr(entry, "key", "")
+
+        async def append() -> None:
+            await until_done(type(entry).__name__, key, lambda: self._bus.append(self._subject, data))
+
+        self._spawn(append(), "append")
+
+    # ------------------------------------------------ the end of a request
+
+    def _writer(self, answer: Answer) -> ResultsWriter:
+        writer = self._writers.get(answer.state.key)
+        if writer is None:
+            writer = ResultsWriter(self._bus, answer, self._settings.durable_tokens, self._settings.durable_delay)
+            self._writers[answer.state.key] = writer
+            self._spawn(writer.run(), "results")
+        return writer
+
+    async def _settle(self, answer: Answer) -> None:
+        """Tombstone, results, archive, in this order: schedulers wait for the first. Each may be done twice."""
+        key = answer.state.key
+        if key not in self.core.settled:
+            await until_done("tombstone", key, lambda: self._bury(answer))
+            self.core.settled.add(key)
+        if answer.opened.durable:
+            await self._writer(answer).finished.wait()
+            del self._writers[key]
+        window = self._settings.attach_window + REDELIVERY
+        archive_key = subjects.archive_key(self._settings.model, key)
+        try:
+            await until_done("archive", key, lambda: self._snapshots.put(archive_key, pack_answer(answer), window))
+        except PayloadTooLarge as error:
+            self._log.warning("archive_too_large", request=key, error=str(error))  # it stays in memory until pruned
+            return
+        self.core.archive(answer)
+        self._settling.discard(key)
+        self._gone_since.pop(key, None)
+
+    async def _bury(self, answer: Answer) -> None:
+        state, terminal = answer.state, answer.state.terminal
+        assert terminal is not None
+        entry = await self._assignments.get(state.key)
+        body_hash = b""
+        if entry is not None and entry.value is not None:
+            known = codec.decode(entry.value)
+            if isinstance(known, Tombstone):
+                return
+            if isinstance(known, Assignment):
+                body_hash = known.body_hash
+        tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
+        await self._assignments.put(state.key, codec.encode(tombstone), self._settings.attach_window + REDELIVERY)
+
+    async def _prune_forever(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.core.prune(self._settings.attach_window)
+            self._settling &= self.core.answers.keys()
+
+    # ------------------------------------------------ questions
+
+    def _on_replay(self, message: Message) -> None:
+        if not message.reply:
+            return
+        try:
+            asked = parse_replay(message.data, message.reply)
+        except GorgonError as error:
+            self._publish(ReplyTo(message.reply), [error_event(None, error)])
+            return
+        answer = self.core.answers.get(asked.key)
+        if answer is not None:
+            self._answer_replay(asked, answer)
+        elif asked.key in self.core.archived:
+            self._spawn(self._answer_from_archive(asked), "archive")
+        else:
+            self._publish_not_found(asked)
+
+    def _answer_replay(self, asked: Replay, answer: Answer) -> None:
+        self._deliver()  # so that what goes to the old reply subject is not behind this answer
+        self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
+        if asked.attach and not answer.ended and answer.state.reply != asked.reply:
+            self.core.expect_attach(answer, asked.reply, asked.cursors)
+            self._append(Attach(asked.key, asked.reply))
+
+    async def _answer_from_archive(self, asked: Replay) -> None:
+        try:
+            entry = await self._snapshots.get(subjects.archive_key(self._settings.model, asked.key))
+        except BusError as error:
+            self._log.warning("archive_unreachable", request=asked.key, error=repr(error))
+            return  # the asker asks again
+        if entry is None or entry.value is None:
+            self._publish_not_found(asked)
+        else:
+            answer = unpack_answer(entry.value, self._new_decoding)
+            self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
+
+    def _publish_not_found(self, asked: Replay) -> None:
+        text = "no such request here: not started yet, or ended too long ago"
+        self._publish(asked.reply, [error_event(asked.id, GorgonError(ErrorCode.NOT_FOUND, text))])
+
+    def _on_prefix_query(self, message: Message) -> None:
+        try:
+            query = codec.decode_as(PrefixQuery, message.data)
+        except codec.CodecError as error:
+            self._log.error("prefix_query_unreadable", error=str(error))
+            return
+        if not self._answer_prefix(query, message.reply):
+            held = (query, message.reply)
+            self._held.setdefault(query.key, []).append(held)
+            asyncio.get_running_loop().call_later(PREFIX_HELD, self._give_up_on, held)
+
+    def _answer_prefix(self, query: PrefixQuery, reply_subject: str) -> bool:
+        reply = prefix_reply(query, self.core.request(query.key), self.core.answers.get(query.key))
+        if reply is not None:
+            self._bus.publish(reply_subject, codec.encode(reply))
+        return reply is not None
+
+    def _answer_held(self) -> None:
+        for key in self.core.fenced:
+            waiting = self._held.pop(key, [])
+            if left := [held for held in waiting if not self._answer_prefix(*held)]:
+                self._held[key] = left
+        self.core.fenced.clear()
+
+    def _give_up_on(self, held: tuple[PrefixQuery, str]) -> None:
+        query, reply_subject = held
+        waiting = self._held.get(query.key, [])
+        if held in waiting:
+            waiting.remove(held)
+            if not waiting:
+                del self._held[query.key]
+            if self.serving:
+                self._bus.publish(reply_subject, codec.encode(PrefixReply("pending")))
+
+    # ------------------------------------------------ snapshots
+
+    async def _save_forever(self) -> None:
+        pause = self._settings.snapshot_interval
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self._save()
+            except BusError as error:
+                # The older one serves as well, with more to replay.
+                self._log.warning("snapshot_not_stored", seq=self.core.seq, error=repr(error))
+            pause = max(self._settings.snapshot_interval, self._pack_seconds / SNAPSHOT_SHARE)
+
+    async def _save(self) -> None:
+        self._deliver()  # a snapshot promises that everything up to it was sent
+        if self.core.seq == self._saved_seq:
+            return
+        loop = asyncio.get_running_loop()
+        seq, began = self.core.seq, loop.time()
+        data = self.core.snapshot()
+        self._pack_seconds = loop.time() - began
+        await self._snapshots.put(subjects.snapshot_key(self._settings.model, self.number), data)
+        self._saved_seq = seq
+
+    # ------------------------------------------------ clients that are gone
+
+    async def _probe_forever(self) -> None:
+        """Asks every live client's reply subject now and then with an event without news; the server says at once if nobody listens.
+        Nobody needs to answer: silence means that somebody is there."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._settings.vanished_after / 6)
+            live = [a for a in self.core.answers.values() if not a.ended and not a.opened.durable]
+            for start in range(0, len(live), PROBES_AT_ONCE):
+                await asyncio.gather(*(self._probe(answer) for answer in live[start : start + PROBES_AT_ONCE]))
+            now = loop.time()
+            for key, since in list(self._gone_since.items()):
+                if now - since >= self._settings.vanished_after:
+                    self._log.info("client_vanished", request=key)
+                    del self._gone_since[key]
+                    self._append(End(key, "cancelled"))
+
+    async def _probe(self, answer: Answer) -> None:
+        key, reply = answer.state.key, answer.state.reply
+        if reply is None or not reply.subject:
+            return
+        (data,) = encode_for(reply, [answer.sign_of_life()])
+        try:
+            await self._bus.request(reply.subject, data, PROBE_TIMEOUT)
+        except NoResponders:
+            if not answer.ended:
+                self._gone_since.setdefault(key, asyncio.get_running_loop().time())
+            return
+        except BusError:
+            pass
+        self._gone_since.pop(key, None)

@@ -1,0 +1,145 @@
+"""The detokenizer stage: owns partitions of the token log, as the heartbeats of its like say.
+
+A partition changes hands without a pause: whoever is to give it up goes on serving until it hears the new owner's beacon. For that
+moment there are two owners, who say the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+from tokenizers import Tokenizer
+
+from services.detokenizer.decoding import Decoding, decoder_for
+from services.detokenizer.ownership import Fleet, partitions_of
+from services.detokenizer.partition import Partition
+from services.detokenizer.retry import until_done
+from services.detokenizer.settings import DetokenizerSettings
+from shared import codec, subjects
+from shared.bus import Bus, BusError, Message, Subscription
+from shared.messages import Heartbeat
+from shared.service import Service
+
+TICK = 0.05  # how often ownership is looked at, seconds
+
+
+class DetokenizerService(Service):
+    stage = "detokenizer"
+    settings: DetokenizerSettings
+
+    def __init__(
+        self, bus: Bus, settings: DetokenizerSettings, new_decoding: Callable[[], Decoding] | None = None
+    ) -> None:
+        """`new_decoding` stands in for the model's tokenizer (tests)."""
+        super().__init__(bus, settings)
+        self.partitions: dict[int, Partition] = {}
+        self._new_decoding = new_decoding
+        self._fleet = Fleet(self.instance, settings.silence_grace)
+        self._leaving: dict[int, Subscription] = {}  # partitions that go to another owner, and the ear for its beacon
+        self._changing = asyncio.Lock()
+
+    # ------------------------------------------------ life
+
+    async def on_start(self) -> None:
+        if self._new_decoding is None:
+            self._new_decoding = decoder_for(load_tokenizer(self.settings.model_path))
+        heartbeats = subjects.heartbeats(self.stage, self.settings.model)
+        await until_done("subscribe", heartbeats, lambda: self.bus.subscribe(heartbeats, self._on_heartbeat))
+        await asyncio.sleep(2.5 * self.settings.heartbeat_interval)  # to hear who is there before claiming anything
+        self.spawn(self._look_forever(), "ownership")
+        self.spawn(self._shine_forever(), "beacons")
+
+    async def on_drain(self) -> None:
+        """Serves on until every partition is somebody else's, or nobody else is there."""
+        while self.partitions and self._others():  # noqa: ASYNC110 - both change with the next look
+            await asyncio.sleep(TICK)
+
+    async def on_stop(self) -> None:
+        for number in list(self.partitions):
+            await self._give_up(number)
+
+    def heartbeat(self) -> Heartbeat:
+        partitions = self.partitions.values()
+        live = sum(not answer.ended for p in partitions for answer in p.core.answers.values())
+        return self.base_heartbeat(
+            in_flight=live,
+            partitions=len(self.partitions),
+            serving=sum(p.serving for p in partitions),
+            tokens=sum(p.core.tokens for p in partitions),
+            backlog=sum(p.backlog for p in partitions),
+        )
+
+    # ------------------------------------------------ ownership
+
+    def _on_heartbeat(self, message: Message) -> None:
+        beat = codec.decode_as(Heartbeat, message.data)
+        self._fleet.saw(beat, asyncio.get_running_loop().time())
+
+    def _others(self) -> frozenset[str]:
+        return self._fleet.others(asyncio.get_running_loop().time(), self.bus.connected_for)
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                await self._look()
+            except BusError as error:
+                self.log.warning("ownership_unsettled", error=repr(error))
+
+    async def _look(self) -> None:
+        others = self._others()
+        if self.draining and not others:
+            return  # nobody to hand over to: serve until the end
+        nodes = others if self.draining else others | {self.instance}
+        mine = partitions_of(self.instance, nodes, self.settings.model, self.settings.partitions)
+        for number in mine - self.partitions.keys():
+            self._take(number)
+        for number in mine & self._leaving.keys():
+            await self._leaving.pop(number).unsubscribe()
+        for number in self.partitions.keys() - mine - self._leaving.keys():
+            await self._offer(number)
+
+    def _take(self, number: int) -> None:
+        assert self._new_decoding is not None
+        partition = Partition(self.bus, self.settings, number, self._new_decoding, self.spawn, self.instance)
+        self.partitions[number] = partition
+        partition.start()
+        self.log.info("partition_taken", partition=number)
+
+    async def _offer(self, number: int) -> None:
+        """Serves on until the new owner's beacon is heard."""
+
+        def on_beacon(message: Message) -> None:
+            owner, _ = msgpack.unpackb(message.data)
+            if owner != self.instance and number in self._leaving:
+                self.spawn(self._give_up(number), f"give_up.{number}")
+
+        self._leaving[number] = await self.bus.subscribe(subjects.beacon(self.settings.model, number), on_beacon)
+
+    async def _give_up(self, number: int) -> None:
+        async with self._changing:
+            subscription = self._leaving.pop(number, None)
+            partition = self.partitions.pop(number, None)
+            if subscription is not None:
+                await subscription.unsubscribe()
+            if partition is not None:
+                await partition.close()
+                self.log.info("partition_given_up", partition=number)
+
+    async def _shine_forever(self) -> None:
+        while True:
+            for number, partition in self.partitions.items():
+                if partition.serving:
+                    beacon = msgpack.packb((self.instance, partition.core.seq))
+                    self.bus.publish(subjects.beacon(self.settings.model, number), beacon)
+            await asyncio.sleep(self.settings.beacon_interval)
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the model has no tokenizer.json")
+    return Tokenizer.from_file(str(path))
