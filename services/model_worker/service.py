@@ -1,0 +1,371 @@
+"""The I/O side of a model worker: takes orders from schedulers, feeds the engine, and appends what it generates to the token log.
+
+The engine never waits for anything here. What it generates goes into an outbox that sends again until NATS has stored it; while the
+outbox is full the engine pauses, so nothing is dropped and memory stays bounded. A request counts as running, and is reported so in
+every heartbeat, until its finish is stored: a scheduler that no longer hears of a request knows that it must be continued elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from services.model_worker.engine_api import Engine, OnFatal, OnSteps
+from services.model_worker.interface import (
+    EngineOverloaded,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    RequestError,
+    RequestRejected,
+    StepOutput,
+    TokenOutput,
+)
+from services.model_worker.settings import WorkerSettings
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus, Message
+from shared.errors import ErrorCode
+from shared.outbox import Outbox
+from shared.service import Service
+
+# Entries of one log message. With the most log-probabilities and the longest keys this is about 1 MB.
+MAX_ENTRIES = 1000
+# A stage must be gone within a second of SIGTERM; what the log has not taken by then is generated again elsewhere.
+FLUSH_TIMEOUT = 0.7
+# The worker gives itself up when a step has taken this many times its bound.
+STALL_FACTOR = 3.0
+
+MakeEngine = Callable[[WorkerSettings, OnSteps, OnFatal], Engine]
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot go on: the process must be started anew."""
+
+
+@dataclass(slots=True)
+class ActiveRun:
+    """A request that this worker holds. `lengths` is the number of generated tokens of each choice, `open` the choices that go on."""
+
+    key: str
+    epoch: int
+    partition: int
+    lengths: list[int]
+    open: set[int]
+
+
+class EndedRuns:
+    """Remembers, for the latest `limit` requests that ended here, the highest epoch and whether it was run to its end."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._epochs: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+
+    def add(self, key: str, epoch: int, completed: bool) -> None:
+        if epoch >= self._epochs.get(key, (0, False))[0]:
+            self._epochs[key] = (epoch, completed)
+            self._epochs.move_to_end(key)
+        if len(self._epochs) > self._limit:
+            self._epochs.popitem(last=False)
+
+    def epoch(self, key: str) -> int:
+        return self._epochs.get(key, (0, False))[0]
+
+    def completed(self, key: str, epoch: int) -> bool:
+        return self._epochs.get(key) == (epoch, True)
+
+
+class StallWatch:
+    """How long the engine has been seen in one and the same step. Only time in which this process itself ran counts: after a
+    SIGSTOP the step's age is large and proves nothing."""
+
+    def __init__(self) -> None:
+        self._step: tuple[int, float] | None = None
+        self._seen = 0.0
+        self._last = 0.0
+
+    def observe(self, now: float, stats: EngineStats, longest_gap: float) -> float:
+        step = None if stats.step_started is None else (stats.step, stats.step_started)
+        if step is None or step != self._step:
+            self._seen = 0.0
+        else:
+            self._seen += min(now - self._last, longest_gap)
+        self._step, self._last = step, now
+        return self._seen
+
+
+class WorkerService(Service):
+    stage = "model_worker"
+    settings: WorkerSettings
+
+    def __init__(self, bus: Bus, settings: WorkerSettings, make_engine: MakeEngine) -> None:
+        super().__init__(bus, settings)
+        self.engine = make_engine(settings, self._on_steps, self._on_fatal)
+        self.outbox = Outbox(bus, limit=settings.outbox_limit, on_full=self._pause)
+        self._runs: dict[str, ActiveRun] = {}
+        self._ended = EndedRuns(settings.remember_ended)
+        self._loaded = False
+        self._loading = ("starting", 0.0)
+        self._paused = False
+        self._suspects: tuple[str, ...] = ()
+        self._stall = StallWatch()
+
+    # ------------------------------------------------ life
+
+    async def on_start(self) -> None:
+        beating = self.spawn(self._beat_forever(), "loading")
+        try:
+            await self.engine.load(self._on_progress)
+        finally:
+            beating.cancel()
+        self._loaded = True
+        self.outbox.start(self)
+        await self.bus.subscribe(subjects.worker_run(self.instance), self._on_run)
+        await self.bus.subscribe(subjects.worker_abort(self.instance), self._on_abort)
+        self.bus.on_reconnect(self.beat_now)
+        self.spawn(self._watch_engine(), "watch")
+
+    async def on_drain(self) -> None:
+        """Hands everything over: stops at a step boundary, puts what was generated into the log, then reports to hold nothing."""
+        await self.engine.stop()
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                await self.outbox.flush()
+        except TimeoutError:
+            self.log.warning("not_flushed", messages=len(self.outbox))
+        for run in list(self._runs.values()):
+            self.log.info("handed_over", key=run.key, epoch=run.epoch, generated=sum(run.lengths))
+            self._end(run, completed=False)
+        self.beat_now()
+
+    async def on_stop(self) -> None:
+        await self.engine.stop()
+
+    def _on_progress(self, what: str, fraction: float) -> None:
+        self._loading = (what, fraction)
+        self.log.info("loading", what=what, fraction=round(fraction, 3))
+
+    # ------------------------------------------------ heartbeats
+
+    def heartbeat(self) -> m.Heartbeat | m.WorkerHeartbeat:
+        if not self._loaded:
+            what, fraction = self._loading
+            return self.base_heartbeat()._replace(detail={"loading": what, "load": round(fraction, 3)})
+        stats, limits = self.engine.stats(), self.engine.limits
+        base = self.base_heartbeat(
+            load=1 - stats.slots_free / stats.slots_total,
+            in_flight=len(self._runs),
+            batch=stats.batch_size,
+            waiting=stats.waiting,
+            tokens=stats.tokens_generated,
+            prompt_tokens=stats.prompt_tokens,
+            prefix_hits=stats.prefix_hit_tokens,
+            preemptions=stats.preemptions,
+            kv_blocks_free=stats.blocks_free,
+            kv_blocks_total=stats.blocks_total,
+            slots_free=stats.slots_free,
+            outbox=len(self.outbox),
+            paused=int(self._paused),
+        )
+        started = stats.step_started
+        return m.WorkerHeartbeat(
+            base,
+            stats.step,
+            0.0 if started is None else max(0.0, asyncio.get_running_loop().time() - started),
+            stats.step_bound,
+            {run.key: run.epoch for run in self._runs.values()},
+            limits.max_seqs,
+            stats.blocks_total * limits.block_size,
+            stats.blocks_free * limits.block_size,
+            limits.max_model_len,
+            limits.vocab_size,
+            self._suspects,
+        )
+
+    async def _watch_engine(self) -> None:
+        """A step that never ends: other workers take its requests over at its bound; this process, some time after, starts anew."""
+        loop = asyncio.get_running_loop()
+        interval = self.settings.heartbeat_interval
+        while True:
+            await asyncio.sleep(interval)
+            stats = self.engine.stats()
+            if self._stall.observe(loop.time(), stats, 2 * interval) > STALL_FACTOR * stats.step_bound:
+                raise EngineDied(f"step {stats.step} does not end: its bound was {stats.step_bound:.1f} s")
+
+    # ------------------------------------------------ orders
+
+    def _on_run(self, message: Message) -> None:
+        try:
+            reply = self._accept(codec.decode_as(m.Run, message.data))
+        except codec.CodecError as error:
+            self.log.error("bad_run", error=str(error))
+            reply = m.RunReply(False, ErrorCode.INTERNAL.value, f"the worker cannot read the order: {error}")
+        if message.reply:
+            self.bus.publish(message.reply, codec.encode(reply))
+
+    def _accept(self, run: m.Run) -> m.RunReply:
+        if self.draining:
+            return m.RunReply(False, "draining")
+        present = self._runs.get(run.key)
+        if (present is not None and present.epoch == run.epoch) or self._ended.completed(run.key, run.epoch):
+            return m.RunReply(True)
+        # An epoch that was aborted here stays so, even if its order comes (again) after the abort.
+        if (present is not None and present.epoch > run.epoch) or self._ended.epoch(run.key) >= run.epoch:
+            return m.RunReply(False, "stale_epoch")
+        if present is not None:
+            self.log.info("replaced", key=run.key, epoch=present.epoch, by=run.epoch)
+            self.engine.abort(run.key, present.epoch)
+            self._end(present, completed=False)
+        if self._paused:
+            return m.RunReply(False, ErrorCode.OVERLOADED.value, "the token log does not take messages")
+        requests = self._engine_requests(run)
+        try:
+            self.engine.submit(requests)
+        except EngineOverloaded as error:
+            return m.RunReply(False, ErrorCode.OVERLOADED.value, str(error))
+        except RequestRejected as rejected:
+            self.log.warning(
+                "rejected", key=run.key, epoch=run.epoch, code=rejected.error.code, error=rejected.error.message
+            )
+            return m.RunReply(False, rejected.error.code, rejected.error.message)
+        lengths = [0] * run.choices
+        for request in requests:
+            lengths[request.choice] = len(request.generated_ids)
+        partition = subjects.partition_of(run.key, self.settings.partitions)
+        self._runs[run.key] = ActiveRun(run.key, run.epoch, partition, lengths, {r.choice for r in requests})
+        self.log.info("run", key=run.key, epoch=run.epoch, prompt=len(run.prompt_ids) // 4, prefix=sum(lengths))
+        return m.RunReply(True)
+
+    def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
+        """A sequence for each choice that is not done yet."""
+        prompt = codec.unpack_ids(run.prompt_ids)
+        deadline = None if run.deadline is None else asyncio.get_running_loop().time() + run.deadline
+        return [
+            EngineRequest(
+                run.key,
+                choice,
+                run.epoch,
+                prompt,
+                run.sampling,
+                codec.unpack_ids(run.generated[choice]) if choice < len(run.generated) else (),
+                run.priority,
+                deadline,
+                run.isolated,
+            )
+            for choice in range(run.choices)
+            if choice not in run.done
+        ]
+
+    def _on_abort(self, message: Message) -> None:
+        try:
+            abort = codec.decode_as(m.Abort, message.data)
+        except codec.CodecError as error:
+            self.log.error("bad_abort", error=str(error))
+            return
+        run = self._runs.get(abort.key)
+        if run is not None and run.epoch <= abort.epoch:
+            self.log.info("aborted", key=run.key, epoch=run.epoch, generated=sum(run.lengths))
+            self.engine.abort(run.key, abort.epoch)
+            self._end(run, completed=False)
+        self._ended.add(abort.key, abort.epoch, completed=False)
+
+    def _end(self, run: ActiveRun, completed: bool) -> None:
+        """The worker is through with a run, if it still is the one that it holds."""
+        if self._runs.get(run.key) is run:
+            del self._runs[run.key]
+            self._ended.add(run.key, run.epoch, completed)
+
+    # ------------------------------------------------ what the engine generates
+
+    def _on_steps(self, steps: list[StepOutput]) -> None:
+        by_partition: dict[int, list[m.Tokens]] = {}
+        finished: dict[int, list[ActiveRun]] = {}
+        for step in steps:
+            for output in step.tokens:
+                if (run := self._run_of(output)) is not None:
+                    by_partition.setdefault(run.partition, []).append(self._entry(run, output))
+                    if not run.open:
+                        finished.setdefault(run.partition, []).append(run)
+            for error in step.errors:
+                if (run := self._run_of(error)) is not None:
+                    by_partition.setdefault(run.partition, []).append(self._failed(run, error))
+                    finished.setdefault(run.partition, []).append(run)
+        for partition, entries in by_partition.items():
+            self._append(steps[-1].step, partition, entries, finished.get(partition, ()))
+
+    def _run_of(self, output: TokenOutput | RequestError) -> ActiveRun | None:
+        """The run that an output belongs to; None if the run has been aborted or replaced, or if that choice has ended."""
+        run = self._runs.get(output.request_id)
+        if run is None or run.epoch != output.epoch or output.choice not in run.open:
+            return None
+        return None if isinstance(output, TokenOutput) and output.finish is FinishReason.ABORTED else run
+
+    def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
+        run.lengths[output.choice] = output.position + len(output.ids)
+        failure = logprobs = None
+        finish = output.finish
+        if finish is not None:
+            self.log.info("finished", key=run.key, epoch=run.epoch, choice=output.choice, reason=finish.value)
+            run.open.discard(output.choice)
+            if finish is FinishReason.DEADLINE:
+                failure = m.Failure(
+                    ErrorCode.DEADLINE_EXCEEDED.value, "the deadline passed while the model was generating"
+                )
+                self._abort_rest(run)
+        if output.logprobs is not None:
+            logprobs = tuple(
+                m.TokenLogprobs(p.chosen, codec.pack_ids(p.top_ids), tuple(p.top)) for p in output.logprobs
+            )
+        return m.Tokens(
+            run.key,
+            output.choice,
+            run.epoch,
+            output.position,
+            codec.pack_ids(output.ids),
+            None if finish is None else finish.value,
+            output.stop_token,
+            logprobs,
+            failure,
+        )
+
+    def _failed(self, run: ActiveRun, error: RequestError) -> m.Tokens:
+        self.log.error(
+            "failed", key=run.key, epoch=run.epoch, choice=error.choice, code=error.code, error=error.message
+        )
+        run.open.discard(error.choice)
+        self._abort_rest(run)
+        failure = m.Failure(error.code, error.message)
+        return m.Tokens(run.key, error.choice, run.epoch, run.lengths[error.choice], b"", "error", failure=failure)
+
+    def _abort_rest(self, run: ActiveRun) -> None:
+        """One choice failed, and with it the request: no use in going on with the others."""
+        if run.open:
+            run.open.clear()
+            self.engine.abort(run.key, run.epoch)
+
+    def _append(self, step: int, partition: int, entries: list[m.Tokens], finished: Sequence[ActiveRun]) -> None:
+        subject = subjects.tok(self.settings.model, partition)
+
+        def stored() -> None:
+            for run in finished:
+                self._end(run, completed=True)
+
+        for start in range(0, len(entries), MAX_ENTRIES):
+            tokens = m.StepTokens(self.instance, step, tuple(entries[start : start + MAX_ENTRIES]))
+            last = start + MAX_ENTRIES >= len(entries)
+            self.outbox.put(subject, codec.encode(tokens), stored if last and finished else None)
+
+    def _pause(self, full: bool) -> None:
+        self._paused = full
+        self.engine.pause(full)
+        self.log.warning("paused" if full else "resumed", outbox=len(self.outbox))
+
+    def _on_fatal(self, error: BaseException, suspects: Sequence[str]) -> None:
+        """Tells who took part in the step that killed the engine, as the last thing that this worker says."""
+        self.log.critical("engine_died", error=repr(error), suspects=list(suspects), exc_info=error)
+        self._suspects = tuple(suspects)
+        self.draining = True
+        self.beat_now()
+        self.fail(EngineDied(repr(error)))

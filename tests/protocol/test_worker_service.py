@@ -1,0 +1,492 @@
+"""The worker's I/O side on the in-memory bus, in virtual time, with the engine that needs no model."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from services.model_worker.__main__ import make_engine
+from services.model_worker.fixed_engine import expected_ids
+from services.model_worker.interface import EngineRequest, FinishReason, StepOutput, TokenOutput
+from services.model_worker.service import EndedRuns, EngineDied, StallWatch, WorkerService
+from services.model_worker.settings import Fault, FixedEngineSettings, WorkerSettings
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Message, StreamSpec
+from shared.memory_bus import Faults, MemoryBroker, MemoryBus
+from shared.sampling import SamplingParams
+from shared.tokenlog import PartitionFold, RequestState
+from shared.virtual_time import VirtualTimeLoop
+
+MODEL = "m"
+STEP = 0.02
+POISON = 77  # a token id that brings a fault with it
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs the test in virtual time."""
+
+    def run(**arguments: Any) -> None:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            runner.run(test(**arguments))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
+    return run
+
+
+class World:
+    """A broker, one worker, and somebody who gives it orders and reads the token log."""
+
+    def __init__(self, fault: Fault | None = None, faults: Faults | None = None, **settings: Any) -> None:
+        fixed = FixedEngineSettings(
+            step_time=STEP, max_model_len=settings.pop("max_model_len", 1000), faults={POISON: fault} if fault else {}
+        )
+        self.settings = WorkerSettings(engine="fixed", fixed=fixed, model=MODEL, name="w", partitions=4, **settings)
+        self.broker = MemoryBroker(seed=1, faults=faults)
+        self.bus = MemoryBus(self.broker)
+        self.broker.ensure_stream(StreamSpec(subjects.STREAM_TOK, subjects.STREAM_SUBJECTS[subjects.STREAM_TOK]))
+        self.beats: list[m.WorkerHeartbeat] = []
+
+    async def start(self) -> WorkerService:
+        await self.bus.subscribe(subjects.heartbeats(), self._on_beat)
+        self.worker = WorkerService(MemoryBus(self.broker), self.settings, make_engine)
+        await self.worker.start()
+        return self.worker
+
+    def _on_beat(self, message: Message) -> None:
+        beat = codec.decode(message.data)
+        if isinstance(beat, m.WorkerHeartbeat):
+            self.beats.append(beat)
+
+    async def order(self, run: m.Run, worker: WorkerService | None = None) -> m.RunReply:
+        subject = subjects.worker_run((worker or self.worker).instance)
+        return codec.decode_as(m.RunReply, (await self.bus.request(subject, codec.encode(run), 5.0)).data)
+
+    def abort(self, key: str, epoch: int) -> None:
+        self.bus.publish(subjects.worker_abort(self.worker.instance), codec.encode(m.Abort(key, epoch)))
+
+    async def append(self, entry: m.Open | m.Fence) -> None:
+        subject = subjects.tok(MODEL, subjects.partition_of(entry.key, 4))
+        self.broker.append(subject, codec.encode(entry), None, None)
+
+    async def open(self, run: m.Run) -> None:
+        await self.append(
+            m.Open(run.key, m.ReplyTo("r"), 1, len(run.prompt_ids) // 4, run.sampling.max_tokens, choices=run.choices)
+        )
+
+    def entries(self) -> list[tuple[str, Any]]:
+        stored = self.broker.streams[subjects.STREAM_TOK].messages
+        return [(stored[seq].subject, codec.decode(stored[seq].data)) for seq in sorted(stored)]
+
+    def tokens_of(self, key: str) -> list[m.Tokens]:
+        steps = [entry for _, entry in self.entries() if isinstance(entry, m.StepTokens)]
+        return [tokens for step in steps for tokens in step.entries if tokens.key == key]
+
+    def state(self, key: str) -> RequestState:
+        fold = PartitionFold()
+        for subject, entry in self.entries():
+            if subject == subjects.tok(MODEL, subjects.partition_of(key, 4)):
+                fold.apply(entry, 0.0)
+        return fold.requests[key]
+
+    async def ended(self, key: str, within: float = 60.0) -> RequestState:
+        await until(lambda: self.state(key).terminal is not None, within)
+        return self.state(key)
+
+    async def idle(self) -> None:
+        await until(lambda: not self.worker._runs and not self.worker.outbox)
+        assert self.worker.engine.check_idle() == []
+
+
+async def until(condition: Callable[[], bool], within: float = 60.0) -> None:
+    async with asyncio.timeout(within):
+        while not condition():  # noqa: ASYNC110 - conditions on the state of a whole world
+            await asyncio.sleep(STEP / 4)
+
+
+def order_for(
+    key: str, epoch: int = 1, *, tokens: int = 10, prompt: tuple[int, ...] = (5, 6, 7), n: int = 1, **rest: Any
+) -> m.Run:
+    sampling = SamplingParams(max_tokens=tokens, seed=42, logprobs=rest.pop("logprobs", None))
+    return m.Run(key, epoch, codec.pack_ids(prompt), sampling, n, **rest)
+
+
+def expected(run: m.Run, world: World, choice: int = 0) -> list[int]:
+    request = EngineRequest(run.key, choice, 1, codec.unpack_ids(run.prompt_ids), run.sampling)
+    return expected_ids(request, world.settings.fixed)
+
+
+@virtual
+async def test_generated_tokens_reach_the_log_in_one_message_a_step_and_partition() -> None:
+    world = World()
+    worker = await world.start()
+    runs = [order_for(f"t.{i}", n=2, prompt=(i, 9), logprobs=2) for i in range(8)]
+    for run in runs:
+        await world.open(run)
+        assert await world.order(run) == m.RunReply(True)
+    for run in runs:
+        state = await world.ended(run.key)
+        assert state.terminal is not None
+        assert state.terminal.reason == "finished"
+        assert [c.ids for c in state.choices] == [expected(run, world, 0), expected(run, world, 1)]
+        assert state.choices[0].ids != state.choices[1].ids
+        assert [c.finish for c in state.choices] == ["length", "length"]
+        assert all(t.logprobs is not None and len(t.logprobs[0].top) == 2 for t in world.tokens_of(run.key))
+    steps = [(subject, entry.step) for subject, entry in world.entries() if isinstance(entry, m.StepTokens)]
+    assert len(steps) == len(set(steps))
+    assert all(entry.worker == worker.instance for _, entry in world.entries() if isinstance(entry, m.StepTokens))
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_a_repeated_run_changes_nothing() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a")
+    await world.open(run)
+    for _ in range(3):
+        assert (await world.order(run)).accepted
+        await asyncio.sleep(2 * STEP)
+    await world.ended("t.a")
+    await world.idle()
+    assert (await world.order(run)).accepted, "also when it has ended"
+    await asyncio.sleep(1)
+    assert [t.position for t in world.tokens_of("t.a")] == list(range(10))
+    await worker.stop()
+
+
+@virtual
+async def test_a_higher_epoch_replaces_and_continues_and_lower_ones_are_refused() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a", tokens=30)
+    await world.open(run)
+    await world.order(run)
+    await until(lambda: len(world.tokens_of("t.a")) == 7)
+    await world.append(m.Fence("t.a", 3))
+    prefix = world.state("t.a").choices[0].ids
+    assert (await world.order(run._replace(epoch=3, generated=(codec.pack_ids(prefix),)))).accepted
+    assert (await world.order(run._replace(epoch=2))).code == "stale_epoch"
+    # What a step that was in flight still brings of the old epoch.
+    worker._on_steps([StepOutput(99, [TokenOutput("t.a", 0, 1, 7, [9], finish=FinishReason.LENGTH)])])
+    state = await world.ended("t.a")
+    assert state.choices[0].ids == expected(run, world)
+    assert [t.epoch for t in world.tokens_of("t.a")] == [1] * 7 + [3] * 23
+    await world.idle()
+    assert (await world.order(run)).code == "stale_epoch", "remembered after the end"
+    await worker.stop()
+
+
+@virtual
+async def test_finished_choices_of_a_migrated_request_are_not_run_again() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a", n=2)
+    await world.open(run)
+    done, half = expected(run, world, 0), expected(run, world, 1)[:4]
+    await world.order(run._replace(epoch=2, generated=(codec.pack_ids(done), codec.pack_ids(half)), done=(0,)))
+    await world.idle()
+    tokens = world.tokens_of("t.a")
+    assert {t.choice for t in tokens} == {1}
+    assert [i for t in tokens for i in codec.unpack_ids(t.ids)] == expected(run, world, 1)[4:]
+    assert tokens[0].position == 4
+    await worker.stop()
+
+
+@virtual
+async def test_abort_ends_this_and_lower_epochs_even_if_it_comes_first() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a", tokens=500)
+    await world.open(run)
+    await world.order(run)
+    await until(lambda: len(world.tokens_of("t.a")) >= 3)
+    world.abort("t.a", 1)
+    await world.idle()
+    before = len(world.tokens_of("t.a"))
+    assert (await world.order(run)).code == "stale_epoch"
+    world.abort("t.b", 2)
+    await asyncio.sleep(0)
+    assert (await world.order(order_for("t.b", 2))).code == "stale_epoch"
+    assert (await world.order(order_for("t.b", 3))).accepted
+    await world.idle()
+    assert len(world.tokens_of("t.a")) == before
+    assert not any(t.finish == "aborted" for t in world.tokens_of("t.a"))
+    await worker.stop()
+
+
+@pytest.mark.parametrize("how", ["broker killed", "disk full", "acks lost"])
+@virtual
+async def test_a_stalled_log_pauses_the_engine_and_loses_nothing(how: str) -> None:
+    world = World(outbox_limit=8)
+    worker = await world.start()
+    runs = [order_for(f"t.{i}", tokens=200) for i in range(6)]
+    for run in runs:
+        await world.open(run)
+        await world.order(run)
+    await asyncio.sleep(10 * STEP)
+    match how:
+        case "broker killed":
+            world.broker.kill()
+        case "disk full":
+            world.broker.disk_full = True
+        case "acks lost":
+            world.broker.faults.lose_append = 1.0
+    await asyncio.sleep(4.0)
+    stalled = worker.engine.stats().step
+    assert len(worker.outbox) <= 8 + 2 * 4, "bounded: the limit, and what the steps in flight still bring"
+    await asyncio.sleep(6.0)
+    assert worker.engine.stats().step == stalled, "paused"
+    assert worker.heartbeat().base.in_flight == 6
+    match how:
+        case "broker killed":
+            world.broker.restart()
+        case "disk full":
+            world.broker.disk_full = False
+        case "acks lost":
+            world.broker.faults.lose_append = 0.0
+    for run in runs:
+        assert (await world.ended(run.key)).choices[0].ids == expected(run, world)
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_lossy_appends_still_give_whole_streams() -> None:
+    world = World(faults=Faults(lose_append=0.05, lose_ack=0.05, late_append=0.02, latency=0.001))
+    worker = await world.start()
+    runs = [order_for(f"t.{i}", tokens=60) for i in range(10)]
+    for run in runs:
+        await world.open(run)
+        await world.order(run)
+    for run in runs:
+        assert (await world.ended(run.key)).choices[0].ids == expected(run, world)
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_a_request_is_reported_until_its_finish_is_stored() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a", tokens=3)
+    await world.open(run)
+    await world.order(run)
+    world.broker.faults.lose_append = 1.0
+    await asyncio.sleep(3.0)
+    assert worker.engine.check_idle() == [], "the engine is through"
+    assert world.beats[-1].running == {"t.a": 1}
+    world.broker.faults.lose_append = 0.0
+    await world.ended("t.a")
+    await until(lambda: world.beats[-1].running == {})
+    await worker.stop()
+
+
+@virtual
+async def test_drain_puts_everything_generated_into_the_log_and_reports_nothing_more() -> None:
+    world = World(faults=Faults(latency=0.003))
+    worker = await world.start()
+    runs = [order_for(f"t.{i}", tokens=100, n=1 + i % 2) for i in range(12)]
+    for run in runs:
+        await world.open(run)
+        await world.order(run)
+    await asyncio.sleep(20 * STEP)
+    world.broker.disk_full = True
+    await asyncio.sleep(10 * STEP)
+    world.broker.disk_full = False
+    assert worker.outbox, "there is something to flush"
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    draining = asyncio.create_task(worker.drain())
+    await asyncio.sleep(0)
+    assert (await world.order(order_for("t.late"))).code == "draining"
+    await draining
+    await asyncio.sleep(0.01)
+    assert loop.time() - began < 1.0
+    assert world.beats[-1].base.draining
+    assert world.beats[-1].running == {}
+    generated = worker.engine.stats().tokens_generated
+    assert sum(len(world.tokens_of(run.key)) for run in runs) == generated > 0
+    await worker.stop()
+    world.worker = successor = await World.start(world)
+    for run in runs:
+        await world.append(m.Fence(run.key, 2))
+        prefix = tuple(codec.pack_ids(ids) for ids in world.state(run.key).prefix)
+        assert (await world.order(run._replace(epoch=2, generated=prefix))).accepted
+    for run in runs:
+        state = await world.ended(run.key)
+        assert [c.ids for c in state.choices] == [expected(run, world, c) for c in range(run.choices)]
+    await successor.stop()
+
+
+@virtual
+async def test_drain_does_not_wait_for_a_log_that_is_gone() -> None:
+    world = World()
+    worker = await world.start()
+    await world.order(order_for("t.a", tokens=500))
+    await asyncio.sleep(5 * STEP)
+    world.broker.kill()
+    await asyncio.sleep(5 * STEP)
+    began = asyncio.get_running_loop().time()
+    await worker.drain()
+    assert asyncio.get_running_loop().time() - began < 1.0
+    await worker.stop()
+
+
+@virtual
+async def test_an_error_fails_its_request_only_and_all_its_choices() -> None:
+    world = World(Fault(kind="error", position=4))
+    worker = await world.start()
+    bad, good = order_for("t.bad", n=2, tokens=50, prompt=(1, POISON)), order_for("t.good", tokens=50)
+    for run in (bad, good):
+        await world.open(run)
+        await world.order(run)
+    state = await world.ended("t.bad")
+    assert state.terminal == ("error", m.Failure("internal", "injected fault"))
+    assert [len(c.ids) for c in state.choices] == [4, 4]
+    errors = [t for t in world.tokens_of("t.bad") if t.finish == "error"]
+    assert [(t.choice, t.position) for t in errors] == [(0, 4)]
+    assert (await world.ended("t.good")).choices[0].ids == expected(good, world)
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_a_deadline_ends_the_request_with_its_own_code() -> None:
+    world = World()
+    worker = await world.start()
+    run = order_for("t.a", tokens=500, n=2, deadline=0.5)
+    await world.open(run)
+    await world.order(run)
+    state = await world.ended("t.a", within=1.0)
+    assert state.terminal is not None
+    assert state.terminal.failure is not None
+    assert state.terminal.failure.code == "deadline_exceeded"
+    assert 15 <= len(state.choices[0].ids) <= 25
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_refusals_have_codes_and_leave_nothing_behind() -> None:
+    world = World(max_seqs=2, max_waiting=2, max_model_len=50)
+    worker = await world.start()
+    assert (await world.order(order_for("t.long", prompt=(1,) * 50))).code == "context_length_exceeded"
+    assert (await world.order(order_for("t.odd", prompt=(1, 5000)))).code == "invalid_request"
+    assert (await world.order(order_for("t.a", n=3))).accepted
+    assert (await world.order(order_for("t.b", n=2))).code == "overloaded"
+    assert (await world.order(order_for("t.c"))).accepted
+    assert set(worker.heartbeat().running) == {"t.a", "t.c"}  # type: ignore[union-attr]
+    answer = await world.bus.request(subjects.worker_run(worker.instance), b"\x93\x14rubbish", 1.0)
+    assert not codec.decode_as(m.RunReply, answer.data).accepted
+    world.bus.publish(subjects.worker_abort(worker.instance), b"rubbish")
+    await world.idle()
+    assert (await world.order(order_for("t.b", n=2))).accepted, "a refused order can come again"
+    await world.idle()
+    await worker.stop()
+
+
+@virtual
+async def test_a_failing_step_names_its_requests_and_ends_the_process() -> None:
+    world = World(Fault(kind="raise", position=3), max_seqs=2)
+    worker = await world.start()
+    for name, prompt in (("a", (1,)), ("b", (1, POISON)), ("waiting", (1,))):
+        await world.order(order_for(f"t.{name}", prompt=prompt))
+    assert worker.failed is not None
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(worker.failed, 5.0)
+    await asyncio.sleep(0)
+    assert world.beats[-1].suspects == ("t.a", "t.b")
+    assert world.beats[-1].running == {"t.a": 1, "t.b": 1, "t.waiting": 1}
+    assert (await world.order(order_for("t.c"))).code == "draining"
+    await worker.stop()
+
+
+@virtual
+async def test_an_isolated_request_shares_no_step() -> None:
+    world = World(Fault(kind="raise", position=3))
+    worker = await world.start()
+    await world.order(order_for("t.a", tokens=100))
+    await world.order(order_for("t.suspect", prompt=(1, POISON), isolated=True))
+    assert worker.failed is not None
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(worker.failed, 5.0)
+    await asyncio.sleep(0)
+    assert world.beats[-1].suspects == ("t.suspect",)
+    await worker.stop()
+
+
+@virtual
+async def test_a_hung_step_is_visible_at_once_and_ends_the_process_in_the_end() -> None:
+    world = World(Fault(kind="hang", position=2))
+    worker = await world.start()
+    await world.order(order_for("t.a", prompt=(POISON,)))
+    await asyncio.sleep(1.5)
+    beat = world.beats[-1]
+    assert beat.step_age > beat.step_bound
+    assert beat.running == {"t.a": 1}
+    assert worker.failed is not None
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(worker.failed, 5.0)
+    await worker.stop()
+
+
+@virtual
+async def test_stopped_time_is_no_stall() -> None:
+    world = World()
+    worker = await world.start()
+    await world.order(order_for("t.a"))
+    stats = worker.engine.stats()
+    assert stats.step_started is not None
+    watch = StallWatch()
+    assert watch.observe(100.0, stats, 0.2) == 0.0
+    assert watch.observe(100.1, stats, 0.2) == pytest.approx(0.1)
+    assert watch.observe(500.0, stats, 0.2) == pytest.approx(0.3), "the process was stopped in between"
+    await worker.stop()
+
+
+def test_ended_runs_are_remembered_within_bounds() -> None:
+    ended = EndedRuns(3)
+    ended.add("a", 2, True)
+    ended.add("a", 1, False)
+    assert ended.completed("a", 2)
+    assert ended.epoch("a") == 2
+    for key in "bcd":
+        ended.add(key, 1, True)
+    assert ended.epoch("a") == 0
+    assert [ended.epoch(key) for key in "bcd"] == [1, 1, 1]
+
+
+@virtual
+async def test_loading_is_reported_and_orders_are_taken_only_when_ready() -> None:
+    world = World()
+    loading = asyncio.Event()
+
+    def slow_engine(settings: WorkerSettings, *callbacks: Any) -> Any:
+        engine = make_engine(settings, *callbacks)
+
+        async def load(progress: Callable[[str, float], None]) -> None:
+            progress("weights", 0.25)
+            await loading.wait()
+
+        engine.load = load  # type: ignore[method-assign]
+        return engine
+
+    plain: list[m.Heartbeat] = []
+    await world.bus.subscribe(subjects.heartbeats(), lambda message: plain.append(codec.decode(message.data)))
+    worker = WorkerService(MemoryBus(world.broker), world.settings, slow_engine)
+    starting: Awaitable[None] = asyncio.ensure_future(worker.start())
+    await asyncio.sleep(1.0)
+    assert isinstance(plain[-1], m.Heartbeat)
+    assert plain[-1].detail == {"loading": "weights", "load": 0.25}
+    loading.set()
+    await starting
+    await asyncio.sleep(0.2)
+    assert isinstance(plain[-1], m.WorkerHeartbeat)
+    await worker.stop()
