@@ -204,6 +204,32 @@ def prefill_case(report: Report, sequences: int, length: int) -> None:
     report.note("prefill", case, f"FlashAttention-3: {PREFILL_REFERENCE[case]} TFLOP/s")
 
 
+def bench_hopper(report: Report) -> None:
+    for sequences, length in ((1, 16384), (4, 8192), (8, 2048), (32, 512)):
+        hopper_case(report, sequences, length)
+
+
+def hopper_case(report: Report, sequences: int, length: int) -> None:
+    from kernels.attention_prefill import prefill_attention
+    from kernels.attention_prefill_hopper import prefill_attention_hopper
+    from kernels.ops import AttentionBatch
+
+    case = f"{sequences}x{length}"
+    flop = 2 * sequences * Q_HEADS * HEAD_DIM * length * length
+    scale = HEAD_DIM**-0.5
+    q = torch.randn(sequences * length, Q_HEADS, HEAD_DIM, device="cuda", dtype=BF16)
+    starts = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * length
+    lengths = torch.full((sequences,), length, device="cuda", dtype=torch.int32)
+    out, expected = torch.empty_like(q), torch.empty_like(q)
+    for page in (64, 128, 16):
+        cache, table = paged(sequences, length, page)
+        batch = AttentionBatch(starts, lengths, table, 0, 1, length, length)
+        prefill_attention(q, *cache, batch, scale, 0, expected)
+        call = partial(prefill_attention_hopper, q, *cache, batch, scale, out)
+        check = partial(checked, call, out, expected)
+        report.add("hopper", case, f"P{page} warp-specialised", [call], flop, "TFLOP/s", check)
+
+
 def bench_decode(report: Report) -> None:
     for sequences, context in ((1, 8192), (1, 131072), (8, 16384), (64, 4096), (256, 1024), (256, 4096)):
         decode_case(report, sequences, context)
@@ -344,6 +370,7 @@ FAMILIES = {
     "decode": bench_decode,
     "elementwise": bench_elementwise,
     "sampling": bench_sampling,
+    "hopper": bench_hopper,  # last: the one with barriers of its own, whose mistakes would be endless waits
 }
 
 
@@ -360,6 +387,7 @@ def main() -> None:
         return resources()
     report = Report()
     torch.manual_seed(0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for family in arguments.only.split(","):
         started = time.perf_counter()
         try:
@@ -369,11 +397,9 @@ def main() -> None:
             print(f"{family} FAILED {problem!r}", flush=True)
         torch.cuda.empty_cache()
         print(f"-- {family}: {time.perf_counter() - started:.0f} s", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name()
-    results = {"device": device, "torch": torch.__version__, "failures": report.failures}
-    results["measurements"] = [asdict(m) for m in report.measurements]
-    (arguments.out / "kernels.json").write_text(json.dumps(results, indent=1))
+        results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "failures": report.failures}
+        results["measurements"] = [asdict(m) for m in report.measurements]
+        (arguments.out / "kernels.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class AttentionBatch:
     max_context   upper bound of context_len
     tree_mask     int64 [decode_rows] or [decode_seqs * decode_rows] or None (causal); bit j of a row's word lets it see node j of
                   its own sequence's rows (its ancestors and itself); everything before the tree's rows is visible. With a
-                  window a node's position is the number of its ancestors after the tree's root's
+                  window a node stands at context_len - decode_rows + the number of its ancestors
 
     Rows of no sequence (after query_start[S]) get no defined output. What a block holds past context_len may be anything, NaN
     too. On a GPU the launch grid follows from the ints: a bound on max_context far above the real lengths costs empty programs.

@@ -25,10 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from kernels.attention_tiles import TileConfig
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -99,7 +99,8 @@ def _compile(fn: Any, args: tuple[object, ...], kwargs: dict[str, object], capab
         signature[name] = _type_name(value)
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if fn.is_gluon() else ASTSource
+    source = kind(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _inspect(fn.__name__, binary)
 
@@ -109,6 +110,8 @@ def _type_name(value: object) -> str:
         return POINTERS[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -140,7 +143,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     from kernels.ops import AttentionBatch, SamplingBatch
     from kernels.triton_ops import TritonOps
 
-    ops = TritonOps()
+    ops, hopper = TritonOps(), TritonOps(hopper_prefill=True)
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)
@@ -157,7 +160,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     def cache(page: int) -> torch.Tensor:
         return torch.zeros(2, page, kv_heads, head_dim, dtype=bf16)
 
-    def attend(decodes: int, rows: int, page: int, window: int = 0, tree: bool = False) -> object:
+    def attend(decodes: int, rows: int, page: int, window: int = 0, tree: bool = False, ops: TritonOps = ops) -> object:
         batch = AttentionBatch(
             torch.zeros(3, dtype=torch.int32),
             torch.zeros(2, dtype=torch.int32),
@@ -184,6 +187,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "rope_and_cache, qk-norm": lambda: rope(qkv[0, :head_dim].clone()),
         "attention prefill, P 64": lambda: attend(0, 1, 64),
         "attention prefill, P 16": lambda: attend(0, 1, 16),
+        "prefill on Hopper, P 64": lambda: attend(0, 1, 64, ops=hopper),
+        "prefill on Hopper, P 16": lambda: attend(0, 1, 16, ops=hopper),
         "attention prefill, window": lambda: attend(0, 1, 64, window=4096),
         "attention decode, P 64": lambda: attend(2, 1, 64),
         "attention decode, P 16": lambda: attend(2, 1, 16),
@@ -196,18 +201,6 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "apply_penalties": lambda: ops.apply_penalties(logits, counts, mask, ints[:2], floats, floats, floats),
         "move_kv": lambda: ops.move_kv(cache(64)[None], cache(64)[None], ints, ints),
     }
-
-
-def prefill_variants(page: int, configs: list[TileConfig]) -> dict[str, Callable[[], object]]:
-    """Prefill attention at an 8B model's shape for each tile shape; to choose among them."""
-    from kernels.attention_prefill import prefill_attention
-    from kernels.ops import AttentionBatch
-
-    bf16 = torch.bfloat16
-    table = torch.zeros(1, 256, dtype=torch.int32)
-    batch = AttentionBatch(table[0, :2], table[0, :1], table, 0, 1, 2048, 2048)
-    q, cache = torch.zeros(2, 32, 128, dtype=bf16), torch.zeros(2, page, 8, 128, dtype=bf16)
-    return {str(c): lambda c=c: prefill_attention(q, cache, cache, batch, 0.1, 0, q, c) for c in configs}
 
 
 def main() -> None:

@@ -16,12 +16,14 @@ class TritonOps:
 
     fixed_split: tokens in a span of decode attention, whatever the batch (None: by load). With it a row's attention has the
     same bits in every batch.
+    hopper_prefill: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window).
     """
 
     name = "triton"
 
-    def __init__(self, fixed_split: int | None = None) -> None:
+    def __init__(self, fixed_split: int | None = None, hopper_prefill: bool = False) -> None:
         self.fixed_split = fixed_split
+        self.hopper_prefill = hopper_prefill
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
@@ -56,6 +58,12 @@ class TritonOps:
         q = q.contiguous()
         out = torch.empty_like(q)
         decode_attention(q, k_cache, v_cache, batch, scale, window, out, self.fixed_split)
+        if self.hopper_prefill:
+            from kernels import attention_prefill_hopper as hopper  # Gluon: has no interpreter, so not for every import
+
+            if hopper.fits(q, k_cache, window):
+                hopper.prefill_attention_hopper(q, k_cache, v_cache, batch, scale, out)
+                return out
         prefill_attention(q, k_cache, v_cache, batch, scale, window, out)
         return out
 
