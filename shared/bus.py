@@ -66,6 +66,12 @@ class StreamSpec(NamedTuple):
     replicas: int = 1
     metadata: Mapping[str, str] = MappingProxyType({})
 
+    def check_metadata(self, present: Mapping[str, str]) -> None:
+        """Raises IncompatibleStream if a stream that exists, with this metadata, was laid out otherwise."""
+        for name, value in self.metadata.items():
+            if (found := present.get(name)) != value:
+                raise IncompatibleStream(f"stream {self.name} exists with {name}={found}, but {name}={value} is wanted")
+
 
 class BucketSpec(NamedTuple):
     """A key-value bucket on file that keeps one value a key. Keys may have a time to live."""
@@ -231,6 +237,9 @@ class Bus(Protocol):
     # ------------------------------------------------ life
 
     def on_reconnect(self, callback: Callable[[], None]) -> None: ...
+
+    def on_closed(self, callback: Callable[[BaseException], None]) -> None:
+        """Called when the connection is lost for good (wrong password, a protocol error): the process has to end."""
 
     async def close(self) -> None:
         """Flushes what was published, unsubscribes, disconnects."""

@@ -56,6 +56,9 @@ class StageSettings(BaseSettings):
     heartbeat_interval: float = Field(0.1, gt=0, description="seconds")
     drain_timeout: float = Field(10.0, gt=0, description="seconds a stage may take to hand over after SIGTERM")
     attach_window: float = Field(300.0, gt=0, description="seconds that an ended request can still be attached to")
+    tok_max_age: float = Field(3600.0, gt=0, description="seconds the token log is kept, at least two attach windows")
+    results_max_age: float = Field(86400.0, gt=0, description="seconds the results of durable requests are kept")
+    stream_max_bytes: int = Field(0, ge=0, description="limit of each stream; 0: only the server's own")
     log_format: str = Field("auto", pattern="^(auto|json|console)$")
     log_level: str = "info"
     replicas: int = Field(1, ge=1, le=5, description="JetStream replicas of every stream and bucket")

@@ -20,7 +20,6 @@ from shared.bus import (
     BucketSpec,
     BusError,
     Entry,
-    IncompatibleStream,
     Message,
     StorageFull,
     Stored,
@@ -383,7 +382,7 @@ class MemoryBroker:
         if stream is None:
             self.streams[spec.name] = Stream(spec)
             return
-        check_metadata(spec, dict(stream.spec.metadata))
+        spec.check_metadata(stream.spec.metadata)
         stream.spec = spec
 
     def stream(self, name: str) -> Stream:
@@ -425,10 +424,3 @@ class MemoryBroker:
             # While the broker is down nothing expires: `restart` makes up for it.
             loop.call_later(ttl, lambda: bucket.expire(loop.time()) if self.up else None)
         return revision
-
-
-def check_metadata(spec: StreamSpec, present: dict[str, str]) -> None:
-    """Raises IncompatibleStream if a stream that exists was laid out otherwise than `spec` wants it."""
-    for name, value in spec.metadata.items():
-        if (found := present.get(name)) != value:
-            raise IncompatibleStream(f"stream {spec.name} exists with {name}={found}, but {name}={value} is wanted")

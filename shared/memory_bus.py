@@ -369,6 +369,9 @@ class MemoryBus:
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         self._on_reconnect.append(callback)
 
+    def on_closed(self, callback: Callable[[BaseException], None]) -> None:
+        """Never called: this connection always comes back."""
+
     async def close(self) -> None:
         self.abort()
 

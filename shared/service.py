@@ -83,6 +83,7 @@ class Service:
 
     async def start(self) -> None:
         self.failed = asyncio.get_running_loop().create_future()
+        self.bus.on_closed(self.fail)
         await self.on_start()
         await self.bus.subscribe(subjects.PS, self._answer_ps)
         self.spawn(self._beat_forever(), "heartbeat")

@@ -1,0 +1,521 @@
+"""The Bus on NATS. nats-py keeps the connection; requests, acknowledgements, pulls and buckets are done here, because each must
+know at once when the connection is lost, and none may wait for a server that has died.
+
+What differs from nats-py's own:
+    nothing is buffered while there is no connection (that buffer loses messages silently)
+    a server that does not answer a ping in time counts as gone, and its socket is aborted: closing it would wait for it
+    streams are read by standing pulls (shared.nats_pull), re-armed at every reconnect, and buckets watched in the same way
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import structlog
+from nats import errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from shared.bus import (
+    HEADROOM,
+    Appended,
+    BucketSpec,
+    BusError,
+    BusTimeout,
+    Delivery,
+    Message,
+    NoResponders,
+    PayloadTooLarge,
+    StorageFull,
+    Stored,
+    StreamSpec,
+    WrongRevision,
+)
+from shared.config import StageSettings
+from shared.nats_kv import NatsBucket
+from shared.nats_pull import NatsConsumer, NatsFollower, Reader
+
+log = structlog.get_logger()
+
+API = "$JS.API"
+NANOSECONDS = 10**9
+# Seconds. A link that is silent for LINK_STALLED proves nothing any more; after LINK_DEAD it is given up.
+PING_INTERVAL, LINK_STALLED, LINK_DEAD = 0.25, 1.0, 5.0
+API_TIMEOUT = 5.0
+# A core message is dropped when this many bytes wait for a server that does not read.
+MAX_UNSENT = 64 * 2**20
+PENDING_MESSAGES, PENDING_BYTES = 64 * 2**10, 64 * 2**20
+
+# nats-server's JetStream error codes (server/errors.json)
+WRONG_LAST = {10071, 10164}
+FULL = {10002, 10023, 10028, 10047, 10077}
+TOO_LARGE = {10054}
+NO_CONSUMER, NO_MESSAGE, NO_STREAM = 10014, 10037, 10059
+NOT_NOW = {10008, 10009, 10076, 10167}
+
+
+class ApiError(BusError):
+    """JetStream refused a request; `code` is its err_code."""
+
+    def __init__(self, code: int, description: str) -> None:
+        super().__init__(f"{description} ({code})")
+        self.code = code
+
+
+def api_error(error: Mapping[str, Any]) -> BusError:
+    """What the `error` of an answer of JetStream means."""
+    code, description = error.get("err_code", 0), error.get("description", "")
+    if code in WRONG_LAST:
+        return WrongRevision(description)
+    if code in FULL:
+        return StorageFull(description)
+    if code in TOO_LARGE:
+        return PayloadTooLarge(description)
+    if code in NOT_NOW:
+        return BusTimeout(description)
+    return ApiError(code, description)
+
+
+class CoreSubscription:
+    """A subscription of a plain handler."""
+
+    def __init__(self, subscription: NatsSubscription) -> None:
+        self._subscription = subscription
+
+    async def unsubscribe(self) -> None:
+        try:
+            await self._subscription.unsubscribe()
+        except errors.Error as error:  # closed before
+            log.debug("unsubscribe", error=repr(error))
+
+    def drain(self) -> None:
+        """Unsubscribes when what the server has sent already has been handled."""
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._subscription.drain()  # type: ignore[no-untyped-call]
+        except errors.Error as error:
+            log.debug("drain", error=repr(error))
+            await self.unsubscribe()
+
+
+class NatsBus:
+    """See shared.bus.Bus for the interface; made by `connect`."""
+
+    def __init__(self) -> None:
+        self.dropped = 0  # core messages published while there was no connection
+        self.overflowed = 0  # received, but not handled in time
+        self.handler_errors = 0
+        self._loop = asyncio.get_running_loop()
+        self._nc = Client()
+        self._inbox = f"_INBOX.{self._nc._nuid.next().decode()}."
+        self._tokens = itertools.count(1)
+        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._connected = asyncio.Event()
+        self._since: float | None = None
+        self._last_pong = 0.0
+        self._ping_task: asyncio.Task[None] | None = None
+        self._on_reconnect: list[Callable[[], None]] = []
+        self._on_closed: list[Callable[[BaseException], None]] = []
+        self._closing = False
+        self._dead = False
+        self._readers: dict[Reader, None] = {}
+        self._said: str = ""
+
+    # ------------------------------------------------ connection
+
+    @classmethod
+    async def connect(cls, settings: StageSettings) -> NatsBus:
+        """Waits for a server as long as it takes, and says so in the log."""
+        bus = cls()
+        await bus._nc.connect(
+            servers=[url.strip() for url in settings.nats_url.split(",")],
+            name=settings.name or None,
+            error_cb=bus._error,
+            disconnected_cb=bus._disconnected,
+            reconnected_cb=bus._reconnected,
+            closed_cb=bus._closed,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.05,  # type: ignore[arg-type]  # seconds; a float will do
+            connect_timeout=2,
+            ping_interval=3600,  # `_ping` does it
+            pending_size=0,  # no reconnect buffer
+            user=settings.nats_user or None,
+            password=settings.nats_password or None,
+        )
+        await bus._nc.subscribe(bus._inbox + "*", cb=bus._answered, pending_msgs_limit=0, pending_bytes_limit=0)
+        bus._up()
+        return bus
+
+    @property
+    def connected_for(self) -> float:
+        if self._since is None or self._loop.time() - self._last_pong > LINK_STALLED:
+            return 0.0
+        return self._loop.time() - self._since
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self._on_reconnect.append(callback)
+
+    def on_closed(self, callback: Callable[[BaseException], None]) -> None:
+        self._on_closed.append(callback)
+        if self._dead:
+            callback(ConnectionError(self._said))
+
+    async def close(self) -> None:
+        self._closing = True
+        for reader in list(self._readers):
+            await reader.close()
+        if self._connected.is_set():
+            try:
+                await self._nc.flush(timeout=2)
+            except (errors.Error, OSError) as error:
+                log.warning("not_flushed", error=repr(error))
+        if self._ping_task is not None:
+            self._ping_task.cancel()
+        self._abort_if_frozen()
+        await self._nc.close()
+
+    def _up(self) -> None:
+        self._since = self._last_pong = self._loop.time()
+        self._connected.set()
+        self._ping_task = self._loop.create_task(self._ping())
+
+    def _down(self) -> None:
+        self._since = None
+        self._connected.clear()
+        if self._ping_task is not None:
+            self._ping_task.cancel()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(BusTimeout("the connection was lost"))
+
+    async def _disconnected(self) -> None:
+        self._down()
+        if not self._closing:
+            log.warning("nats_disconnected")
+
+    async def _reconnected(self) -> None:
+        self._up()
+        log.info("nats_reconnected", dropped=self.dropped)
+        for reader in list(self._readers):
+            reader.begin_anew()
+        for callback in self._on_reconnect:
+            self.handle(callback, (), "on_reconnect")
+
+    async def _closed(self) -> None:
+        """nats-py gave up for good: wrong password, a protocol error."""
+        self._down()
+        if self._closing:
+            return
+        self._dead = True
+        self._said = f"NATS closed the connection for good: {self._nc.last_error!r}"
+        log.error("nats_closed", error=repr(self._nc.last_error))
+        for callback in self._on_closed:
+            callback(ConnectionError(self._said))
+
+    async def _error(self, error: Exception) -> None:
+        if isinstance(error, errors.SlowConsumerError):
+            self.overflowed += 1
+            if self.overflowed & (self.overflowed - 1) == 0:  # 1, 2, 4, 8 ...
+                log.error("messages_overflowed", subject=error.subject, count=self.overflowed)
+        elif self._since is None and repr(error) != self._said:
+            self._said = repr(error)
+            log.warning("waiting_for_nats", error=self._said)
+        else:
+            log.debug("nats_error", error=repr(error))
+
+    async def _ping(self) -> None:
+        """Knows within LINK_STALLED whether the server still answers; also whether this process itself was stopped."""
+        while True:
+            sent = self._loop.time()
+            try:
+                await self._nc.flush(timeout=LINK_DEAD)  # type: ignore[arg-type]
+            except errors.Error:
+                if self._connected.is_set():
+                    log.warning("nats_silent", seconds=LINK_DEAD)
+                    self._abort()
+                return
+            now = self._loop.time()
+            if now - self._last_pong > LINK_STALLED or now - sent > LINK_STALLED:
+                self._since = now
+            self._last_pong = now
+            await asyncio.sleep(PING_INTERVAL)
+
+    def _abort_if_frozen(self) -> None:
+        if self._loop.time() - self._last_pong > LINK_STALLED:
+            self._abort()
+
+    def _abort(self) -> None:
+        writer = getattr(self._nc._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def _wait_for_connection(self, timeout: float) -> float:
+        """Returns what is left of `timeout`."""
+        if self._connected.is_set():
+            return timeout
+        deadline = self._loop.time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._connected.wait()
+        except TimeoutError:
+            raise BusTimeout("not connected") from None
+        return deadline - self._loop.time()
+
+    # ------------------------------------------------ core
+
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
+        if len(data) > self._nc._max_payload - HEADROOM:
+            raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
+        if not self._connected.is_set() or self._nc._pending_data_size > MAX_UNSENT:
+            if self.dropped & (self.dropped - 1) == 0:  # 0, 1, 2, 4, 8 ...
+                log.warning("publish_dropped", subject=subject, count=self.dropped + 1)
+            self.dropped += 1
+            return
+        self._send(subject, data, reply)
+
+    def _send(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """nats-py's publish is a coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is
+        full; there is no need to wait for that."""
+        sending = self._nc.publish(subject, data, reply, headers)
+        try:
+            sending.send(None)
+        except StopIteration:
+            return
+        except errors.Error as error:
+            raise BusError(f"{subject}: {error!r}") from error
+        sending.close()
+
+    async def request(self, subject: str, data: bytes, timeout: float) -> Message:
+        answer = await self.ask(subject, data, timeout)
+        return Message(answer.subject, answer.data, answer.reply)
+
+    async def ask(self, subject: str, data: bytes, timeout: float, headers: dict[str, str] | None = None) -> Msg:
+        """`request` with headers. Raises NoResponders, BusTimeout, PayloadTooLarge."""
+        if len(data) > self._nc._max_payload - HEADROOM:
+            raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
+        timeout = await self._wait_for_connection(timeout)
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token] = future
+        timer = self._loop.call_later(timeout, _time_out, future)
+        try:
+            self._send(subject, data, self._inbox + token, headers)
+            answer = await future
+        finally:
+            timer.cancel()
+            del self._waiting[token]
+        if answer.headers and answer.headers.get("Status") == "503":
+            raise NoResponders(subject)
+        return answer
+
+    async def _answered(self, msg: Msg) -> None:
+        future = self._waiting.get(msg.subject.rpartition(".")[2])
+        if future is not None and not future.done():
+            future.set_result(msg)
+
+    async def subscribe(self, subject: str, handler: Callable[[Message], None], queue: str = "") -> CoreSubscription:
+        async def receive(msg: Msg) -> None:
+            self.handle(handler, (Message(msg.subject, msg.data, msg.reply),), subject)
+
+        return await self.subscribe_raw(subject, receive, queue, PENDING_MESSAGES, PENDING_BYTES)
+
+    async def subscribe_raw(
+        self,
+        subject: str,
+        receive: Callable[[Msg], Awaitable[None]],
+        queue: str = "",
+        pending_messages: int = 0,
+        pending_bytes: int = 0,
+    ) -> CoreSubscription:
+        """With nats-py's messages, and no limit on what waits to be handled unless given."""
+        try:
+            return CoreSubscription(
+                await self._nc.subscribe(
+                    subject, queue, receive, pending_msgs_limit=pending_messages, pending_bytes_limit=pending_bytes
+                )
+            )
+        except errors.Error as error:
+            raise BusError(f"{subject}: {error!r}") from error
+
+    def handle(self, handler: Callable[..., None], arguments: tuple[Any, ...], subject: str) -> None:
+        try:
+            handler(*arguments)
+        except Exception as error:
+            self.handler_errors += 1
+            log.error("handler_failed", subject=subject, exc_info=error)
+
+    def new_inbox(self) -> str:
+        """A subject that nobody else uses."""
+        return f"{self._inbox[:-1]}-{next(self._tokens)}"
+
+    # ------------------------------------------------ JetStream's requests
+
+    async def api(self, operation: str, body: Any = None, timeout: float = API_TIMEOUT) -> dict[str, Any]:
+        """One request to JetStream. Raises ApiError, BusTimeout and what `api_error` knows."""
+        try:
+            answer = await self.ask(f"{API}.{operation}", json.dumps(body).encode() if body else b"", timeout)
+        except NoResponders:
+            raise BusTimeout("JetStream does not answer") from None
+        result: dict[str, Any] = json.loads(answer.data)
+        if "error" in result:
+            raise api_error(result["error"])
+        return result
+
+    async def store(self, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float) -> Appended:
+        try:
+            answer = json.loads((await self.ask(subject, data, timeout, headers)).data)
+        except NoResponders:
+            raise BusError(f"no stream takes {subject}") from None
+        if "error" in answer:
+            raise api_error(answer["error"])
+        return Appended(answer["seq"], answer.get("duplicate", False))
+
+    async def get_message(self, stream: str, query: dict[str, Any]) -> dict[str, Any] | None:
+        """A stored message as the stream's leader knows it (a direct get might be answered by a replica that lags)."""
+        try:
+            message: dict[str, Any] = (await self.api(f"STREAM.MSG.GET.{stream}", query))["message"]
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
+                return None
+            raise
+        return message
+
+    # ------------------------------------------------ streams
+
+    async def append(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        msg_id: str | None = None,
+        expected_last_subject_seq: int | None = None,
+        timeout: float = 2.0,
+    ) -> Appended:
+        headers: dict[str, str] | None = None
+        if msg_id is not None:
+            headers = {"Nats-Msg-Id": msg_id}
+        if expected_last_subject_seq is not None:
+            headers = headers or {}
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(expected_last_subject_seq)
+        return await self.store(subject, data, headers, timeout)
+
+    async def read(self, stream: str, seq: int) -> Stored | None:
+        if seq < 1:
+            return None
+        message = await self.get_message(stream, {"seq": seq})
+        if message is None:
+            return None
+        data = base64.b64decode(message.get("data", ""))
+        return Stored(message["seq"], message["subject"], data, datetime.fromisoformat(message["time"]).timestamp())
+
+    async def last_seq(self, stream: str, subject: str) -> int:
+        message = await self.get_message(stream, {"last_by_subj": subject})
+        return message["seq"] if message else 0
+
+    async def follow(self, stream: str, subject: str, start_seq: int) -> NatsFollower:
+        await self.api(f"STREAM.INFO.{stream}")
+        follower = NatsFollower(self, stream, subject, start_seq)
+        await follower.open()
+        return follower
+
+    async def consume(
+        self,
+        stream: str,
+        durable: str,
+        subject: str,
+        handler: Callable[[Delivery], Awaitable[None]],
+        *,
+        limit: int,
+        ack_wait: float,
+    ) -> NatsConsumer:
+        consumer = NatsConsumer(self, stream, durable, subject, handler, limit, ack_wait)
+        await consumer.open()
+        return consumer
+
+    def add_reader(self, reader: Reader) -> None:
+        """The reader begins anew at every reconnect and is closed with the bus, until `remove_reader`."""
+        self._readers[reader] = None
+
+    def remove_reader(self, reader: Reader) -> None:
+        self._readers.pop(reader, None)
+
+    async def backlog(self, stream: str, durable: str) -> int:
+        try:
+            pending: int = (await self.api(f"CONSUMER.INFO.{stream}.{durable}"))["num_pending"]
+        except ApiError as error:
+            if error.code == NO_CONSUMER:
+                return 0
+            raise
+        return pending
+
+    async def trim(self, stream: str, below_seq: int) -> None:
+        if below_seq > 1:
+            await self.api(f"STREAM.PURGE.{stream}", {"seq": below_seq})
+
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        window = min(spec.duplicate_window, spec.max_age) if spec.max_age else spec.duplicate_window
+        await self._ensure(
+            spec,
+            {
+                "name": spec.name,
+                "subjects": [spec.subject],
+                "retention": "workqueue" if spec.work_queue else "limits",
+                "max_age": int(spec.max_age * NANOSECONDS),
+                "max_bytes": spec.max_bytes or -1,
+                "duplicate_window": int(window * NANOSECONDS),
+                "num_replicas": spec.replicas,
+                "metadata": dict(spec.metadata),
+            },
+        )
+
+    async def _ensure(self, spec: StreamSpec, config: dict[str, Any]) -> None:
+        config |= {"storage": "file", "discard": "new", "allow_direct": True}
+        try:
+            present = (await self.api(f"STREAM.INFO.{spec.name}"))["config"]
+        except ApiError as error:
+            if error.code != NO_STREAM:
+                raise
+            # Two processes may do this at once: creating what exists with the same configuration is no error.
+            await self.api(f"STREAM.CREATE.{spec.name}", config)
+            return
+        metadata = present.get("metadata") or {}
+        spec.check_metadata(metadata)
+        config["metadata"] = metadata | config["metadata"]
+        if any(present.get(name) != value for name, value in config.items()):
+            await self.api(f"STREAM.UPDATE.{spec.name}", present | config)
+
+    # ------------------------------------------------ key-value
+
+    async def ensure_bucket(self, spec: BucketSpec) -> None:
+        name = f"KV_{spec.name}"
+        await self._ensure(
+            StreamSpec(name, f"$KV.{spec.name}.>"),
+            {
+                "name": name,
+                "subjects": [f"$KV.{spec.name}.>"],
+                "max_msgs_per_subject": 1,
+                "num_replicas": spec.replicas,
+                "allow_rollup_hdrs": True,
+                "allow_msg_ttl": True,
+                "subject_delete_marker_ttl": 60 * NANOSECONDS,  # watchers learn of what expired
+                "metadata": {},
+            },
+        )
+
+    async def bucket(self, name: str) -> NatsBucket:
+        await self.api(f"STREAM.INFO.KV_{name}")
+        return NatsBucket(self, name)
+
+
+def _time_out(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(BusTimeout("no answer in time"))
