@@ -100,10 +100,10 @@ class BatchScheduler:
         self.prompt_tokens = 0
         self.prefix_hit_tokens = 0
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; finished ones stay until they come up
+        self._waiting: list[Sequence] = []  # a heap; finished ones stay until they come up
         self._num_waiting = 0
         self._releasing: set[Sequence] = set()  # not running any more, but in a step in flight
-        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._deadlines: list[tuple[float, Sequence]] = []
         self._isolated: deque[Sequence] = deque()
         self._slots = list(range(limits.max_seqs - 1, -1, -1))
         self._arrivals = 0
@@ -126,7 +126,7 @@ class BatchScheduler:
         if request.isolated:
             self._isolated.append(sequence)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival, sequence))
+            heapq.heappush(self._deadlines, (request.deadline, sequence))
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
@@ -139,7 +139,7 @@ class BatchScheduler:
         """Ends and returns the sequences whose deadline has passed."""
         late = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
+            sequence = heapq.heappop(self._deadlines)[1]
             if sequence.status is not Status.FINISHED:
                 self.finish(sequence)
                 late.append(sequence)
@@ -147,13 +147,13 @@ class BatchScheduler:
 
     @property
     def next_deadline(self) -> float | None:
-        while self._deadlines and self._deadlines[0][2].status is Status.FINISHED:
+        while self._deadlines and self._deadlines[0][1].status is Status.FINISHED:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        heapq.heappush(self._waiting, sequence)
         self._num_waiting += 1
 
     def _leave(self, sequence: Sequence, status: Status) -> None:
@@ -256,11 +256,11 @@ class BatchScheduler:
     def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
         """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are. An isolated one comes first;
         `alone`: the only request that may come now."""
-        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
+        while self._waiting and self._waiting[0].status is not Status.WAITING:
             heapq.heappop(self._waiting)
         if not self._waiting or not self._slots:
             return None
-        sequence = self._waiting[0][1]
+        sequence = self._waiting[0]
         if alone is not None and sequence.request.request_id != alone:
             return None
         size, length = self.limits.block_size, len(sequence.tokens)
@@ -279,7 +279,7 @@ class BatchScheduler:
         sequence.blocks = cached + self.pool.allocate(missing)
         sequence.reset(len(cached) * size)
         sequence.registered = len(cached)
-        insort(self.running, sequence, key=lambda other: other.order)
+        insort(self.running, sequence)
         plan.admitted.append(sequence)
         plan.add_blocks(sequence, 0, sequence.blocks)
         self.prompt_tokens += length

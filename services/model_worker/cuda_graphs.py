@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,41 +20,39 @@ def padded_size(sizes: list[int], rows: int) -> int:
     return sizes[bisect.bisect_left(sizes, rows)]
 
 
-class GraphSet:
-    """Captured functions by key. All share one pool: a graph's intermediate memory is used again by the next captured.
+class Graphs(Protocol):
+    """Functions by key, to be run again without the host's work. A function reads its inputs from fixed addresses and returns
+    tensors; these keep their addresses over replays."""
 
-    A function reads its inputs from fixed addresses and returns tensors; these keep their addresses over replays.
-    """
+    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """Runs `function` once for real, which compiles its kernels, then records it. Returns what it returns."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+    def replay(self, key: Hashable) -> Any:
+        """Does again what was recorded, on the current stream; returns the tensors that this fills."""
+
+
+class CudaGraphs:
+    """`Graphs` on the current stream. All share one pool: a graph's intermediate memory is used again by the next captured."""
+
+    def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
     def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """Runs `function` once for real, which compiles its kernels, then records it. Returns what it returns."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            function()
-            self._stream.synchronize()
-            # `with torch.cuda.graph(...)` would collect garbage and empty the allocator's cache, 0.1 s each.
-            # Other threads may call CUDA meanwhile: only this one must not do what a capture forbids.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = function()
-            finally:
-                graph.capture_end()
+        function()
+        torch.cuda.current_stream().synchronize()
+        # `with torch.cuda.graph(...)` would collect garbage and empty the allocator's cache, 0.1 s each.
+        # Other threads may call CUDA meanwhile: only this one must not do what a capture forbids.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
         self._graphs[key] = (graph, result)
         return result
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._graphs
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def replay(self, key: Hashable) -> Any:
-        """Launches the graph on the current stream; returns the tensors that it fills."""
         graph, result = self._graphs[key]
         graph.replay()
         return result

@@ -10,6 +10,7 @@ import torch
 from kernels import select_ops
 from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
 from services.model_worker.block_pool import BlockPool
+from services.model_worker.cuda_graphs import CudaGraphs
 from services.model_worker.kv_cache import KVCache, block_bytes
 from services.model_worker.loader import Progress, load_weights
 from services.model_worker.model_runner import ModelRunner
@@ -101,7 +102,7 @@ def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchSched
     blocks = config.num_blocks or _fitting_blocks(config, block_bytes(model, limits.block_size, dtype), runner)
     runner.cache = cache(blocks)
     if device.type == "cuda" and config.cuda_graphs:
-        runner.capture_graphs(lambda part: report(0.85 + 0.15 * part, "capturing CUDA graphs"))
+        runner.capture_graphs(CudaGraphs(), lambda part: report(0.85 + 0.15 * part, "capturing CUDA graphs"))
     # A sequence that has the cache to itself must always be able to go on.
     limits = replace(limits, max_model_len=min(longest, blocks * limits.block_size))
     info = ModelInfo(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
 from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
-from services.model_worker.cuda_graphs import GraphSet, padded_size, padded_sizes
+from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.interface import TokenLogprobs
 from services.model_worker.kv_cache import KVCache
 from services.model_worker.models.decoder import Decoder
@@ -103,7 +103,7 @@ class ModelRunner:
         self.limits = limits
         self.cache = cache
         self.device = cache.data.device
-        self.graphs: GraphSet | None = None
+        self.graphs: Graphs | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with self.context():
             self.state = StepState(limits, decoder.config.vocab_size, self.device)
@@ -287,21 +287,20 @@ class ModelRunner:
             torch.cuda.empty_cache()
         return largest + captured + len(self._sizes) * (8 << 20)
 
-    def capture_graphs(self, progress: Callable[[float], None]) -> None:
+    def capture_graphs(self, graphs: Graphs, progress: Callable[[float], None]) -> None:
         """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest."""
-        assert self._stream is not None
         with self.context():
-            graphs = GraphSet(self._stream)
             slots = self._staging.device_words[: round_up(self.limits.max_seqs, 4)].fill_(self.state.null_slot)
             longest = self.limits.max_model_len
             for done, size in enumerate(reversed(self._sizes)):
                 progress(done / len(self._sizes))
                 padded = slots[: round_up(size, 4)]
-                outputs = graphs.capture(("decode", size), partial(self._decode, padded, size, longest))
+                hidden, padded, context_len = graphs.capture(
+                    ("decode", size), partial(self._decode, padded, size, longest)
+                )
                 for mode in CAPTURED_MODES:
-                    graphs.capture((mode, size), partial(self._sample, *outputs, mode))
-            torch.cuda.synchronize(self.device)
-            self.graphs = graphs
+                    graphs.capture((mode, size), partial(self._sample, hidden, padded, context_len, mode))
+        self.graphs = graphs
 
     @staticmethod
     def _longest(plan: StepPlan) -> int:

@@ -30,14 +30,13 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len",
-        "registered", "released", "request", "sampling_mode", "slot", "status", "stops", "tokens", "verified",
+        "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len", "registered",
+        "released", "request", "sampling_mode", "slot", "status", "stops", "tokens", "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
         params = request.params
         self.request = request
-        self.arrival = arrival
         self.order = (-math.inf if request.isolated else -request.priority, arrival)
         self.tokens = array("i", request.prompt_ids)
         self.prompt_len = len(self.tokens)
@@ -56,6 +55,10 @@ class Sequence:
         self.device_row: Any = None
         self.sampling_mode: Any = None
         self.reset(0)
+
+    def __lt__(self, other: Sequence) -> bool:
+        """Runs before: priority, then arrival."""
+        return self.order < other.order
 
     def reset(self, cached: int) -> None:
         """Start (again) with `cached` tokens in the cache, from shared blocks that are registered already."""

@@ -112,23 +112,21 @@ class StepState:
         self.prompt_mask = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
 
     def stage_admissions(self, staging: Staging, sequences: list[Sequence]) -> tuple[Tensor, ...]:
-        """Puts what `apply_admissions` needs."""
+        """Puts what `apply_admissions` needs. The context is set by the step itself: it has a chunk of each new sequence."""
         slots = [sequence.slot for sequence in sequences]
         rows = np.stack([sequence.device_row for sequence in sequences], axis=1)
         seeds = np.ascontiguousarray(rows[len(FIELDS) :].T)
         return (
             staging.put(slots),
             staging.put([sequence.tokens[-1] for sequence in sequences]),
-            staging.put([sequence.computed for sequence in sequences]),
             staging.put(rows[: len(FIELDS)].ravel()).view(len(FIELDS), -1),
             staging.put(seeds.ravel()).view(torch.int64),
         )
 
     def apply_admissions(self, staged: tuple[Tensor, ...]) -> None:
-        slots, tokens, cached, fields, seeds = staged
+        slots, tokens, fields, seeds = staged
         slots = slots.long()
         self.last_token.index_copy_(0, slots, tokens.long())
-        self.context.index_copy_(0, slots, cached)
         self.fields.index_copy_(1, slots, fields)
         self.seed.index_copy_(0, slots, seeds)
 

@@ -6,12 +6,13 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from services.model_worker.engine import (
     EngineConfig,
@@ -103,6 +104,57 @@ def test_a_migrated_sequence_goes_on_as_if_nothing_had_happened(
         assert output.finish is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("length", [15, 16, 17, 32, 33])
+def test_chunks_end_anywhere(model: Path, length: int) -> None:
+    """A prompt whose last token alone is left over goes on as a decode row."""
+    prompt = [3 + index % 50 for index in range(length)]
+    with (
+        running(model, load_format="dummy") as whole,
+        running(model, load_format="dummy", max_batched_tokens=16) as chunked,
+    ):
+        (expected,), (output,) = (started.run([greedy("a", prompt, 8)]) for started in (whole, chunked))
+        assert output.ids == expected.ids
+
+
+class RepeatedFunctions:
+    """Stands in for CUDA graphs on a CPU: a replay runs the function again and fills the tensors that the capture returned."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self.replayed: set[Hashable] = set()
+
+    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        self.captured[key] = function, function()
+        return self.captured[key][1]
+
+    def replay(self, key: Hashable) -> Any:
+        self.replayed.add(key)
+        function, outputs = self.captured[key]
+
+        def tensors(result: Any) -> tuple[Tensor, ...]:
+            return result if isinstance(result, tuple) else (result.ids,)
+
+        for old, new in zip(tensors(outputs), tensors(function()), strict=True):
+            old.copy_(new)
+        return outputs
+
+
+def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Collected]) -> None:
+    """Everything that a graph holds fast on a GPU: addresses, padded sizes, the mode of sampling."""
+    with running(model, load_format="dummy", max_seqs=12) as started:
+        graphs = RepeatedFunctions()
+        started.engine.runner.capture_graphs(graphs, lambda fraction: None)
+        outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
+        for kinds in (["greedy"], ["plain", "greedy"], ["filtered", "plain", "big seed"], list(KINDS)[:4]):
+            again = started.run([sampled(f"{kind} {len(kinds)}", PROMPT, **KINDS[kind]) for kind in kinds])
+            assert [output.ids for output in again] == [alone[kind].ids for kind in kinds]
+            started.run([greedy(f"lengths {len(kinds)} {n}", PROMPT[:3], 4 + n) for n in range(11)])
+        assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
+        sizes = {key[1] for key in graphs.replayed if key[0] == "decode"}  # type: ignore[index]
+        assert sizes == {1, 2, 4, 8, 12}
+        assert len({key[0] for key in graphs.replayed}) == 4, "a mode was never replayed"  # type: ignore[index]
+
+
 def test_choices_and_seeds_differ(harness: Harness) -> None:
     outputs = harness.run([
         *(sampled("a", PROMPT, choice=choice) for choice in range(3)), sampled("b", PROMPT, seed=4), sampled("c", PROMPT),
@@ -163,6 +215,14 @@ def test_the_pool_caps_the_context(model: Path) -> None:
         (output,) = started.run([greedy("all", [4] * 40, 1000)])
         assert len(output.ids) == 24
         assert len(started.run([greedy(str(i), [i + 3] * 60, 4) for i in range(5)])) == 5
+
+
+def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
+    good = harness.submit(greedy("good", PROMPT, 10))
+    (bad,) = harness.run([greedy("bad", PROMPT, params={"stop_token_ids": ([],)})])  # not hashable
+    assert bad.error is not None and (bad.error.code, bad.error.request_id) == ("internal_error", "bad")
+    harness.wait([good])
+    assert len(good.ids) == 10 and "bad" not in harness.engine.stats().running
 
 
 @pytest.mark.parametrize(

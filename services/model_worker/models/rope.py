@@ -19,7 +19,7 @@ def rope_table(rope: RopeConfig, head_dim: int, positions: int, device: torch.de
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """f32 [head_dim / 2], radians per position."""
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    frequencies: Tensor = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.kind == "linear":
         return frequencies / rope.options["factor"]
     if rope.kind == "llama3":
