@@ -6,13 +6,23 @@ value out of range or an unknown field is refused with `invalid_request` that na
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import Failure, ReplyTo
@@ -25,10 +35,14 @@ MAX_STOP_CHARS = 256
 MAX_CHOICES = 16
 MAX_METADATA_BYTES = 4096
 MAX_TOKENS = 1_000_000
+MAX_DEPTH = 64  # of nesting in a request
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+# What says only how the answer travels: it may differ when a request is sent again.
+_DELIVERY_FIELDS = frozenset({"id", "tenant", "stream", "batched", "traceparent"})
 
 
 class Strict(BaseModel):
@@ -52,9 +66,10 @@ class GenerateRequest(Strict):
     id: str | None = None  # the client's own, unique within its tenant; makes a retry safe. Default: a random one
     tenant: str = DEFAULT_TENANT
     model: str | None = None  # if given, it must be the subject's
-    prompt: str | list[TokenId] | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[dict[str, Any]] | None = None  # handed to the chat template
+    # Without FailFast each of a million wrong ids would become a complaint of its own.
+    prompt: str | Annotated[list[TokenId], FailFast()] | None = None
+    messages: Annotated[list[ChatMessage], FailFast()] | None = None
+    tools: Annotated[list[dict[str, Any]], FailFast()] | None = None  # handed to the chat template
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -94,7 +109,7 @@ class GenerateRequest(Strict):
     @field_validator("metadata")
     @classmethod
     def _small_metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if len(json.dumps(value, default=str)) > MAX_METADATA_BYTES:
+        if len(_canonical(value)) > MAX_METADATA_BYTES:
             raise ValueError(f"more than {MAX_METADATA_BYTES} bytes")
         return value
 
@@ -118,12 +133,15 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def decode_body(data: bytes) -> tuple[dict[str, Any], str]:
-    """A client's bytes → (map, "json" or "msgpack"). Raises GorgonError(INVALID_REQUEST).
+def encoding_of(data: bytes) -> str:
+    """Either "json" or "msgpack". JSON is told by its first non-blank byte `{`, which is no MessagePack map."""
+    start = data.lstrip()[:1]
+    return "json" if start in (b"{", b"") else "msgpack"
 
-    JSON is told by its first non-blank byte `{`; 0x7b is no MessagePack map, so the two cannot be confused.
-    """
-    encoding = "json" if data.lstrip()[:1] == b"{" or not data.strip() else "msgpack"
+
+def decode_body(data: bytes) -> tuple[dict[str, Any], str]:
+    """A client's bytes → (map, `encoding_of` them). Raises GorgonError(INVALID_REQUEST)."""
+    encoding = encoding_of(data)
     try:
         if encoding == "json":
             body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
@@ -132,24 +150,63 @@ def decode_body(data: bytes) -> tuple[dict[str, Any], str]:
     except RecursionError:
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"the {encoding} is nested too deeply") from None
     except Exception as error:
-        raise GorgonError(ErrorCode.INVALID_REQUEST, f"not valid {encoding}: {error}") from None
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"not valid {encoding}: {_printable(str(error))}") from None
     if not isinstance(body, dict) or not all(isinstance(k, str) for k in body):
         raise GorgonError(ErrorCode.INVALID_REQUEST, "the body must be a map with string keys")
     return body, encoding
 
 
+def _nesting_exceeds(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        return levels == 0 or any(_nesting_exceeds(v, levels - 1) for v in value.values())
+    if isinstance(value, list):
+        return levels == 0 or any(_nesting_exceeds(v, levels - 1) for v in value if type(v) in (list, dict))
+    return False
+
+
+def _canonical(value: Any) -> bytes:
+    """Equal for equal values, in whatever encoding and order of keys they came. ValueError for what JSON cannot express."""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate is not a character") from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def hash_body(body: Mapping[str, Any], **context: Any) -> bytes:
+    """16 bytes that tell two requests under one id apart (BLAKE2b, RFC 7693), over everything that says what is to be generated
+    and `context`. `body` has passed parse_request. Raises GorgonError(INVALID_REQUEST) for values that JSON cannot express or that are
+    nested too deeply."""
+    if any(_nesting_exceeds(value, MAX_DEPTH) for field, value in body.items() if field != "prompt"):
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"nested more than {MAX_DEPTH} levels deep")
+    said = {k: v for k, v in body.items() if k not in _DELIVERY_FIELDS and v is not None}
+    try:
+        return hashlib.blake2b(_canonical([said, context]), digest_size=16).digest()
+    except ValueError as error:
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"a value that JSON cannot express: {error}") from None
+
+
 def parse_request(body: Mapping[str, Any]) -> GenerateRequest:
-    """Raises GorgonError(INVALID_REQUEST) that names each offending field."""
+    """Raises GorgonError(INVALID_REQUEST) that names offending fields."""
+    if unknown := body.keys() - GenerateRequest.model_fields.keys():
+        names = ", ".join(_printable(name) for name in sorted(unknown)[:5])
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"unknown fields: {names}")
     try:
         return GenerateRequest.model_validate(body)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in e['loc']) or 'request'}: {e['msg']}"
+            f"{_printable('.'.join(map(str, e['loc']))) or 'request'}: {e['msg']}"
             for e in error.errors(include_url=False, include_context=False, include_input=False)[:5]
         ]
         raise GorgonError(ErrorCode.INVALID_REQUEST, "; ".join(problems)) from None
     except RecursionError:
         raise GorgonError(ErrorCode.INVALID_REQUEST, "nested too deeply") from None
+
+
+def _printable(text: str) -> str:
+    """What a client sent, fit to be said in a message: neither long nor with lone surrogates."""
+    return text[:80].encode("utf-8", "replace").decode()
 
 
 def _json_number(value: Any) -> Any:
