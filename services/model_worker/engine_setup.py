@@ -16,6 +16,7 @@ from services.model_worker.loader import Progress, load_weights
 from services.model_worker.model_runner import ModelRunner
 from services.model_worker.models.config import ModelError, load_config
 from services.model_worker.models.decoder import Decoder, dummy_weights
+from services.model_worker.warm_up import warm_up
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -102,9 +103,12 @@ def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchSched
     blocks = config.num_blocks or _fitting_blocks(config, block_bytes(model, limits.block_size, dtype), runner)
     runner.cache = cache(blocks)
     if device.type == "cuda" and config.cuda_graphs:
-        runner.capture_graphs(CudaGraphs(), lambda part: report(0.85 + 0.15 * part, "capturing CUDA graphs"))
+        runner.capture_graphs(CudaGraphs(), lambda part: report(0.85 + 0.13 * part, "capturing CUDA graphs"))
     # A sequence that has the cache to itself must always be able to go on.
     limits = replace(limits, max_model_len=min(longest, blocks * limits.block_size))
+    if device.type == "cuda":
+        report(0.98, "warming up")
+        warm_up(runner, limits, blocks)
     info = ModelInfo(
         model.family,
         limits.max_model_len,

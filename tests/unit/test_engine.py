@@ -23,6 +23,7 @@ from services.model_worker.engine import (
     RequestRejected,
 )
 from services.model_worker.step_bound import StepBound
+from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import Collected, Harness, dummy_model, greedy, running
 
@@ -153,6 +154,15 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
         sizes = {key[1] for key in graphs.replayed if key[0] == "decode"}  # type: ignore[index]
         assert sizes == {1, 2, 4, 8, 12}
         assert len({key[0] for key in graphs.replayed}) == 4, "a mode was never replayed"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("slots", [2, 24])
+def test_warming_up_leaves_no_trace(model: Path, alone: dict[str, Collected], slots: int) -> None:
+    with running(model, load_format="dummy", max_seqs=slots) as started:
+        runner, info = started.engine.runner, started.engine.info
+        assert warm_up(runner, started.engine.scheduler.limits, info.num_blocks) == (18 if slots == 2 else 54)
+        outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
+        assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
 
 
 def test_choices_and_seeds_differ(harness: Harness) -> None:

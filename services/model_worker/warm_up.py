@@ -1,0 +1,57 @@
+"""Steps before the first request, so that no kernel is compiled while somebody waits and the step's bound runs."""
+
+from __future__ import annotations
+
+from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
+from services.model_worker.block_pool import BlockPool
+from services.model_worker.interface import EngineRequest
+from services.model_worker.model_runner import ModelRunner
+from services.model_worker.sampler import SamplingMode
+from services.model_worker.step_state import field_row
+from shared.sampling import SamplingParams
+
+# Triton compiles a kernel anew for an integer argument of 1, for multiples of 16, and for all others.
+_BATCHES = (1, 3, 16)
+_KINDS = (
+    SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0),
+    SamplingParams(max_tokens=4, ignore_eos=True, temperature=1.0),
+    SamplingParams(
+        max_tokens=4, ignore_eos=True, temperature=1.0, top_k=4, top_p=0.9, presence_penalty=1.0, logprobs=1
+    ),
+)
+_PROMPT = 20  # tokens
+
+
+def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> int:
+    """Runs prompts alone, decodes alone and both together, with each kind of sampling. Returns the number of steps.
+
+    It has a scheduler of its own; what it leaves in the cache and in slots is overwritten before it is read.
+    """
+    scheduler = BatchScheduler(limits, BlockPool(num_blocks, prefix_cache=False))
+
+    def add(params: SamplingParams) -> None:
+        length = min(_PROMPT, limits.max_model_len - 1)
+        sequence = scheduler.add(EngineRequest("warm-up", 0, 0, [0] * length, params))
+        sequence.device_row = field_row(params, 0, length)
+        sequence.sampling_mode = SamplingMode.of(params)
+
+    def step() -> bool:
+        plan = scheduler.schedule()
+        if plan is None:
+            return False
+        result = runner.launch(plan).result()
+        scheduler.retire(plan, result.ids, result.logprobs)
+        return True
+
+    with runner.context():
+        for batch in _BATCHES:
+            if batch < limits.max_seqs:
+                for params in _KINDS:
+                    for _ in range(batch):
+                        add(params)
+                    step()
+                    step()
+                    add(params)  # its prompt runs together with the others' decodes
+                    while step():
+                        pass
+    return scheduler.steps
