@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import structlog
 
 from shared import codec, subjects
-from shared.bus import Bus, Message
+from shared.bus import Bus, BusError, BusTimeout, Message
 from shared.config import StageSettings
 from shared.messages import Heartbeat, WorkerHeartbeat
 
@@ -131,6 +131,7 @@ class Service:
 
 
 async def _serve(service_class: type[Service], settings: StageSettings) -> int:
+    from shared.logging import attach_bus, detach_bus
     from shared.nats_bus import NatsBus
     from shared.streams import ensure_streams
 
@@ -144,8 +145,13 @@ async def _serve(service_class: type[Service], settings: StageSettings) -> int:
     if not connecting.done():
         connecting.cancel()
         return 0
-    bus = connecting.result()
+    try:
+        bus = connecting.result()
+    except BusError as error:
+        log.critical("cannot_start", error=str(error))
+        return 1
     service = service_class(bus, settings)
+    attach_bus(bus, service.stage, service.instance)
     status = 0
     try:
         starting = loop.create_task(service.start())
@@ -165,6 +171,7 @@ async def _serve(service_class: type[Service], settings: StageSettings) -> int:
             await service.drain()
     finally:
         await service.stop()
+        detach_bus()
         await bus.close()
     return status
 
@@ -177,8 +184,13 @@ async def _wait_for(awaitable: Awaitable[Any]) -> None:
 async def _connect(bus_class: Any, ensure_streams: Any, settings: StageSettings) -> Bus:
     """Waits for NATS as long as it takes, and says so."""
     bus: Bus = await bus_class.connect(settings)
-    await ensure_streams(bus, settings)
-    return bus
+    while True:
+        try:
+            await ensure_streams(bus, settings)
+            return bus
+        except BusTimeout as error:
+            log.warning("waiting_for_jetstream", error=str(error))
+            await asyncio.sleep(1.0)
 
 
 def run_stage(service_class: type[Service], settings_class: type[StageSettings]) -> None:

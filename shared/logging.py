@@ -1,0 +1,133 @@
+"""Structured logs: JSON lines on stderr (coloured text on a terminal), and the same lines on NATS for `gorgon tail`.
+
+Every line begins with ts, level, stage, instance, event, and request_id and epoch where there are any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections import deque
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from shared import subjects
+from shared.bus import Bus, BusError
+from shared.config import StageSettings
+
+FIRST = ("ts", "level", "stage", "instance", "event", "request_id", "epoch")
+# What the code calls a request's name, in the order of preference; `gorgon tail` looks for request_id.
+REQUEST_NAMES = ("request_id", "request", "key")
+MAX_WAITING = 1000  # lines that wait for the bus
+MAX_BATCH = 64 * 1024  # bytes of lines in one message
+
+_json = structlog.processors.JSONRenderer(default=repr)
+
+
+class _Process:
+    """What this process adds to every line, and where lines go besides stderr."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, str] = {}
+        self.tap: LogTap | None = None
+
+
+_process = _Process()
+
+
+class LogTap:
+    """Publishes lines when the loop gets to it. Of more than MAX_WAITING that wait, the oldest are dropped."""
+
+    def __init__(self, bus: Bus, subject: str) -> None:
+        self._bus = bus
+        self._subject = subject
+        self._loop = asyncio.get_running_loop()
+        self._lines: deque[bytes] = deque(maxlen=MAX_WAITING)
+        self._scheduled = False
+        bus.on_reconnect(self._schedule)
+
+    def add(self, line: bytes) -> None:
+        """From any thread."""
+        self._lines.append(line)
+        if not self._scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._loop.is_closed():
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._publish)
+
+    def _publish(self) -> None:
+        self._scheduled = False
+        while self._lines and self._bus.connected_for > 0:  # else on_reconnect comes back to it
+            batch = [self._lines.popleft()]
+            size = len(batch[0])
+            while self._lines and size + len(self._lines[0]) < MAX_BATCH:
+                size += len(self._lines[0])
+                batch.append(self._lines.popleft())
+            try:
+                self._bus.publish(self._subject, b"\n".join(batch))
+            except BusError as error:
+                print(f"log lines not published: {error!r}", file=sys.stderr)
+
+
+def attach_bus(bus: Bus, stage: str, instance: str) -> None:
+    """From now on every line is also published to subjects.log(stage, instance). Call it on the event loop."""
+    _process.fields |= {"stage": stage, "instance": instance}
+    _process.tap = LogTap(bus, subjects.log(stage, instance))
+
+
+def detach_bus() -> None:
+    _process.tap = None
+
+
+def _order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    fields: dict[str, Any] = {**_process.fields, **event}
+    for name in REQUEST_NAMES:
+        if name in fields:
+            fields["request_id"] = fields.pop(name)
+            break
+    return {name: fields[name] for name in FIRST if name in fields} | fields
+
+
+def _tap(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    if _process.tap is not None:
+        line = _json(logger, method, dict(event))
+        _process.tap.add(line if isinstance(line, bytes) else line.encode())
+    return event
+
+
+class _FromStandardLogging(logging.Handler):
+    """Lines of libraries that log with the standard library."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            fields["exc_info"] = record.exc_info
+        structlog.get_logger().log(record.levelno, record.getMessage(), **fields)
+
+
+def configure_logging(settings: StageSettings, stage: str) -> None:
+    """For a process: what it logs, and how. Unknown levels count as "info"."""
+    level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
+    on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    _process.fields = {"stage": stage}
+    _process.tap = None
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            _order,
+            _tap,
+            structlog.dev.ConsoleRenderer(timestamp_key="ts", sort_keys=False) if on_terminal else _json,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(handlers=[_FromStandardLogging()], level=max(level, logging.INFO), force=True)
