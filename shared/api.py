@@ -16,7 +16,6 @@ import msgpack
 from pydantic import (
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     StrictInt,
     ValidationError,
@@ -66,10 +65,10 @@ class GenerateRequest(Strict):
     id: str | None = None  # the client's own, unique within its tenant; makes a retry safe. Default: a random one
     tenant: str = DEFAULT_TENANT
     model: str | None = None  # if given, it must be the subject's
-    # Without FailFast each of a million wrong ids would become a complaint of its own.
-    prompt: str | Annotated[list[TokenId], FailFast()] | None = None
-    messages: Annotated[list[ChatMessage], FailFast()] | None = None
-    tools: Annotated[list[dict[str, Any]], FailFast()] | None = None  # handed to the chat template
+    # Without fail_fast each of a million wrong ids would become a complaint of its own.
+    prompt: str | Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -109,7 +108,11 @@ class GenerateRequest(Strict):
     @field_validator("metadata")
     @classmethod
     def _small_metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if len(_canonical(value)) > MAX_METADATA_BYTES:
+        try:
+            size = len(msgpack.packb(value))
+        except OverflowError:
+            raise ValueError("an integer of more than 64 bits") from None
+        if size > MAX_METADATA_BYTES:
             raise ValueError(f"more than {MAX_METADATA_BYTES} bytes")
         return value
 
