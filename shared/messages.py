@@ -203,7 +203,8 @@ class Assignment(NamedTuple):
     epoch: int
     worker: str
     body_hash: bytes
-    suspect: int = 0  # how often it was alone or among few on a worker that died (recovery.py)
+    suspect: int = 0  # deaths in a row without progress (services/scheduler/recovery.py)
+    died_at: int = -1  # committed tokens at the last of them
 
 
 class Tombstone(NamedTuple):

@@ -1,0 +1,392 @@
+"""The `gorgon` command: run everything on one machine, talk to a deployment, look inside.
+
+Everything here is a client of NATS, except `up` and `run`, which start the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from services.supervisor import STAGES, Plan, Supervisor
+from shared import codec, presence, subjects
+from shared.bus import Bus, Message
+from shared.client import Client, Stream
+from shared.config import StageSettings
+from shared.errors import GorgonError
+from shared.messages import Heartbeat, WorkerHeartbeat
+from shared.nats_bus import NatsBus
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
+START_TIMEOUT = 300.0
+
+ModelName = Annotated[str, typer.Option(help="name of the model in subjects")]
+ModelPath = Annotated[Path, typer.Option("--model-path", help="Hugging Face folder")]
+Url = Annotated[str, typer.Option("--nats", help="NATS server", envvar="GORGON_NATS_URL")]
+DEFAULT_URL = "nats://127.0.0.1:4222"
+
+
+def _run(coroutine: Coroutine[Any, Any, int | None]) -> None:
+    """Runs a command; errors that people can act on become one line and exit status 1."""
+    try:
+        status = asyncio.run(coroutine)
+    except GorgonError as error:
+        err.print(f"[red]{error.code}[/red]: {error.message}")
+        status = 1
+    except (TimeoutError, OSError, FileNotFoundError) as error:
+        err.print(f"[red]error[/red]: {error}")
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    raise typer.Exit(status or 0)
+
+
+async def _connect(url: str) -> Bus:
+    try:
+        return await asyncio.wait_for(NatsBus.connect(StageSettings(nats_url=url)), 5)
+    except TimeoutError:
+        raise TimeoutError(f"no NATS server answers at {url}; is `gorgon up` running?") from None
+
+
+# ---------------------------------------------------------------- running everything
+
+
+def _plan(data: Path, model: str, model_path: Path, port: int, copies: dict[str, int]) -> Plan:
+    if not (model_path / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} is no Hugging Face model folder: it has no config.json")
+    return Plan(data.resolve(), model, model_path.resolve(), port, copies)
+
+
+async def _wait_ready(bus: Bus, plan: Plan) -> None:
+    """Until every stage is ready, with a progress bar of the weights' loading."""
+    with Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def on_beat(message: Message) -> None:
+            beat = codec.decode(message.data)
+            detail = presence.base_of(beat).detail
+            if "load" in detail:
+                bar.update(task, completed=float(detail["load"]), description=str(detail.get("loading", "loading")))
+
+        beats = await bus.subscribe(subjects.heartbeats("model_worker", plan.model), on_beat)
+        try:
+            await presence.wait_for_stages(bus, plan.copies, plan.model, START_TIMEOUT)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; see {plan.data / 'logs'}") from None
+        finally:
+            await beats.unsubscribe()
+
+
+async def _up(plan: Plan) -> int:
+    supervisor = Supervisor(plan)
+    stopping = asyncio.Event()
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(sig, stopping.set)
+    try:
+        await supervisor.start()
+        bus = await _connect(plan.nats_url)
+        ready = asyncio.create_task(_wait_ready(bus, plan))
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait([ready, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+            err.print(
+                f"[green]ready[/green]: model [bold]{plan.model}[/bold] at {plan.nats_url}, logs in {plan.data / 'logs'}"
+            )
+            await stopped
+        else:
+            ready.cancel()
+        await bus.close()
+    finally:
+        err.print("stopping")
+        await supervisor.stop()
+    return 0
+
+
+@app.command()
+def up(
+    model: ModelName = "demo",
+    model_path: ModelPath = DEMO_MODEL,
+    data: Annotated[Path, typer.Option(help="JetStream's store and the logs")] = Path("data"),
+    port: Annotated[int, typer.Option(help="of the embedded NATS server")] = 4222,
+    tokenizers: int = 1,
+    schedulers: int = 1,
+    workers: int = 1,
+    detokenizers: int = 1,
+) -> None:
+    """Serve a model on this machine until Ctrl-C: the embedded NATS server and every stage, restarted when they die.
+
+    `--model DIR` may name a Hugging Face folder directly.
+    """
+    if Path(model).is_dir():
+        model_path, model = (
+            Path(model),
+            "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(model).resolve().name),
+        )
+    _console_log()
+    copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True))
+    _run(_up(_plan(data, model, model_path, port, copies)))
+
+
+@app.command()
+def run(
+    prompt: Annotated[
+        str, typer.Argument(help="what the model continues")
+    ] = "It was a dark night, and the old captain",
+    max_tokens: int = 200,
+    temperature: Annotated[float | None, typer.Option(help="default: the model's own")] = None,
+    seed: int | None = None,
+    model_path: ModelPath = DEMO_MODEL,
+) -> None:
+    """Start everything on a free port, stream one answer, stop."""
+
+    async def main() -> int:
+        from shared.broker import free_port
+
+        _console_log()
+        with tempfile.TemporaryDirectory(prefix="gorgon-") as data:
+            plan = _plan(Path(data), "demo", model_path, free_port(), dict.fromkeys(STAGES, 1))
+            supervisor = Supervisor(plan)
+            try:
+                await supervisor.start()
+                bus = await _connect(plan.nats_url)
+                try:
+                    await _wait_ready(bus, plan)
+                    async with Client(bus, plan.model) as client:
+                        options = _options(max_tokens=max_tokens, temperature=temperature, seed=seed)
+                        await _print_stream(await client.generate(prompt, **options), prompt)
+                finally:
+                    await bus.close()
+            finally:
+                await supervisor.stop()
+        return 0
+
+    _run(main())
+
+
+def _console_log() -> None:
+    """The supervisor's own log: warnings and worse, on the terminal."""
+    structlog.configure(
+        processors=[structlog.processors.TimeStamper(fmt="%H:%M:%S"), structlog.dev.ConsoleRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(30),
+    )
+
+
+# ---------------------------------------------------------------- talking to a deployment
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+async def _print_stream(stream: Stream, prompt: str = "") -> None:
+    """Text as it comes, then tokens/s."""
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    started = time.perf_counter()
+    first: float | None = None
+    async for delta in stream:
+        if first is None and delta.ids:
+            first = time.perf_counter()
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    result = await stream.result()
+    sys.stdout.write("\n")
+    ended = time.perf_counter()
+    count = result.usage["completion_tokens"]
+    line = f"{count} tokens · request {result.id}"
+    if first is not None and count > 1:
+        line += (
+            f" · first after {(first - started) * 1e3:.0f} ms · {(count - 1) / max(ended - first, 1e-9):.0f} tokens/s"
+        )
+    err.print(f"[dim]{line}[/dim]", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    model: ModelName = "demo",
+    nats: Url = DEFAULT_URL,
+    max_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a chat message")] = False,
+    request_id: Annotated[str | None, typer.Option("--id", help="the request's id, for retry and attach")] = None,
+) -> None:
+    """Stream one answer from a running deployment."""
+
+    async def main() -> None:
+        bus = await _connect(nats)
+        try:
+            async with Client(bus, model) as client:
+                options = _options(
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    seed=seed,
+                    stop=stop,
+                    id=request_id,
+                )
+                body: Any = [{"role": "user", "content": prompt}] if chat else prompt
+                await _print_stream(await client.generate(body, **options))
+        finally:
+            await bus.close()
+
+    _run(main())
+
+
+@app.command()
+def attach(
+    request_id: str,
+    model: ModelName = "demo",
+    nats: Url = DEFAULT_URL,
+    tenant: str = "default",
+) -> None:
+    """Stream a running or recently finished request from its beginning."""
+
+    async def main() -> None:
+        bus = await _connect(nats)
+        try:
+            async with Client(bus, model) as client:
+                await _print_stream(await client.attach(request_id, tenant=tenant))
+        finally:
+            await bus.close()
+
+    _run(main())
+
+
+@app.command()
+def cancel(request_id: str, model: ModelName = "demo", nats: Url = DEFAULT_URL, tenant: str = "default") -> None:
+    """Cancel a request."""
+
+    async def main() -> None:
+        bus = await _connect(nats)
+        try:
+            async with Client(bus, model) as client:
+                await client.cancel(request_id, tenant=tenant)
+        finally:
+            await bus.close()
+
+    _run(main())
+
+
+# ---------------------------------------------------------------- looking inside
+
+
+def _stages_table(beats: list[Heartbeat | WorkerHeartbeat]) -> Table:
+    table = Table("stage", "instance", "model", "state", "load", "in flight", "detail", box=None, header_style="bold")
+    order = {stage: n for n, stage in enumerate(STAGES)}
+    for beat in sorted(beats, key=lambda b: (order.get(presence.base_of(b).stage, 9), presence.base_of(b).instance)):
+        base = presence.base_of(beat)
+        detail = dict(base.detail)
+        if isinstance(beat, WorkerHeartbeat):
+            used = beat.kv_tokens_total - beat.kv_tokens_free
+            detail = {
+                "step": beat.step,
+                "kv": f"{used}/{beat.kv_tokens_total}",
+                "seqs": f"{len(beat.running)}/{beat.max_seqs}",
+            } | detail
+        text = " ".join(f"{key}={value}" for key, value in detail.items())
+        state = "draining" if base.draining else "ready"
+        table.add_row(base.stage, base.instance, base.model, state, f"{base.load:.0%}", str(base.in_flight), text)
+    return table
+
+
+@app.command()
+def ps(nats: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """The stages, their load and what they have in flight."""
+
+    async def main() -> int:
+        bus = await _connect(nats)
+        try:
+            beats = await presence.gather(bus, 0.5)
+        finally:
+            await bus.close()
+        if as_json:
+            rows = [
+                presence.base_of(b)._asdict() | ({"running": b.running} if isinstance(b, WorkerHeartbeat) else {})
+                for b in beats
+            ]
+            sys.stdout.write(json.dumps(rows) + "\n")
+        elif beats:
+            out.print(_stages_table(beats), highlight=False)
+        else:
+            err.print("no stage answers")
+        return 0 if beats else 1
+
+    _run(main())
+
+
+@app.command()
+def tail(
+    request_id: Annotated[str | None, typer.Argument(help="only lines about this request")] = None,
+    nats: Url = DEFAULT_URL,
+    stage: str | None = None,
+    as_json: Annotated[bool, typer.Option("--json", help="lines as the stages wrote them")] = False,
+) -> None:
+    """Follow the structured logs of all stages."""
+
+    def on_line(message: Message) -> None:
+        for raw in message.data.splitlines():
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            request = str(line.get("request_id", ""))
+            if request_id is not None and request_id not in (request, request.partition(".")[2]):
+                continue
+            if stage is not None and line.get("stage") != stage:
+                continue
+            sys.stdout.write(raw.decode() + "\n" if as_json else _pretty(line) + "\n")
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+
+    async def main() -> None:
+        bus = await _connect(nats)
+        await bus.subscribe(subjects.logs(), on_line)
+        await asyncio.Event().wait()
+
+    _run(main())
+
+
+def _pretty(line: dict[str, Any]) -> str:
+    head = f"{line.pop('ts', '')} {line.pop('level', ''):7} {line.pop('stage', ''):12} {line.pop('event', '')}"
+    line.pop("instance", None)
+    return head + "".join(f" {key}={value}" for key, value in line.items())
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What this scheduler knows of the live requests: a cache of KV `assign`, never a source of truth. Pure.
+
+Every change carries the key's revision, and only a higher one counts, so that this process's own writes (applied at once) and the
+watch's echo of them (or of older ones) may come in any order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from shared.messages import Assignment, Tombstone
+
+REMEMBER_ENDED = 20_000
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """`since`: loop time at which this scheduler learnt of the present assignment; `reported`: of its worker's last heartbeat that
+    named it in the present epoch (None: not yet)."""
+
+    key: str
+    assignment: Assignment
+    revision: int
+    since: float
+    reported: float | None = None
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self.live: dict[str, LiveRequest] = {}
+        self._ended: OrderedDict[str, tuple[int, int]] = OrderedDict()  # key: (epoch, revision)
+        self._by_worker: dict[str, set[str]] = {}
+
+    def apply(self, key: str, value: Assignment | Tombstone | None, revision: int, now: float) -> Tombstone | None:
+        """Takes a key's new value; None: it was deleted or has expired. Returns the tombstone if this ended a live request."""
+        present = self.live.get(key)
+        known = present.revision if present is not None else self._ended.get(key, (0, 0))[1]
+        if revision <= known and value is not None:
+            return None
+        if isinstance(value, Assignment):
+            self._drop(key)
+            self._ended.pop(key, None)
+            self.live[key] = LiveRequest(key, value, revision, now)
+            self._by_worker.setdefault(value.worker, set()).add(key)
+            return None
+        self._drop(key)
+        if value is None:
+            self._ended.pop(key, None)
+            return None
+        self._ended[key] = (value.epoch, revision)
+        self._ended.move_to_end(key)
+        if len(self._ended) > REMEMBER_ENDED:
+            self._ended.popitem(last=False)
+        return value if present is not None else None
+
+    def _drop(self, key: str) -> None:
+        if (present := self.live.pop(key, None)) is not None:
+            keys = self._by_worker[present.assignment.worker]
+            keys.discard(key)
+            if not keys:
+                del self._by_worker[present.assignment.worker]
+
+    def on_worker(self, worker: str) -> frozenset[str]:
+        return frozenset(self._by_worker.get(worker, ()))
+
+    def count(self, worker: str) -> int:
+        return len(self._by_worker.get(worker, ()))
+
+    def workers(self) -> list[str]:
+        """Workers that have requests; "" among them if some wait for one."""
+        return list(self._by_worker)
+
+    def suspects_on(self, worker: str) -> int:
+        return sum(self.live[key].assignment.suspect > 1 for key in self._by_worker.get(worker, ()))
+
+    def ended_epoch(self, key: str) -> int | None:
+        """The epoch in which a request ended, None if it is not known to have ended."""
+        return self._ended[key][0] if key in self._ended else None
+
+    def oldest(self) -> int | None:
+        """The smallest REQ sequence that a live request needs."""
+        return min((r.assignment.req_seq for r in self.live.values()), default=None)

@@ -1,0 +1,94 @@
+"""Which worker a request goes to: one with room, where the beginning of its prompt is cached if that costs no balance. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from services.scheduler.fleet import Worker
+from services.scheduler.ledger import Ledger
+
+CHUNK_BYTES = 4 * 64  # 64 token ids: a multiple of every block size in use
+MAX_CHUNKS = 64
+CHUNKS_PER_WORKER = 1 << 16
+# A worker's own queue may hold this share of its slots, so that a slot that becomes free is filled within the step.
+BACKLOG = 0.125
+MIN_OVERLAP = 0.25  # of the prompt: less is not worth an imbalance
+MAX_IMBALANCE = 0.25  # of the slots
+
+
+def prefix_chunks(prompt_ids: bytes) -> list[bytes]:
+    """Chained hashes of the prompt's beginning: two prompts share the first n exactly if they share their first n × 64 tokens."""
+    chunks, parent = [], b""
+    whole = len(prompt_ids) // CHUNK_BYTES
+    for i in range(min(whole, MAX_CHUNKS)):
+        parent = blake2b(parent + prompt_ids[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES], digest_size=8).digest()
+        chunks.append(parent)
+    return chunks
+
+
+class PrefixIndex:
+    """What each worker has lately been given, as a guess at what its prefix cache holds."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, OrderedDict[bytes, None]] = {}
+
+    def placed(self, worker: str, chunks: list[bytes]) -> None:
+        seen = self._seen.setdefault(worker, OrderedDict())
+        for chunk in chunks:
+            seen[chunk] = None
+            seen.move_to_end(chunk)
+        while len(seen) > CHUNKS_PER_WORKER:
+            seen.popitem(last=False)
+
+    def overlap(self, worker: str, chunks: list[bytes]) -> int:
+        """Leading chunks that the worker has been given before."""
+        seen = self._seen.get(worker, OrderedDict())
+        for count, chunk in enumerate(chunks):
+            if chunk not in seen:
+                return count
+        return len(chunks)
+
+    def forget(self, worker: str) -> None:
+        self._seen.pop(worker, None)
+
+
+def in_use(worker: Worker, ledger: Ledger) -> int:
+    return ledger.count(worker.instance) + worker.reserved
+
+
+def has_room(worker: Worker, ledger: Ledger, prompt_tokens: int, isolated: bool) -> bool:
+    used, slots = in_use(worker, ledger), worker.beat.max_seqs
+    if used >= slots + int(slots * BACKLOG):
+        return False
+    if isolated and ledger.suspects_on(worker.instance):
+        return False
+    return used == 0 or worker.beat.kv_tokens_free - worker.reserved_tokens >= prompt_tokens
+
+
+def choose(
+    workers: Sequence[Worker],
+    ledger: Ledger,
+    index: PrefixIndex,
+    prompt_tokens: int,
+    chunks: list[bytes],
+    isolated: bool = False,
+) -> Worker | None:
+    """The worker for a request, None if all are full."""
+    free = [w for w in workers if has_room(w, ledger, prompt_tokens, isolated)]
+    if not free:
+        return None
+
+    def load(worker: Worker) -> float:
+        return in_use(worker, ledger) / worker.beat.max_seqs
+
+    least = min(free, key=lambda w: (load(w), w.instance))
+    best = max(free, key=lambda w: (index.overlap(w.instance, chunks), -load(w), w.instance))
+    if (
+        chunks
+        and index.overlap(best.instance, chunks) >= MIN_OVERLAP * len(chunks)
+        and load(best) - load(least) <= MAX_IMBALANCE
+    ):
+        return best
+    return least
