@@ -67,4 +67,4 @@ class WorkerSettings(StageSettings):
         256, ge=1, description="token messages not yet acknowledged by NATS; beyond, the engine pauses"
     )
     remember_ended: int = Field(65536, ge=1, description="ended requests whose epochs are remembered")
-    fixed: FixedEngineSettings = Field(default_factory=FixedEngineSettings)
+    fixed: FixedEngineSettings = FixedEngineSettings.model_validate({})

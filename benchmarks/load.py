@@ -1,0 +1,334 @@
+"""Load generators of benchmarks/pipeline.py. Each function runs in a process of its own and talks to NATS as any client would.
+
+Times are `time.monotonic()`, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgpack
+import uvloop
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from shared import codec, subjects
+from shared import messages as m
+
+PROMPT = "The captain looked at the sea for a long time, and then he said"
+TIMEOUT = 180.0
+
+
+class Start:
+    """A load process tells that it is set up, and waits until all of them are."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    async def together(self) -> None:
+        self._pipe.send("ready")
+        await asyncio.to_thread(self._pipe.recv)
+
+
+Load = Callable[..., Coroutine[Any, Any, Any]]
+
+
+def run_together(loads: list[tuple[Load, tuple[Any, ...]]]) -> list[Any]:
+    """Runs each `load(start, *args)` in a process of its own, all starting together; returns their results."""
+    context = multiprocessing.get_context("spawn")
+    children = []
+    for load, args in loads:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(theirs, load, args), daemon=True)
+        process.start()
+        theirs.close()
+        children.append((process, ours))
+    try:
+        for _, pipe in children:
+            _receive(pipe)
+        for _, pipe in children:
+            pipe.send("go")
+        return [_receive(pipe) for _, pipe in children]
+    finally:
+        for process, _ in children:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def _receive(pipe: Connection) -> Any:
+    if not pipe.poll(TIMEOUT):
+        raise TimeoutError("a load process does not come to its end")
+    result = pipe.recv()
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _child(pipe: Connection, load: Load, args: tuple[Any, ...]) -> None:
+    try:
+        result = uvloop.run(asyncio.wait_for(load(Start(pipe), *args), TIMEOUT))
+    except Exception as error:
+        result = RuntimeError(f"{load.__name__}: {error!r}")
+    pipe.send(result)
+
+
+async def connect(url: str) -> Client:
+    client = Client()
+    await client.connect(url, pending_size=64 * 2**20)
+    return client
+
+
+# ---------------------------------------------------------------- time to first token
+
+
+async def time_to_first_token(start: Start, url: str, model: str, requests: int, concurrency: int) -> list[float]:
+    """Seconds from publishing a JSON request until the first `tokens` event, `concurrency` requests at a time."""
+    nc = await connect(url)
+    subject = subjects.generate(model)
+    body = json.dumps(dict(prompt=PROMPT, max_tokens=4, temperature=0)).encode()
+    left = requests
+    times: list[float] = []
+
+    async def worker() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            inbox = nc.new_inbox()
+            first: float | None = None
+            done = asyncio.get_running_loop().create_future()
+
+            async def on_event(msg: Msg, done: asyncio.Future[None] = done) -> None:
+                nonlocal first
+                event = json.loads(msg.data)
+                if event["event"] == "tokens" and first is None:
+                    first = time.monotonic()
+                elif event["event"] == "error":
+                    done.set_exception(RuntimeError(event["message"]))
+                elif event["event"] == "finished":
+                    done.set_result(None)
+
+            subscription = await nc.subscribe(inbox, cb=on_event)
+            began = time.monotonic()
+            await nc.publish(subject, body, reply=inbox)
+            await done
+            assert first is not None
+            times.append(first - began)
+            await subscription.unsubscribe()
+
+    await start.together()
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    await nc.close()
+    return times
+
+
+# ---------------------------------------------------------------- many streams at a steady beat
+
+
+async def steady_streams(
+    start: Start, url: str, model: str, streams: int, connections: int, tokens: int
+) -> list[list[float]]:
+    """Arrival time of each token of each stream. Every stream has a reply subject of its own; nothing is decoded while it runs."""
+    clients = [await connect(url) for _ in range(connections)]
+    got: dict[str, list[tuple[float, bytes]]] = {}
+    open_streams = streams
+    done = asyncio.get_running_loop().create_future()
+
+    async def on_event(msg: Msg) -> None:
+        nonlocal open_streams
+        got[msg.subject].append((time.monotonic(), msg.data))
+        if not msg.data.startswith(b'{"event":"tokens"'):
+            if b'"event":"error"' in msg.data:
+                done.set_exception(RuntimeError(msg.data.decode()))
+            elif b'"event":"finished"' in msg.data:
+                open_streams -= 1
+                if open_streams == 0:
+                    done.set_result(None)
+
+    inboxes = [client.new_inbox() for client in clients]
+    for client, inbox in zip(clients, inboxes, strict=True):
+        await client.subscribe(f"{inbox}.*", cb=on_event, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        await client.flush()
+    subject = subjects.generate(model)
+    body = json.dumps(dict(prompt=PROMPT, max_tokens=tokens, temperature=0, ignore_eos=True)).encode()
+    await start.together()
+    for number in range(streams):
+        reply = f"{inboxes[number % connections]}.{number}"
+        got[reply] = []
+        await clients[number % connections].publish(subject, body, reply=reply)
+        if number % 16 == 15:
+            await asyncio.sleep(0.01)  # a fleet of clients does not start in one instant
+    await done
+    for client in clients:
+        await client.close()
+    return [_arrivals(events, tokens) for events in got.values()]
+
+
+def _arrivals(events: list[tuple[float, bytes]], tokens: int) -> list[float]:
+    times = [0.0] * tokens
+    seen = 0
+    for when, data in events:
+        event = json.loads(data)
+        if event["event"] == "tokens":
+            for position in range(event["position"], event["position"] + len(event["ids"])):
+                assert position == seen, "a token is missing, doubled or out of order"
+                times[position] = when
+                seen += 1
+    assert seen == tokens
+    return times
+
+
+# ---------------------------------------------------------------- the detokenizer alone: a log at one end, clients at the other
+
+
+@dataclass(frozen=True)
+class LogLoad:
+    """`streams` requests of `tokens` tokens each, one a step, in `partitions`; their events go to `clients` inboxes."""
+
+    model: str
+    streams: int
+    tokens: int
+    partitions: int
+    clients: int
+    batched: bool
+    vocab: int
+    run: str
+
+    def inbox(self, client: int) -> str:
+        return f"bench.{self.run}.{client}"
+
+    def reply(self, stream: int) -> m.ReplyTo:
+        inbox = self.inbox(stream % self.clients)
+        if self.batched:
+            return m.ReplyTo(inbox, "msgpack", batched=True)
+        return m.ReplyTo(f"{inbox}.{stream}", "json")
+
+    def key(self, stream: int) -> str:
+        return subjects.request_key("bench", f"{self.run}-{stream}")
+
+    def keys_of(self, partition: int) -> list[tuple[int, str]]:
+        keys = [(stream, self.key(stream)) for stream in range(self.streams)]
+        return [(s, key) for s, key in keys if subjects.partition_of(key, self.partitions) == partition]
+
+
+async def write_log(start: Start, url: str, load: LogLoad, partitions: list[int], window: int) -> dict[str, float]:
+    """Plays scheduler and worker for some partitions: OPEN of every request, then a message for each step, as fast as they are
+    stored."""
+    nc = await connect(url)
+    room = asyncio.Semaphore(window)
+    messages: list[tuple[str, bytes]] = []
+    opens: list[tuple[str, bytes]] = []
+    for partition in partitions:
+        subject = subjects.tok(load.model, partition)
+        keys = load.keys_of(partition)
+        for stream, key in keys:
+            opens.append((subject, codec.encode(m.Open(key, load.reply(stream), 1, 8, load.tokens))))
+        for step in range(load.tokens):
+            finish = "length" if step == load.tokens - 1 else None
+            entries = tuple(
+                m.Tokens(key, 0, 1, step, codec.pack_ids([3 + (stream * 7919 + step * 31) % (load.vocab - 3)]), finish)
+                for stream, key in keys
+            )
+            messages.append((subject, codec.encode(m.StepTokens("bench", step, entries))))
+    by_step = [messages[at] for step in range(load.tokens) for at in range(step, len(messages), load.tokens)]
+    inbox = nc.new_inbox()
+
+    async def on_ack(msg: Msg) -> None:
+        if b'"error"' in msg.data:
+            raise RuntimeError(msg.data.decode())
+        room.release()
+
+    await nc.subscribe(f"{inbox}.*", cb=on_ack)
+    await start.together()
+    began = time.monotonic()
+    for number, (subject, data) in enumerate(opens + by_step):
+        await room.acquire()
+        await nc.publish(subject, data, reply=f"{inbox}.{number}")
+    for _ in range(window):
+        await room.acquire()
+    ended = time.monotonic()
+    await nc.close()
+    return dict(began=began, ended=ended, bytes=sum(len(data) for _, data in by_step))
+
+
+async def count_tokens(start: Start, url: str, load: LogLoad, client: int) -> dict[str, Any]:
+    """Takes the events of one inbox until each of its streams has finished."""
+    nc = await connect(url)
+    mine = len(range(client, load.streams, load.clients))
+    done = asyncio.get_running_loop().create_future()
+    tokens = finished = received = 0
+    first = 0.0
+    inbox = load.inbox(client)
+
+    async def on_message(msg: Msg) -> None:
+        nonlocal tokens, finished, first, received
+        first = first or time.monotonic()
+        received += 1
+        events = msgpack.unpackb(msg.data) if load.batched else [json.loads(msg.data)]
+        for event in events:
+            if event["event"] == "tokens":
+                tokens += len(event["ids"])
+            elif event["event"] == "finished":
+                finished += 1
+                if finished == mine:
+                    done.set_result(None)
+
+    await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    await nc.subscribe(f"{inbox}.*", cb=on_message, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    await nc.flush()
+    await start.together()
+    await done
+    ended = time.monotonic()
+    await nc.close()
+    return dict(tokens=tokens, first=first, ended=ended, messages=received)
+
+
+# ---------------------------------------------------------------- the tokenizer alone
+
+
+async def accepted_rate(
+    start: Start, url: str, model: str, requests: int, concurrency: int, prompt: str
+) -> dict[str, float]:
+    """Keeps `concurrency` requests under way until `requests` are accepted; the rest of their life is somebody else's."""
+    nc = await connect(url)
+    inbox = nc.new_inbox()
+    sent = accepted = 0
+    done = asyncio.get_running_loop().create_future()
+    run_id = uuid.uuid4().hex[:12]
+
+    async def send() -> None:
+        nonlocal sent
+        if sent < requests:
+            body = json.dumps(dict(id=f"{run_id}-{sent}", tenant=f"t{sent % 16}", prompt=prompt, max_tokens=1)).encode()
+            sent += 1
+            await nc.publish(subjects.generate(model), body, reply=f"{inbox}.{sent}")
+
+    async def on_event(msg: Msg) -> None:
+        nonlocal accepted
+        event = json.loads(msg.data)
+        if event["event"] == "error":
+            if not done.done():
+                done.set_exception(RuntimeError(event["message"]))
+        elif event["event"] == "accepted":
+            accepted += 1
+            if accepted == requests:
+                done.set_result(None)
+            await send()
+
+    await nc.subscribe(f"{inbox}.*", cb=on_event, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    await start.together()
+    began = time.monotonic()
+    for _ in range(concurrency):
+        await send()
+    await done
+    ended = time.monotonic()
+    await nc.close()
+    return dict(began=began, ended=ended, requests=requests)
