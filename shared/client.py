@@ -429,7 +429,7 @@ class Client:
         self._bus.publish(subjects.replay(self.model, stream.partition), msgpack.packb(question), reply=self.inbox)
 
     def is_served(self, partition: int, now: float) -> bool:
-        return now - self._beacon_seen.get(partition, -BEACON_FRESH) < BEACON_FRESH
+        return now - self._beacon_seen.get(partition, now) < BEACON_FRESH
 
     def forget(self, stream: Stream) -> None:
         self._streams.pop(stream.id, None)
@@ -449,7 +449,7 @@ class Client:
 
     def _on_beacon(self, partition: int) -> None:
         now = self.loop.time()
-        returned = partition in self._beacon_seen and not self.is_served(partition, now)
+        returned = not self.is_served(partition, now)
         self._beacon_seen[partition] = now
         if returned:
             self._hurry(partition)
@@ -476,6 +476,7 @@ class Client:
             for partition in wanted - self._beacons.keys():
                 handler = lambda _, partition=partition: self._on_beacon(partition)  # noqa: E731
                 self._beacons[partition] = await self._bus.subscribe(subjects.beacon(self.model, partition), handler)
+                self._beacon_seen[partition] = self.loop.time()  # silence counts from now on
             for partition in self._beacons.keys() - wanted:
                 await self._beacons.pop(partition).unsubscribe()
                 self._beacon_seen.pop(partition, None)

@@ -132,7 +132,7 @@ class Partition:
         """Whether the snapshot was made from the stream as it is now, not from one that was lost with its disk."""
         stored = await self._bus.read(subjects.STREAM_TOK, snapshot.seq)
         if stored is not None:
-            return stored.subject == self._subject and stored.stamp <= snapshot.stamp
+            return stored.subject == self._subject and stored.stamp <= snapshot.stamp + 0.001
         if await self._bus.last_seq(subjects.STREAM_TOK, self._subject) > snapshot.seq:
             return True  # it has been trimmed since
         # Trimmed as well, or not reached yet: the place of a new (empty) entry tells.

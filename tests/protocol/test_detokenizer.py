@@ -1,0 +1,543 @@
+"""The detokenizer stage on the in-memory bus, in virtual time: exact streams whatever is lost, and whoever owns a partition."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from services.detokenizer.answer import Answer
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Message
+from shared.memory_bus import Faults
+from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Plan, World, until, virtual
+
+LOSSY = dict(drop=0.03, duplicate=0.03, delay=0.05, max_delay=0.3, lose_append=0.02, lose_ack=0.02, late_append=0.01)
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) - ord("a") for c in text]
+
+
+async def ask(world: World, key: str, **fields: Any) -> list[dict[str, Any]]:
+    """A raw client's replay question in JSON; what comes within 0.3 s."""
+    events: list[dict[str, Any]] = []
+    inbox = f"_INBOX.raw{len(world.broker.clients)}-{asyncio.get_running_loop().time()}"
+    subscription = await world.bus.subscribe(inbox, lambda message: events.append(json.loads(message.data)))
+    tenant, request_id = subjects.split_request_key(key)
+    question = json.dumps(dict(id=request_id, tenant=tenant) | fields).encode()
+    world.bus.publish(subjects.replay(MODEL, world.backend.partition(key)), question, reply=inbox)
+    await asyncio.sleep(0.3)
+    await subscription.unsubscribe()
+    return events
+
+
+@virtual
+async def test_a_stream_from_request_to_tombstone_and_archive():
+    async with World() as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await until(lambda: world.serving(service))
+        plan = world.plan("r", choices=[[*letters("hello"), EOS]], finish="stop")
+        stream = client.generate("x", id="r")
+        await world.check(stream, plan)
+        assert plan.expected(0) == ([*letters("hello"), EOS], "hello", "stop", EOS)
+        result = await stream.result()
+        assert result.metadata == {"note": "default.r"}
+        assert result.timings["queue_ms"] == 3.0
+        assert 3.0 <= result.timings["ttft_ms"] <= 3.0 + STEP * 1000
+        assert result.timings["total_ms"] - result.timings["ttft_ms"] == pytest.approx(5 * STEP * 1000, abs=0.1)
+        (partition,) = [p for p in service.partitions.values() if p.core.request("default.r")]
+        await until(lambda: "default.r" in partition.core.archived)
+        assert partition.core.answers == {}
+        tombstone = await world.tombstone("default.r")
+        assert tombstone == m.Tombstone(7, 1, "finished", b"", 6)
+        # Only the archive knows the text now.
+        tokens, finished = await ask(world, "default.r")
+        assert (tokens["ids"], tokens["text"]) == ([*letters("hello"), EOS], "hello")
+        assert finished["event"] == "finished" and finished["choices"][0]["chars"] == 5
+
+
+@virtual
+async def test_the_tombstone_keeps_the_body_hash_of_the_assignment():
+    async with World() as world, world.client() as client:
+        await world.detokenizer("a")
+        bucket = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+        await bucket.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"hash")))
+        world.plan("r", choices=[[1, 2]])
+        await client.generate("x", id="r").result()
+        await asyncio.sleep(0.5)
+        tombstone = await world.tombstone("default.r")
+        assert tombstone is not None and tombstone.body_hash == b"hash"
+
+
+@pytest.mark.parametrize("seed", range(12))
+@virtual
+async def test_streams_are_exact_over_a_lossy_bus(seed):
+    async with World(seed, Faults(**LOSSY)) as world, world.client(accept_timeout=60) as client:
+        await world.detokenizer("a")
+        await world.detokenizer("b")
+        plans = {f"r{i}": world.random_plan(f"r{i}") for i in range(24)}
+        streams = {name: client.generate("x", id=name, n=len(plan.choices)) for name, plan in plans.items()}
+        await asyncio.gather(*(world.check(streams[name], plan) for name, plan in plans.items()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@virtual
+async def test_owners_crash_and_come_back_under_load(seed):
+    """Every stream exact, stop strings included, with snapshots, takeovers and moments of two owners."""
+    async with World(seed, Faults(**LOSSY)) as world, world.client(accept_timeout=60) as client:
+        for name in "abc":
+            await world.detokenizer(name)
+        plans = {f"r{i}": world.random_plan(f"r{i}") for i in range(24)}
+        for plan in plans.values():
+            plan.choices = [ids[:-1] * 3 + ids[-1:] for ids in plan.choices]
+        streams = {name: client.generate("x", id=name, n=len(plan.choices)) for name, plan in plans.items()}
+        checks = asyncio.gather(*(world.check(streams[name], plan) for name, plan in plans.items()))
+        for round in range(4):
+            await asyncio.sleep(world.random.uniform(0.1, 0.8))
+            await world.crash(world.random.choice(world.services))
+            await world.detokenizer(f"n{round}")
+        await checks
+        # All is settled: every request has its tombstone, whoever wrote it.
+        for name in plans:
+            await until_tombstone(world, f"default.{name}")
+
+
+async def until_tombstone(world: World, key: str) -> m.Tombstone:
+    async with asyncio.timeout(30):
+        while (tombstone := await World.retry(lambda: world.tombstone(key))) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    return tombstone
+
+
+@virtual
+async def test_takeover_starts_from_the_snapshot_and_goes_on_without_waiting_for_the_client():
+    async with World() as world, world.client() as client:
+        first = await world.detokenizer("a")
+        await until(lambda: world.serving(first))
+        plan = world.plan("r", choices=[list(range(26)) * 8])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(2.0)
+        await world.crash(first)
+        number = world.backend.partition("default.r")
+        bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
+        assert await bucket.get(subjects.snapshot_key(MODEL, number)) is not None
+        second = await world.detokenizer("b")
+        read: list[int] = []
+        fold = second.partitions
+        await until(lambda: number in fold)
+        partition = fold[number]
+        inner = partition._fold
+        partition._fold = lambda stored: (read.append(stored.seq), inner(stored))[1]  # type: ignore[method-assign]
+        await world.check(stream, plan)
+        entries = world.broker.stream(subjects.STREAM_TOK).count(subjects.tok(MODEL, number), 1)
+        assert 0 < len(read) < entries - 50, "the new owner read everything from the beginning"
+
+
+@virtual
+async def test_a_snapshot_ahead_of_the_stream_is_discarded():
+    """NATS came back with an older disk: the snapshot promises entries that do not exist any more."""
+    async with World(partitions=1) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        plan = world.plan("r", choices=[[1] * 60])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(1.5)
+        await world.crash(first)
+        tok = world.broker.stream(subjects.STREAM_TOK)
+        for seq in [s for s in tok.messages if s > 10]:
+            tok.delete(seq)
+        tok.last_seq = 10
+        world.backend.paused = True
+        second = await world.detokenizer("b")
+        await until(lambda: world.serving(second))
+        core = second.partitions[0].core
+        assert 10 <= core.seq <= 11
+        assert len(core.answers["default.r"].state.choices[0].ids) == 9
+        del stream, plan
+
+
+@virtual
+async def test_a_snapshot_is_kept_when_the_log_before_it_is_trimmed():
+    async with World(partitions=1) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        plan = world.plan("r", choices=[[1] * 100])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(1.5)
+        world.backend.paused = True
+        await asyncio.sleep(1.0)
+        await world.crash(first)
+        tok = world.broker.stream(subjects.STREAM_TOK)
+        tok.trim(tok.last_seq + 1)
+        await world.detokenizer("b")
+        world.backend.paused = False
+        await world.check(stream, plan)
+
+
+@virtual
+async def test_two_owners_at_once_harm_nobody():
+    """Each sees itself alone: both own everything, all the time."""
+    async with World(3) as world, world.client() as client:
+        for name in "ab":
+            service = await world.detokenizer(name)
+            service._fleet.saw = lambda beat, now: None  # type: ignore[method-assign]
+        plans = {f"r{i}": world.random_plan(f"r{i}") for i in range(16)}
+        durable = Plan([list(range(26)) * 6])
+        world.backend.plans["d"] = durable
+        world.backend.open("default.d", m.ReplyTo("", "json"), durable=True)
+        streams = {name: client.generate("x", id=name, n=len(plan.choices)) for name, plan in plans.items()}
+        await until(lambda: all(world.serving(s) for s in world.services))
+        await asyncio.gather(*(world.check(streams[name], plan) for name, plan in plans.items()))
+        await check_durable(world, "default.d", durable)
+
+
+async def check_durable(world: World, key: str, plan: Plan) -> None:
+    """The stored events, as they lie there, are exact: no reader has to fold them."""
+    await until(lambda: any(e["event"] == "finished" for e in stored(world, key)), within=120)
+    await asyncio.sleep(5)
+    events = stored(world, key)
+    assert [e["event"] for e in events] == ["tokens"] * (len(events) - 1) + ["finished"]
+    for index in range(len(plan.choices)):
+        ids, text = [], ""
+        for event in events[:-1]:
+            if event["choice"] == index:
+                assert (event["position"], event["offset"]) == (len(ids), len(text))
+                ids += event["ids"]
+                text += event["text"]
+        assert (ids, text) == plan.expected(index)[:2]
+
+
+def stored(world: World, key: str) -> list[dict[str, Any]]:
+    messages = world.broker.stream(subjects.STREAM_RESULTS).messages.values()
+    return [json.loads(s.data) for s in messages if s.subject == subjects.results(key)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@virtual
+async def test_durable_results_are_stored_once_and_in_order_across_takeovers(seed):
+    async with World(seed, Faults(**LOSSY), partitions=2) as world:
+        await world.detokenizer("a")
+        await world.detokenizer("b")
+        plans = {}
+        for i in range(6):
+            plan = plans[f"default.d{i}"] = world.random_plan(f"d{i}")
+            plan.choices = [ids[:-1] * 4 + ids[-1:] for ids in plan.choices]
+            world.backend.open(f"default.d{i}", m.ReplyTo("", "json"), durable=True)
+        for round in range(3):
+            await asyncio.sleep(world.random.uniform(0.3, 1.0))
+            await world.crash(world.random.choice(world.services))
+            await world.detokenizer(f"n{round}")
+        for key, plan in plans.items():
+            await check_durable(world, key, plan)
+
+
+@virtual
+async def test_durable_tokens_share_stored_events():
+    async with World() as world:
+        await world.detokenizer("a")
+        plan = world.plan("d", choices=[[1] * 500], per_step=8)
+        world.backend.open("default.d", m.ReplyTo("", "json"), durable=True)
+        await check_durable(world, "default.d", plan)
+        assert len(stored(world, "default.d")) <= 500 / 64 + 4
+
+
+@pytest.mark.parametrize("stored_first", [True, False])
+@virtual
+async def test_a_stop_string_whose_owner_dies_before_it_could_say_so(stored_first):
+    """The old owner shows the text up to the stop string and dies with END unsent; the new one finds the same end."""
+    async with World(partitions=1, snapshot_interval=0.1 if stored_first else 100) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        await until(lambda: world.serving(first))
+        first.partitions[0]._append = lambda entry: None  # type: ignore[method-assign]
+        plan = world.plan("r", choices=[letters("abcdefxyz" + "q" * 200)], stops=("fx",))
+        stream = client.generate("x", id="r")
+        await until(lambda: first.partitions[0].core.answers.get("default.r", None))
+        answer: Answer = first.partitions[0].core.answers["default.r"]
+        await until(lambda: answer.streams[0].matched)
+        await asyncio.sleep(0.3)
+        assert world.backend.state("default.r").terminal is None
+        await world.crash(first)
+        await world.detokenizer("b")
+        await world.check(stream, plan)
+        assert world.backend.state("default.r").choices[0].finish == "stop_string"
+        assert world.backend.state("default.r").choices[0].length == 7
+        assert (await until_tombstone(world, "default.r")).completion_tokens == 7
+
+
+@pytest.mark.parametrize("per_step", [1, 4, 100])
+@virtual
+async def test_length_in_the_entry_of_the_stop_string_is_told_as_stop(per_step):
+    async with World() as world, world.client() as client:
+        await world.detokenizer("a")
+        plan = world.plan("r", choices=[letters("abcdez")], stops=("ez",), per_step=per_step)
+        await world.check(client.generate("x", id="r"), plan)
+        assert plan.expected(0)[2:] == ("stop", "ez")
+
+
+@virtual
+async def test_drain_hands_over_without_a_gap():
+    async with World() as world, world.client() as client:
+        first = await world.detokenizer("a")
+        await until(lambda: world.serving(first))
+        asked: list[Message] = []
+        for number in range(world.partitions):
+            await world.bus.subscribe(subjects.replay(MODEL, number), asked.append)
+        plans = {f"r{i}": world.plan(f"r{i}", choices=[[1] * 150]) for i in range(12)}
+        streams = {name: client.generate("x", id=name) for name in plans}
+        checks = asyncio.gather(*(world.check(streams[name], plan) for name, plan in plans.items()))
+        await asyncio.sleep(0.5)
+        second = await world.detokenizer("b")
+        await until(lambda: world.serving(first, second))
+        assert first.partitions and second.partitions
+        await first.drain()
+        await first.stop()
+        await until(lambda: world.serving(second))
+        await checks
+        assert asked == [], "a client had to ask for what it missed"
+
+
+@virtual
+async def test_the_last_detokenizer_drains_at_once_and_leaves_its_state():
+    async with World() as world, world.client() as client:
+        first = await world.detokenizer("a", snapshot_interval=1000)
+        plan = world.plan("r", choices=[[1] * 100])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(1.0)
+        began = asyncio.get_running_loop().time()
+        await first.drain()
+        await first.stop()
+        world.services.remove(first)
+        assert asyncio.get_running_loop().time() - began < 0.2
+        bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
+        assert await bucket.get(subjects.snapshot_key(MODEL, world.backend.partition("default.r"))) is not None
+        await world.detokenizer("b")
+        await world.check(stream, plan)
+
+
+@virtual
+async def test_silence_of_others_proves_nothing_while_the_own_link_is_down():
+    async with World() as world:
+        first, second = await world.detokenizer("a"), await world.detokenizer("b")
+        await until(lambda: world.serving(first, second))
+        owned = set(first.partitions)
+        world.broker.disconnect(first.bus)  # type: ignore[arg-type]
+        await asyncio.sleep(3.0)
+        assert set(first.partitions) == owned
+        await until(lambda: set(second.partitions) == set(range(world.partitions)))
+        world.broker.reconnect(first.bus)  # type: ignore[arg-type]
+        await asyncio.sleep(0.3)
+        assert set(first.partitions) == owned
+        await until(lambda: world.serving(first, second))
+
+
+# ---------------------------------------------------------------- questions
+
+
+@virtual
+async def test_replay_from_a_cursor_of_running_ended_and_unknown_requests():
+    async with World() as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[letters("abcdefghij")])
+        world.backend.open("default.r", m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(0.5)
+        tokens, finished = await ask(world, "default.r", cursors=[dict(choice=0, position=4, offset=4)])
+        assert (tokens["position"], tokens["ids"], tokens["offset"], tokens["text"]) == (
+            4,
+            letters("efghij"),
+            4,
+            "efghij",
+        )
+        assert finished["event"] == "finished"
+        (finished,) = await ask(world, "default.r", stream=False)
+        assert (finished["choices"][0]["text"], finished["choices"][0]["ids"]) == ("abcdefghij", letters("abcdefghij"))
+        (unknown,) = await ask(world, "default.unknown")
+        assert (unknown["event"], unknown["code"], unknown["id"]) == ("error", "not_found", "unknown")
+        (bad,) = await ask(world, "default.r", cursor=3)
+        assert bad["code"] == "invalid_request" and "cursor" in bad["message"]
+        world.plan("live", choices=[[1] * 1000])
+        world.backend.open("default.live", m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(0.1)
+        world.backend.paused = True
+        await asyncio.sleep(0.1)
+        (first,) = await ask(world, "default.live")
+        cursor = dict(choice=0, position=len(first["ids"]), offset=len(first["text"]))
+        (alive,) = await ask(world, "default.live", cursors=[cursor])
+        assert (alive["event"], alive["ids"], alive["text"], alive["position"]) == (
+            "tokens",
+            [],
+            "",
+            cursor["position"],
+        )
+
+
+@virtual
+async def test_attach_moves_later_events_without_a_gap():
+    async with World() as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[list(range(26)) * 2])
+        world.backend.open("default.r", m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(0.4)
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe("here", lambda message: events.append(json.loads(message.data)))
+        question = json.dumps(dict(id="r", attach=True, cursors=[dict(position=3, offset=3)])).encode()
+        world.bus.publish(subjects.replay(MODEL, world.backend.partition("default.r")), question, reply="here")
+        await until(lambda: events and events[-1]["event"] == "finished")
+        position = 3
+        for event in events[:-1]:
+            assert event["position"] == position, "a gap or something twice"
+            position += len(event["ids"])
+        assert position == 52
+
+
+@virtual
+async def test_prefix_is_answered_from_inside_the_fence():
+    async with World(partitions=1) as world:
+        service = await world.detokenizer("a")
+        await until(lambda: world.serving(service))
+        backend = world.backend
+        backend.paused = True
+        opened = m.Open("default.r", m.ReplyTo("x"), 1, 5, 100, ("zz",), choices=3)
+        await backend.append(opened, 0)
+        for entry in (
+            m.Tokens("default.r", 0, 1, 0, codec.pack_ids([1, 2, 3])),
+            m.Tokens("default.r", 1, 1, 0, codec.pack_ids([4]), "length"),
+            m.Tokens("default.r", 2, 1, 0, codec.pack_ids([25, 25, 5])),
+        ):
+            await backend.append(m.StepTokens("w", 1, (entry,)), 0)
+
+        async def query(epoch: int) -> m.PrefixReply:
+            data = codec.encode(m.PrefixQuery("default.r", epoch))
+            return codec.decode((await world.bus.request(subjects.prefix(MODEL, 0), data, 3.0)).data)
+
+        loop = asyncio.get_running_loop()
+        early = loop.create_task(query(2))
+        await asyncio.sleep(0.3)
+        assert not early.done(), "answered before the fence"
+        await backend.append(m.Fence("default.r", 2), 0)
+        late = m.Tokens("default.r", 0, 1, 3, codec.pack_ids([9]))
+        await backend.append(m.StepTokens("w", 2, (late,)), 0)
+        reply = await early
+        expected = tuple(map(codec.pack_ids, ([1, 2, 3], [4], [25, 25, 5])))
+        assert reply == m.PrefixReply("running", 2, expected, (1, 2))
+        assert (await query(1)).state == "superseded"
+        began = loop.time()
+        assert (await query(7)).state == "pending"
+        assert 0.9 < loop.time() - began < 1.2
+        await backend.append(m.End("default.r", "cancelled"), 0)
+        assert (await query(7)).state == "ended"
+
+
+# ---------------------------------------------------------------- clients, bad entries, memory
+
+
+@virtual
+async def test_a_vanished_client_is_cancelled_and_a_silent_one_is_not():
+    async with World(vanished_after=6.0) as world, world.client() as client:
+        await world.detokenizer("a")
+        for name in ("gone", "here", "durable"):
+            world.plan(name, choices=[[1] * 1000])
+        stream = client.generate("x", id="here")
+        world.backend.open("default.gone", m.ReplyTo("nobody.there", "json"), durable=False)
+        world.backend.open("default.durable", m.ReplyTo("", "json"), durable=True)
+        began = asyncio.get_running_loop().time()
+        await until(lambda: (state := world.backend.state("default.gone")) and state.terminal)
+        assert 6.0 <= asyncio.get_running_loop().time() - began < 9.0
+        assert world.backend.state("default.gone").terminal.reason == "cancelled"
+        await asyncio.sleep(5)
+        assert world.backend.state("default.here").terminal is None
+        assert world.backend.state("default.durable").terminal is None
+        del stream
+
+
+@virtual
+async def test_a_cancelled_stream_ends_once_with_all_that_was_generated():
+    async with World() as world, world.client() as client:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 1000])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(0.5)
+        await stream.cancel()
+        result = await stream.result()
+        assert result.status == "cancelled"
+        assert result.usage["completion_tokens"] == len(result.choices[0].ids) == len(result.choices[0].text) > 10
+
+
+@virtual
+async def test_an_entry_that_nobody_understands_is_passed_over():
+    async with World(partitions=1) as world, world.client() as client:
+        await world.detokenizer("a")
+        plan = world.plan("r", choices=[[1] * 30])
+        stream = client.generate("x", id="r")
+        await asyncio.sleep(0.2)
+        for data in (b"", b"nonsense", codec.encode(m.Abort("default.r", 1))):
+            await world.bus.append(subjects.tok(MODEL, 0), data)
+        await world.check(stream, plan)
+
+
+@virtual
+async def test_not_streamed_requests_get_one_event_with_everything():
+    async with World() as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[letters("abc"), letters("defg")])
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe("here", lambda message: events.append(json.loads(message.data)))
+        world.backend.open("default.r", m.ReplyTo("here", "json", stream=False), durable=False, logprobs=True)
+        await asyncio.sleep(1.0)
+        (event,) = events
+        assert [c["text"] for c in event["choices"]] == ["abc", "defg"]
+        assert event["choices"][0]["logprobs"][0] == {"id": 0, "logprob": -0.5, "top": [[0, -0.5], [1, None]]}
+
+
+@virtual
+async def test_logprobs_survive_a_takeover():
+    async with World(partitions=1) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        world.plan("r", choices=[[1, 2, 3] * 30])
+        body = client.generate("x", id="r")
+        world.backend.open("default.q", m.ReplyTo("nobody.there", "msgpack"), durable=False, logprobs=True)
+        world.backend.plans["q"] = world.backend.plans["r"]
+        await asyncio.sleep(1.0)
+        await world.crash(first)
+        await world.detokenizer("b")
+        await body.result()
+        events = await ask(world, "default.q")
+        rows = [row for event in events[:-1] for row in event["logprobs"]]
+        assert [row["id"] for row in rows] == [1, 2, 3] * 30
+
+
+@virtual
+async def test_ended_requests_are_forgotten_after_the_attach_window():
+    async with World(partitions=1, attach_window=5.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        for i in range(20):
+            world.plan(f"r{i}", choices=[[1] * 5])
+        await asyncio.gather(*(client.generate("x", id=f"r{i}").result() for i in range(20)))
+        core = service.partitions[0].core
+        await until(lambda: len(core.archived) == 20 and not core.answers)
+        assert all(not request.choices for request in core.fold.requests.values())
+        # Stream time goes on with other requests only.
+        world.plan("later", choices=[[1] * 400])
+        await client.generate("x", id="later").result()
+        assert core.archived <= {"default.later"}
+        assert core.fold.requests.keys() <= {"default.later"}
+        (unknown,) = [e for e in await ask(world, "default.r0")]
+        assert unknown["code"] == "not_found"
+
+
+@virtual
+async def test_events_of_one_step_share_a_message_for_batched_clients():
+    async with World(partitions=1) as world:
+        await world.detokenizer("a")
+        messages: list[bytes] = []
+        await world.bus.subscribe("here", lambda message: messages.append(message.data))
+        world.backend.paused = True
+        for i in range(10):
+            world.plan(f"r{i}", choices=[[1] * 20])
+            world.backend.open(f"default.r{i}", m.ReplyTo("here", "json", batched=True), durable=False)
+        await asyncio.sleep(0.5)
+        world.backend.paused = False
+        await asyncio.sleep(1.0)
+        assert sum(len(json.loads(data)) for data in messages) == 10 * 21
+        assert len(messages) == 20
