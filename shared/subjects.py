@@ -32,6 +32,7 @@ BUCKET_ASSIGN = "assign"
 BUCKET_SNAPSHOT = "snapshot"
 
 TOKENIZERS = "tokenizers"
+FALLBACK = "fallback"  # of the tokenizers of all models, on generate("*"): for models that nobody serves
 SCHEDULERS = "schedulers"
 
 PS = f"{ROOT}.ctl.ps"

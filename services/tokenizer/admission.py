@@ -1,0 +1,174 @@
+"""A client's bytes → a Request of the pipeline, or the reason why not: a function of the bytes and the model's files."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import structlog
+
+from services.tokenizer.model_files import ModelFiles
+from shared.api import DEFAULT_TENANT, GenerateRequest, decode_body, encoding_of, hash_body, parse_request
+from shared.codec import pack_ids
+from shared.errors import ErrorCode, GorgonError
+from shared.messages import ReplyTo, Request
+from shared.sampling import SamplingParams
+from shared.subjects import is_token, request_key
+
+log = structlog.get_logger()
+
+
+class Addressee(NamedTuple):
+    """Who is told: as much of it as could be read. `id` is None when the request has no usable one."""
+
+    reply: ReplyTo
+    id: str | None = None
+    tenant: str = DEFAULT_TENANT
+    metadata: Mapping[str, Any] = {}
+
+
+class Admitted(NamedTuple):
+    request: Request
+    to: Addressee
+    prompt_tokens: int
+
+
+class Refused(NamedTuple):
+    error: GorgonError
+    to: Addressee
+
+
+class Admission:
+    """Thread-safe."""
+
+    def __init__(self, files: ModelFiles, model: str, default_max_tokens: int) -> None:
+        self._files = files
+        self._model = model
+        self._defaults = {"max_tokens": default_max_tokens, **files.defaults}
+
+    def admit(
+        self, data: bytes, reply_subject: str, context: int | None, *, job_id: str | None = None
+    ) -> Admitted | Refused:
+        """context   tokens of prompt and completion together, None if unknown
+        job_id    of a durable request: its id if it has none of its own
+        """
+        started = time.perf_counter()
+        to = Addressee(ReplyTo(reply_subject, encoding_of(data)))
+        try:
+            body, _ = decode_body(data)
+            to = addressee_of(body, to)
+            asked = parse_request(body)
+            to = to._replace(metadata=asked.metadata, reply=to.reply._replace(stream=asked.stream))
+            if to.id is None:
+                to = to._replace(id=job_id or uuid.uuid4().hex)
+            return self._request(asked, body, to, context, started, durable=job_id is not None)
+        except GorgonError as error:
+            return Refused(error, to)
+        except Exception as error:
+            log.error("admission_failed", request=to.id, exc_info=error)
+            return Refused(GorgonError(ErrorCode.INTERNAL, "the request could not be prepared"), to)
+
+    def _request(
+        self,
+        asked: GenerateRequest,
+        body: Mapping[str, Any],
+        to: Addressee,
+        context: int | None,
+        started: float,
+        durable: bool,
+    ) -> Admitted:
+        if asked.model is not None and asked.model != self._model:
+            message = f"model: {asked.model!r:.80} was sent to the subject of {self._model!r}"
+            raise GorgonError(ErrorCode.INVALID_REQUEST, message)
+        assert to.id is not None
+        key = request_key(to.tenant, to.id)
+        body_hash = hash_body(body, model=self._model, durable=durable)
+        ids = self._prompt_ids(asked, body, context)
+        self._check_ids("prompt", ids)
+        self._check_ids("stop_token_ids", asked.stop_token_ids)
+        request = Request(
+            key=key,
+            model=self._model,
+            body_hash=body_hash,
+            prompt_ids=pack_ids(ids),
+            sampling=self._sampling(asked, key, body_hash, len(ids), context),
+            reply=to.reply,
+            stop=tuple(asked.stop),
+            choices=asked.n,
+            durable=durable,
+            priority=asked.priority,
+            deadline=asked.deadline,
+            metadata=asked.metadata,
+            trace=asked.traceparent or "",
+            tokenize_ms=(time.perf_counter() - started) * 1e3,
+        )
+        return Admitted(request, to, len(ids))
+
+    def _prompt_ids(self, asked: GenerateRequest, body: Mapping[str, Any], context: int | None) -> list[int]:
+        if isinstance(asked.prompt, list):
+            return asked.prompt
+        if asked.messages is not None:
+            if self._files.template is None:
+                message = f"model {self._model!r} has no chat template: send a 'prompt'"
+                raise GorgonError(ErrorCode.UNSUPPORTED, message)
+            text = self._files.template.render(body["messages"], asked.tools, asked.chat_template_kwargs)
+        else:
+            assert asked.prompt is not None
+            text = asked.prompt
+        encoder = self._files.encoder
+        if context is not None and len(text) > encoder.longest_text(context):
+            message = f"a prompt of {len(text)} characters exceeds the context of {context} tokens"
+            raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message)
+        ids = encoder.encode(text, add_special_tokens=asked.messages is None)
+        if not ids:
+            raise GorgonError(ErrorCode.INVALID_REQUEST, "the prompt has no tokens")
+        return ids
+
+    def _check_ids(self, field: str, ids: list[int]) -> None:
+        if ids and (largest := max(ids)) >= self._files.vocab_size:
+            message = f"{field}: id {largest} is outside the vocabulary of {self._files.vocab_size}"
+            raise GorgonError(ErrorCode.INVALID_REQUEST, message)
+
+    def _sampling(
+        self, asked: GenerateRequest, key: str, body_hash: bytes, prompt_tokens: int, context: int | None
+    ) -> SamplingParams:
+        room = context - prompt_tokens if context is not None else None
+        if room is not None and room < (asked.max_tokens or 1):
+            wanted = f"{prompt_tokens} prompt tokens and {asked.max_tokens or 1} to generate"
+            raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{wanted} exceed the context of {context} tokens")
+        given = {
+            name: value
+            for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(asked, name)) is not None
+        }
+        chosen = self._defaults | given
+        if room is not None:
+            chosen["max_tokens"] = min(chosen["max_tokens"], room)
+        return SamplingParams(
+            **chosen,
+            seed=asked.seed if asked.seed is not None else _draw_seed(key, body_hash),
+            stop_token_ids=tuple(asked.stop_token_ids),
+            ignore_eos=asked.ignore_eos,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logprobs=asked.logprobs,
+        )
+
+
+def addressee_of(body: Mapping[str, Any], to: Addressee) -> Addressee:
+    """`to`, completed by what a body that may be wrong in any way says."""
+    request_id, tenant = body.get("id"), body.get("tenant")
+    return to._replace(
+        reply=to.reply._replace(batched=body.get("batched") is True),
+        id=request_id if isinstance(request_id, str) and is_token(request_id) else None,
+        tenant=tenant if isinstance(tenant, str) and is_token(tenant) else DEFAULT_TENANT,
+    )
+
+
+def _draw_seed(key: str, body_hash: bytes) -> int:
+    """As good as random, since ids are unique, and yet the same for every repetition of a request, however late it comes."""
+    digest = hashlib.blake2b(key.encode() + body_hash, digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

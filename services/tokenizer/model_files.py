@@ -1,0 +1,153 @@
+"""What the tokenizer stage reads from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from services.tokenizer.chat_template import ChatTemplate, TemplateBroken
+from services.tokenizer.encoder import Encoder
+from shared.api import GenerateRequest
+
+# The named special tokens that transformers hands to chat templates.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class ModelFilesError(Exception):
+    """The stage cannot start. `code` is "missing_file" or "invalid_file"."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """defaults   of a request, from generation_config.json: fields of GenerateRequest, valid ones
+    context    tokens of prompt and completion that the model is made for, None if config.json does not say
+    """
+
+    encoder: Encoder
+    template: ChatTemplate | None
+    vocab_size: int
+    context: int | None
+    defaults: Mapping[str, Any]
+
+
+def load_model_files(folder: Path) -> ModelFiles:
+    """Raises ModelFilesError that names the file and what is wrong with it."""
+    if not folder.is_dir():
+        raise ModelFilesError("missing_file", f"there is no model folder {folder}")
+    config = _read_json(folder / "config.json", required=True)
+    text_config = config.get("text_config")
+    config = config | text_config if isinstance(text_config, dict) else config
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    special = _special_tokens(folder, tokenizer_config)
+    tokenizer = _load_tokenizer(folder / "tokenizer.json", tokenizer_config, special)
+    vocab_size = config.get("vocab_size", tokenizer.get_vocab_size())
+    context = next((config[name] for name in _CONTEXT_FIELDS if config.get(name) is not None), None)
+    for name, value in (("vocab_size", vocab_size), ("max_position_embeddings", context)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ModelFilesError("invalid_file", f"{folder / 'config.json'}: {name} is {value!r}")
+    template = _load_template(folder, tokenizer_config, special)
+    return ModelFiles(Encoder(tokenizer), template, vocab_size, context, _defaults(folder / "generation_config.json"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelFilesError("missing_file", f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFilesError("invalid_file", f"{path}: {error}") from None
+
+
+def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    if not required and not path.exists():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except ValueError as error:
+        raise ModelFilesError("invalid_file", f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelFilesError("invalid_file", f"{path} does not hold an object")
+    return data
+
+
+def _special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """A token is written as a string or as an object with `content`. The separate map is the old form."""
+    named = dict(tokenizer_config)
+    if "added_tokens_decoder" not in named:
+        named |= _read_json(folder / "special_tokens_map.json")
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        token = named.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+def _load_tokenizer(path: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
+    text = _read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFilesError("invalid_file", f"{path} is not a tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if "add_bos_token" in tokenizer_config or "add_eos_token" in tokenizer_config:
+        # As transformers does: the explicit flags replace the post-processor of tokenizer.json.
+        bos = special.get("bos_token") if tokenizer_config.get("add_bos_token") else None
+        eos = special.get("eos_token") if tokenizer_config.get("add_eos_token") else None
+        ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
+        if any(id is None for _, id in ids):
+            raise ModelFilesError("invalid_file", f"{path}: {ids} are to be added, but are not in the vocabulary")
+        single = " ".join(token for token in (bos, "$A", eos) if token is not None)
+        tokenizer.post_processor = TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=ids)
+    return tokenizer
+
+
+def _load_template(
+    folder: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    """Files of their own win over tokenizer_config.json, where `chat_template` is a string or a list of named ones."""
+    written = tokenizer_config.get("chat_template")
+    named: dict[str, str] = {}
+    if isinstance(written, str):
+        named["default"] = written
+    elif isinstance(written, list):
+        try:
+            named = {entry["name"]: entry["template"] for entry in written}
+        except (TypeError, KeyError) as error:
+            raise ModelFilesError("invalid_file", f"{folder}: chat_template: {error!r}") from None
+    for path in folder.glob("additional_chat_templates/*.jinja"):
+        named[path.stem] = _read_text(path)
+    if (path := folder / "chat_template.jinja").exists():
+        named["default"] = _read_text(path)
+    if not named:
+        return None
+    try:
+        return ChatTemplate(named, special)
+    except TemplateBroken as error:
+        raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
+
+
+def _defaults(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    defaults = {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
+    if config.get("max_new_tokens") is not None:
+        defaults["max_tokens"] = config["max_new_tokens"]
+    try:
+        request = GenerateRequest.model_validate({"prompt": "-"} | defaults)
+    except ValueError as error:
+        raise ModelFilesError("invalid_file", f"{path}: {error}") from None
+    return {name: getattr(request, name) for name in defaults}

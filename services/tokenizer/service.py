@@ -1,0 +1,304 @@
+"""The tokenizer stage: takes requests at both doors, validates and encodes them, and puts them into REQ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from services.tokenizer.admission import Addressee, Admission, Admitted, Refused, addressee_of
+from services.tokenizer.jobs import JobResults, job_id
+from services.tokenizer.model_files import ModelFilesError, load_model_files
+from services.tokenizer.registry import Presence, Registry
+from services.tokenizer.settings import TokenizerSettings
+from services.tokenizer.store import RequestStore
+from shared import codec, subjects
+from shared.api import accepted_event, decode_body, encode_for, encoding_of, error_event
+from shared.bus import Bus, BusError, Consumer, Delivery, Message, Subscription
+from shared.errors import ErrorCode, GorgonError
+from shared.messages import Heartbeat, ReplyTo
+from shared.service import Service
+
+_JOB_ACK_WAIT = 30.0  # seconds
+
+
+class TokenizerService(Service):
+    stage = "tokenizer"
+    settings: TokenizerSettings
+
+    def __init__(self, bus: Bus, settings: TokenizerSettings) -> None:
+        super().__init__(bus, settings)
+        self._registry = Registry()
+        self._threads = ThreadPoolExecutor(settings.threads, "encode")
+        self._counts: Counter[str] = Counter()
+        self._doors: list[Subscription] = []
+        self._jobs: Consumer | None = None
+        self._job_results = JobResults(bus)
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._waiting = 0  # requests without a worker, when last looked at
+        self._stored_since = 0
+        self._context: int | None = None
+        self._listening_since = 0.0
+        self._admission: Admission
+        self._store: RequestStore
+
+    # ------------------------------------------------ life
+
+    async def on_start(self) -> None:
+        settings = self.settings
+        loop = asyncio.get_running_loop()
+        try:
+            files = await loop.run_in_executor(self._threads, load_model_files, Path(settings.model_path))
+        except ModelFilesError as error:
+            self.log.error("start_failed", code=error.code, message=str(error))
+            raise
+        self._files_context = files.context
+        self._admission = Admission(files, settings.model, settings.default_max_tokens)
+        self._store = RequestStore(self.bus, settings, await self.bus.bucket(subjects.BUCKET_ASSIGN))
+        for beats in (
+            subjects.heartbeats(self.stage),
+            subjects.heartbeats("scheduler", settings.model),
+            subjects.heartbeats("model_worker", settings.model),
+        ):
+            await self.bus.subscribe(beats, self._on_heartbeat)
+        self._listening_since = loop.time()
+        self._update_context()
+        self.beat_now()  # before the door opens: others must not call the model unknown
+        self._doors = [
+            await self.bus.subscribe(subjects.generate(settings.model), self._on_request, queue=subjects.TOKENIZERS),
+            await self.bus.subscribe(subjects.generate("*"), self._on_any_request, queue=subjects.FALLBACK),
+        ]
+        self._jobs = await self.bus.consume(
+            subjects.STREAM_JOBS,
+            subjects.consumer_jobs(settings.model),
+            subjects.jobs(settings.model),
+            self._on_job,
+            limit=settings.jobs_in_flight,
+            ack_wait=_JOB_ACK_WAIT,
+        )
+        self.spawn(self._watch_load(), "load")
+
+    async def on_drain(self) -> None:
+        for door in self._doors:
+            await door.unsubscribe()
+        if self._jobs is not None:
+            await self._jobs.stop()
+        await self._idle.wait()
+
+    async def on_stop(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def heartbeat(self) -> Heartbeat:
+        load = self._in_flight / self.settings.max_in_flight
+        return self.base_heartbeat(load, self._in_flight, **self._counts)
+
+    # ------------------------------------------------ load
+
+    def _on_heartbeat(self, message: Message) -> None:
+        self._registry.hear(codec.decode(message.data), asyncio.get_running_loop().time())
+
+    def _update_context(self) -> None:
+        """A live worker knows better than the model's files what it can hold."""
+        known = self._registry.context(self.settings.model, asyncio.get_running_loop().time())
+        limits = [known if known is not None else self._files_context, self.settings.max_context]
+        self._context = min((limit for limit in limits if limit is not None), default=None)
+
+    async def _watch_load(self) -> None:
+        settings = self.settings
+        consumers = [subjects.consumer_req(settings.model, c) for c in range(settings.tenant_classes)]
+        while True:
+            stored_before = self._stored_since
+            try:
+                backlog = sum([await self.bus.backlog(subjects.STREAM_REQ, name) for name in consumers])
+                self._waiting = backlog + self._registry.waiting(settings.model, asyncio.get_running_loop().time())
+                self._stored_since -= stored_before
+            except BusError as error:
+                self.log.debug("backlog_unknown", error=repr(error))
+            self._update_context()
+            self._registry.forget_old(asyncio.get_running_loop().time())
+            if self._jobs is not None and not self.draining:
+                self._jobs.set_limit(settings.jobs_in_flight if self._overload() is None else 0)
+            await asyncio.sleep(settings.backlog_interval)
+
+    def _overload(self) -> GorgonError | None:
+        settings = self.settings
+        if self._in_flight >= settings.max_in_flight:
+            message = f"{self._in_flight} requests are being admitted"
+        elif (waiting := self._waiting + self._stored_since) >= settings.max_waiting:
+            message = f"{waiting} requests wait for a worker"
+        else:
+            return None
+        return GorgonError(ErrorCode.OVERLOADED, message, retry_after=settings.retry_after)
+
+    # ------------------------------------------------ the request door
+
+    def _on_request(self, message: Message) -> None:
+        if not self._can_answer(message):
+            return
+        size, most = len(message.data), self.settings.max_request_bytes
+        if size > most:
+            error = GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, f"a request of {size} bytes: at most {most} are taken")
+        elif (overload := self._overload()) is not None:
+            error = overload
+        else:
+            self._begin()
+            task = self.spawn(self._serve(message), "request")
+            task.add_done_callback(self._end)
+            return
+        self._refuse(Refused(error, self._addressee(message)))
+
+    def _can_answer(self, message: Message) -> bool:
+        """Nobody waits without a reply subject, and nobody may have us write into the pipeline's or the server's own subjects."""
+        if message.reply and not message.reply.startswith((f"{subjects.ROOT}.", "$")):
+            return True
+        self._counts["dropped"] += 1
+        to = self._addressee(message)
+        self.log.warning(
+            "no_reply_subject", request=to.id, tenant=to.tenant, subject=message.subject, reply=message.reply
+        )
+        return False
+
+    def _addressee(self, message: Message) -> Addressee:
+        """Of a request that is refused unread; a long one is not decoded for its id."""
+        to = Addressee(ReplyTo(message.reply, encoding_of(message.data)))
+        if len(message.data) <= self.settings.inline_bytes:
+            try:
+                return addressee_of(decode_body(message.data)[0], to)
+            except GorgonError:
+                pass
+        return to
+
+    async def _serve(self, message: Message) -> None:
+        outcome = await self._admit(message.data, message.reply)
+        if isinstance(outcome, Admitted):
+            try:
+                await self._put(outcome)
+            except GorgonError as error:
+                outcome = Refused(error, outcome.to)
+            else:
+                self._send(outcome.to, self._accepted_event(outcome))
+                return
+        self._refuse(outcome)
+
+    async def _put(self, admitted: Admitted) -> None:
+        """Raises GorgonError."""
+        try:
+            is_new = await self._store.put(admitted.request)
+        except GorgonError:
+            raise
+        except Exception as error:  # harms this request only
+            self.log.error("put_failed", request=admitted.request.key, exc_info=error)
+            raise GorgonError(ErrorCode.INTERNAL, "the request could not be stored") from None
+        self._counts["accepted" if is_new else "repeated"] += 1
+        self._stored_since += is_new
+        self.log.info(
+            "accepted" if is_new else "repeated",
+            request=admitted.request.key,
+            prompt_tokens=admitted.prompt_tokens,
+            tokenize_ms=round(admitted.request.tokenize_ms, 2),
+        )
+
+    async def _admit(self, data: bytes, reply: str, job: str | None = None) -> Admitted | Refused:
+        if len(data) <= self.settings.inline_bytes:
+            return self._admission.admit(data, reply, self._context, job_id=job)
+        loop = asyncio.get_running_loop()
+        admit = self._admission.admit
+        return await loop.run_in_executor(self._threads, lambda: admit(data, reply, self._context, job_id=job))
+
+    def _begin(self) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+
+    def _end(self, _: object = None) -> None:
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self._idle.set()
+
+    def _accepted_event(self, admitted: Admitted) -> dict[str, Any]:
+        key, to = admitted.request.key, admitted.to
+        assert to.id is not None
+        return accepted_event(
+            to.id,
+            to.tenant,
+            prompt_tokens=admitted.prompt_tokens,
+            seed=admitted.request.sampling.seed,
+            replay=subjects.replay(self.settings.model, subjects.partition_of(key, self.settings.partitions)),
+            results=subjects.results(key) if admitted.request.durable else None,
+        )
+
+    def _refuse(self, refused: Refused) -> None:
+        self._note_refusal(refused)
+        self._send(refused.to, error_event(refused.to.id, refused.error, metadata=refused.to.metadata))
+
+    def _note_refusal(self, refused: Refused) -> None:
+        error, to = refused.error, refused.to
+        self._counts[f"refused_{error.code}"] += 1
+        self.log.info("refused", request=to.id, tenant=to.tenant, code=str(error.code), message=error.message)
+
+    def _send(self, to: Addressee, event: dict[str, Any]) -> None:
+        for data in encode_for(to.reply, [event]):
+            self.bus.publish(to.reply.subject, data)
+
+    # ------------------------------------------------ models that nobody serves
+
+    def _on_any_request(self, message: Message) -> None:
+        """One tokenizer, of whatever model, gets each request a second time: to say so if nobody serves its model."""
+        model = message.subject.rpartition(".")[2]
+        loop = asyncio.get_running_loop()
+        if model == self.settings.model or self._presence(model) is Presence.SERVED:
+            return
+        if self._can_answer(message):
+            grace = self._listening_since + self.settings.registry_grace - loop.time()
+            loop.call_later(
+                max(grace, self.settings.unknown_model_delay), self._refuse_model, model, self._addressee(message)
+            )
+
+    def _presence(self, model: str) -> Presence:
+        return self._registry.presence(model, asyncio.get_running_loop().time())
+
+    def _refuse_model(self, model: str, to: Addressee) -> None:
+        presence = self._presence(model)
+        if presence is Presence.SERVED:
+            return
+        # After a reconnect silence proves nothing yet.
+        heard = self.bus.connected_for >= self.settings.registry_grace
+        if presence is Presence.UNKNOWN and heard:
+            error = GorgonError(ErrorCode.UNKNOWN_MODEL, f"nobody serves a model {model!r}")
+        else:
+            message = f"no tokenizer of model {model!r} is there at the moment"
+            error = GorgonError(ErrorCode.UNAVAILABLE, message, retry_after=self.settings.retry_after)
+        self._refuse(Refused(error, to))
+
+    # ------------------------------------------------ the durable door
+
+    async def _on_job(self, delivery: Delivery) -> None:
+        self._begin()
+        try:
+            await self._take_job(delivery)
+        except BusError as error:
+            self.log.warning("job_delayed", job=delivery.message.seq, error=repr(error))
+            await delivery.nak(self.settings.retry_after)
+        finally:
+            self._end()
+
+    async def _take_job(self, delivery: Delivery) -> None:
+        """Every step may be repeated, so the job is acked last."""
+        seq, data = delivery.message.seq, delivery.message.data
+        outcome = await self._admit(data, "", job_id(seq))
+        accepted_seq = 0
+        if isinstance(outcome, Admitted):
+            accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome))
+            try:
+                await self._put(outcome)
+            except GorgonError as error:
+                if error.retryable:
+                    raise BusError(error.message) from None
+                outcome = Refused(error, outcome.to)
+        if isinstance(outcome, Refused):
+            self._note_refusal(outcome)
+            await self._job_results.store_refusal(outcome, seq, accepted_seq)
+        await delivery.ack()
