@@ -223,7 +223,7 @@ class Bus(Protocol):
         """Messages of the durable consumer that nobody has taken yet (0 if it does not exist)."""
 
     async def trim(self, stream: str, below_seq: int) -> None:
-        """Deletes every message with a smaller sequence."""
+        """Deletes every message with a smaller sequence. `below_seq` is at most one above the newest."""
 
     async def ensure_stream(self, spec: StreamSpec) -> None:
         """Creates the stream, or brings one that exists to the spec. Raises IncompatibleStream."""

@@ -188,6 +188,11 @@ class NatsBus:
         self._connected.set()
         self._ping_task = self._loop.create_task(self._ping())
 
+    def _is_up(self) -> bool:
+        if self._connected.is_set() and not self._nc.is_connected:
+            self._down()  # nats-py knows already, and will tell in a moment
+        return self._connected.is_set()
+
     def _down(self) -> None:
         self._since = None
         self._connected.clear()
@@ -260,7 +265,7 @@ class NatsBus:
 
     async def _wait_for_connection(self, timeout: float) -> float:
         """Returns what is left of `timeout`."""
-        if self._connected.is_set():
+        if self._is_up():
             return timeout
         deadline = self._loop.time() + timeout
         try:
@@ -275,7 +280,7 @@ class NatsBus:
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self._nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
-        if not self._connected.is_set() or self._nc._pending_data_size > MAX_UNSENT:
+        if not self._is_up() or self._nc._pending_data_size > MAX_UNSENT:
             if self.dropped & (self.dropped - 1) == 0:  # 0, 1, 2, 4, 8 ...
                 log.warning("publish_dropped", subject=subject, count=self.dropped + 1)
             self.dropped += 1
