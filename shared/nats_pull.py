@@ -250,7 +250,8 @@ class OrderedReader:
     def _delete(self) -> None:
         """Lets the server know that the consumer is not needed any more; if it does not hear it, INACTIVE does the same."""
         if self._name and self._bus.connected_for:
-            self._bus.publish(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}", b"")
+            subject = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}"
+            self._bus.publish(subject, b"", self._bus.new_inbox())  # the server does nothing without a reply subject
         self._name = ""
 
     def _begun(self, pending: int) -> None:

@@ -1,0 +1,146 @@
+"""What only a real server can do to the bus: stop answering, come late, close the connection for good, lose a message."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from nats.aio.msg import Msg
+
+from shared import nats_bus
+from shared.broker import Broker, free_port
+from shared.bus import BusTimeout, Stored, StreamSpec
+from shared.config import StageSettings
+from shared.nats_bus import NatsBus
+from shared.nats_pull import OrderedReader, Place
+from tests.protocol.systems import until, until_equal
+from tests.protocol.test_bus_contract import collect
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest_asyncio.fixture
+async def bus(nats_server: Broker) -> AsyncIterator[NatsBus]:
+    bus = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
+    await bus.ensure_stream(StreamSpec("S", "s.>"))
+    yield bus
+    await bus.close()
+
+
+async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: NatsBus) -> None:
+    """SIGSTOP: nothing is lost, and the silence is noticed as the link's own."""
+    reader = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
+    reconnects: list[None] = []
+    reader.on_reconnect(lambda: reconnects.append(None))
+    followed: list[Stored] = []
+    heard: list[bytes] = []
+    collect(await reader.follow("S", "s.1", 1), followed)
+    await reader.subscribe("x", lambda m: heard.append(m.data))
+    for i in range(10):
+        await bus.append("s.1", b"%d" % i)
+    await until(lambda: len(followed) == 10 and reader.connected_for > 0)
+    os.kill(nats_server.pid, signal.SIGSTOP)
+    try:
+        bus.publish("x", b"late, not lost")
+        with pytest.raises(BusTimeout):
+            await bus.append("s.1", b"10", msg_id="10", timeout=0.5)
+        waiting = asyncio.get_running_loop().create_task(bus.append("s.1", b"11", timeout=20.0))
+        await until(lambda: reader.connected_for == 0, 2.0)
+        await asyncio.sleep(1.0)
+    finally:
+        os.kill(nats_server.pid, signal.SIGCONT)
+    await waiting
+    await bus.append("s.1", b"10", msg_id="10")
+    await until(lambda: len(followed) == 12 and heard == [b"late, not lost"])
+    assert [m.seq for m in followed] == list(range(1, 13))
+    await until(lambda: 0 < reader.connected_for < 2)
+    assert not reconnects
+    await reader.close()
+
+
+async def test_a_server_that_never_answers_again_is_given_up(
+    nats_server: Broker, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_bus, "LINK_DEAD", 0.5)
+    await asyncio.sleep(2 * nats_bus.PING_INTERVAL)  # until the ping with the old limit is answered
+    waiting = asyncio.get_running_loop().create_task(bus.append("s.1", b"", timeout=30.0))
+    await waiting
+    os.kill(nats_server.pid, signal.SIGSTOP)
+    try:
+        waiting = asyncio.get_running_loop().create_task(bus.append("s.1", bytes(2**22), timeout=30.0))
+        with pytest.raises(BusTimeout, match="lost"):
+            await asyncio.wait_for(waiting, 5)
+    finally:
+        os.kill(nats_server.pid, signal.SIGCONT)
+    assert (await bus.append("s.1", b"", timeout=10.0)).seq >= 2
+
+
+async def test_connect_waits_for_the_server(tmp_path: Path) -> None:
+    server = Broker(tmp_path, free_port())
+    connecting = asyncio.get_running_loop().create_task(NatsBus.connect(StageSettings(nats_url=server.url)))
+    await asyncio.sleep(0.3)
+    assert not connecting.done()
+    await server.start()
+    bus = await asyncio.wait_for(connecting, 5)
+    assert bus.connected_for >= 0
+    await bus.close()
+    await server.kill()
+
+
+async def test_the_end_of_the_connection_is_told(bus: NatsBus) -> None:
+    """The server closes it for good after a protocol error. Only a process that ends is safe then."""
+    errors: list[BaseException] = []
+    bus.on_closed(errors.append)
+    bus._nc._max_payload = 2**30
+    bus.publish("x", bytes(9 * 2**20))
+    await until(lambda: errors)
+    late: list[BaseException] = []
+    bus.on_closed(late.append)
+    assert late
+
+
+async def test_a_lost_message_is_noticed(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the gap detection: the client loses every 50th message, and yet the follower sees all, once, in order."""
+    deliver = OrderedReader._deliver
+    lost = 0
+
+    def lossy(self: OrderedReader, msg: Msg, at: Place, current: bool) -> bool:
+        nonlocal lost
+        if at.stream_seq % 50 == 0 and lost < at.stream_seq // 50:
+            lost += 1
+            return True
+        return deliver(self, msg, at, current)
+
+    monkeypatch.setattr(OrderedReader, "_deliver", lossy)
+    followed: list[Stored] = []
+    follower = await bus.follow("S", "s.1", 1)
+    collect(follower, followed)
+    for i in range(401):
+        await bus.append("s.1", b"%d" % i)
+    await until(lambda: len(followed) == 401)
+    assert [m.seq for m in followed] == list(range(1, 402))
+    assert lost == 8
+
+
+async def consumers(bus: NatsBus) -> list[str]:
+    return (await bus.api("CONSUMER.NAMES.S"))["consumers"] or []
+
+
+async def test_a_consumer_that_the_server_forgot_is_made_again(bus: NatsBus) -> None:
+    followed: list[Stored] = []
+    follower = await bus.follow("S", "s.1", 1)
+    collect(follower, followed)
+    await bus.append("s.1", b"")
+    await until(lambda: len(followed) == 1)
+    (name,) = await consumers(bus)
+    await bus.api(f"CONSUMER.DELETE.S.{name}")
+    await bus.append("s.1", b"")
+    await until(lambda: len(followed) == 2, 5)
+    assert [m.seq for m in followed] == [1, 2]
+    await follower.close()
+    await until_equal(lambda: consumers(bus), [])  # nothing is left behind
