@@ -31,7 +31,7 @@ from shared.errors import GorgonError
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.nats_bus import NatsBus
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out = Console()
 err = Console(stderr=True)
 
@@ -147,7 +147,6 @@ def up(
             Path(model),
             "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(model).resolve().name),
         )
-    _console_log()
     copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True))
     _run(_up(_plan(data, model, model_path, port, copies)))
 
@@ -167,7 +166,6 @@ def run(
     async def main() -> int:
         from shared.broker import free_port
 
-        _console_log()
         with tempfile.TemporaryDirectory(prefix="gorgon-") as data:
             plan = _plan(Path(data), "demo", model_path, free_port(), dict.fromkeys(STAGES, 1))
             supervisor = Supervisor(plan)
@@ -178,7 +176,7 @@ def run(
                     await _wait_ready(bus, plan)
                     async with Client(bus, plan.model) as client:
                         options = _options(max_tokens=max_tokens, temperature=temperature, seed=seed)
-                        await _print_stream(await client.generate(prompt, **options), prompt)
+                        await _print_stream(client.generate(prompt, **options), prompt)
                 finally:
                     await bus.close()
             finally:
@@ -188,12 +186,15 @@ def run(
     _run(main())
 
 
-def _console_log() -> None:
-    """The supervisor's own log: warnings and worse, on the terminal."""
+@app.callback()
+def _console_log(
+    verbose: Annotated[bool, typer.Option("--verbose", help="also what the connection does")] = False,
+) -> None:
+    """Run a model as a pipeline of actors on NATS, talk to a deployment, look inside."""
     structlog.configure(
         processors=[structlog.processors.TimeStamper(fmt="%H:%M:%S"), structlog.dev.ConsoleRenderer()],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        wrapper_class=structlog.make_filtering_bound_logger(30),
+        wrapper_class=structlog.make_filtering_bound_logger(10 if verbose else 30),
     )
 
 
@@ -256,8 +257,8 @@ def generate(
                     stop=stop,
                     id=request_id,
                 )
-                body: Any = [{"role": "user", "content": prompt}] if chat else prompt
-                await _print_stream(await client.generate(body, **options))
+                body: Any = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+                await _print_stream(client.generate(**body, **options))
         finally:
             await bus.close()
 
@@ -276,8 +277,8 @@ def attach(
     async def main() -> None:
         bus = await _connect(nats)
         try:
-            async with Client(bus, model) as client:
-                await _print_stream(await client.attach(request_id, tenant=tenant))
+            async with Client(bus, model, tenant=tenant) as client:
+                await _print_stream(client.attach(request_id))
         finally:
             await bus.close()
 
@@ -288,13 +289,15 @@ def attach(
 def cancel(request_id: str, model: ModelName = "demo", nats: Url = DEFAULT_URL, tenant: str = "default") -> None:
     """Cancel a request."""
 
-    async def main() -> None:
+    async def main() -> int:
         bus = await _connect(nats)
         try:
-            async with Client(bus, model) as client:
-                await client.cancel(request_id, tenant=tenant)
+            async with Client(bus, model, tenant=tenant) as client:
+                heard = await client.cancel(request_id)
         finally:
             await bus.close()
+        err.print("cancelled" if heard else "no scheduler answers")
+        return 0 if heard else 1
 
     _run(main())
 

@@ -52,7 +52,7 @@ def deployment() -> Iterator[None]:
 
 
 async def ask(client: Client, number: int) -> str:
-    stream = await client.generate(f"Chapter {number}. The old man", max_tokens=24, temperature=0.8, seed=number)
+    stream = client.generate(f"Chapter {number}. The old man", max_tokens=24, temperature=0.8, seed=number)
     result = await stream.result()
     assert result.usage["completion_tokens"] > 0
     return result.id
