@@ -44,23 +44,23 @@ class _GenerationTag(Extension):
         return nodes.Scope(body).set_lineno(lineno)
 
 
-class _Namespace(jinja2.utils.Namespace):
+class _PublicNamespace(jinja2.utils.Namespace):
     """As Jinja's, but underscore names, which could lead into the interpreter, are refused."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         attributes = dict(*args, **kwargs)
         for name in attributes:
-            self._check(name)
+            _refuse_underscore(name)
         super().__init__(attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _refuse_underscore(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"no attribute {name!r} on a namespace")
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"no attribute {name!r} on a namespace")
 
 
 def _raise_exception(message: str) -> None:
@@ -101,7 +101,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
         "dict": _Dict(),
-        "namespace": _Namespace,
+        "namespace": _PublicNamespace,
     }
     return environment
 

@@ -1,0 +1,136 @@
+import json
+
+import msgpack
+import pytest
+
+from shared import api
+from shared.errors import ErrorCode, GorgonError
+from shared.messages import ReplyTo
+
+
+def refusal(body: dict) -> str:
+    with pytest.raises(GorgonError) as caught:
+        api.parse_request(body)
+        api.hash_body(body)
+    assert caught.value.code == ErrorCode.INVALID_REQUEST
+    return caught.value.message
+
+
+def test_defaults_and_every_field():
+    request = api.parse_request({"prompt": "a"})
+    assert (request.n, request.stop, request.temperature, request.tenant) == (1, [], None, "default")
+    body = {
+        "id": "r-1", "tenant": "t_1", "model": "m", "messages": [{"role": "user", "content": "x", "name": "bob"}],
+        "tools": [{}], "chat_template_kwargs": {"a": 1}, "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 0,
+        "min_p": 0.1, "seed": 2**63 - 1, "n": 16, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
+        "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,
+        "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": "00-a-b-01",
+    }  # fmt: skip
+    assert set(body) | {"prompt"} == set(api.GenerateRequest.model_fields)
+    request = api.parse_request(body)
+    assert request.stop == ["x"]
+    assert request.messages is not None and request.messages[0].model_extra == {"name": "bob"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", ""), ("id", "a.b"), ("id", "a" * 65), ("id", 1), ("tenant", "*"), ("tenant", None), ("prompt", ""),
+        ("prompt", []), ("prompt", [-1]), ("prompt", [2**31]), ("prompt", [True]), ("prompt", 5), ("prompt", b"x"),
+        ("max_tokens", 0), ("max_tokens", 10**7), ("max_tokens", 10**400), ("max_tokens", 1.0), ("max_tokens", True),
+        ("temperature", -1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "1"),
+        ("temperature", 10**400), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("seed", -1), ("seed", 2**63),
+        ("n", 0), ("n", 17), ("stop", ["x"] * 17), ("stop", [""]), ("stop", "y" * 257), ("stop", [1]),
+        ("stop_token_ids", [-5]), ("stop_token_ids", list(range(65))), ("ignore_eos", 1), ("repetition_penalty", 0),
+        ("presence_penalty", 3), ("frequency_penalty", -3), ("logprobs", 21), ("priority", 101), ("deadline", 0),
+        ("stream", "yes"), ("batched", None), ("metadata", []), ("metadata", {"k": "v" * 5000}), ("metadata", {"k": 2**70}),
+        ("traceparent", "x" * 65),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named(field: str, value: object):
+    message = refusal({"prompt": "a", field: value})
+    assert field in message
+    assert len(message) < 1000
+
+
+def test_combinations():
+    assert "exactly one" in refusal({})
+    assert "exactly one" in refusal({"prompt": "a", "messages": [{"role": "user"}]})
+    assert "empty" in refusal({"messages": []})
+    assert "need 'messages'" in refusal({"prompt": "a", "tools": []})
+    assert "role" in refusal({"messages": [{"content": "x"}]})
+
+
+def test_floods_of_mistakes_are_answered_shortly():
+    assert refusal({"prompt": "a"} | {f"x{i}": 1 for i in range(100_000)}).count(",") == 4
+    assert len(refusal({"prompt": ["a"] * 500_000})) < 1000
+    assert len(refusal({"messages": [1] * 500_000})) < 1000
+    assert len(refusal({"prompt": "a", "x" * 10**6: 1})) < 200
+
+
+def test_values_that_json_cannot_express_are_refused():
+    def nested(depth: int) -> dict:
+        value: dict = {}
+        for _ in range(depth):
+            value = {"v": value}
+        return value
+
+    for bad in (b"x", float("inf"), "\ud800", {b"k": 1}, msgpack.Timestamp(1), msgpack.ExtType(5, b"")):
+        message = refusal({"prompt": "a", "metadata": {"k": bad}})
+        message.encode()
+        message = refusal({"messages": [{"role": "user", "content": "x", "more": bad}]})
+        message.encode()
+    assert "nested" in refusal({"messages": [{"role": "user", "content": "x", "more": nested(100)}]})
+    assert "nested" in refusal({"prompt": "a", "metadata": nested(200)})
+    refusal({"prompt": "\ud800"}).encode()
+    refusal({"prompt": "a", "\ud800": 1}).encode()
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    refusal({"prompt": "a", "metadata": {"k": deep}})
+    refusal({"messages": [{"role": "user", "content": "x", "more": deep}]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b" ", b"{", b"{}}", b"[]", b'"x"', b"\xff\xfe", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": "\xff"}', b"\x80\x01",
+     b"\x81\x01\x01", b"\x81\xa1a", b'{"a":' * 100_000, b"\x91" * 100_000, b'{"a":' + b"9" * 5000 + b"}", b"\xc1"],
+)  # fmt: skip
+def test_undecodable(data: bytes):
+    with pytest.raises(GorgonError) as caught:
+        api.decode_body(data)
+    assert caught.value.code == ErrorCode.INVALID_REQUEST
+    assert len(caught.value.message) < 300
+
+
+def test_encodings_are_told_apart():
+    body = {"prompt": "ä", "n": 1}
+    assert api.decode_body(b" \n" + json.dumps(body).encode()) == (body, "json")
+    assert api.decode_body(msgpack.packb(body)) == (body, "msgpack")
+
+
+def test_hash_tells_what_is_to_be_generated_and_nothing_else():
+    body = {"prompt": "a", "temperature": 0.5, "id": "1"}
+    same = {
+        "id": "2",
+        "temperature": 0.5,
+        "prompt": "a",
+        "stream": False,
+        "batched": True,
+        "traceparent": "x",
+        "seed": None,
+    }
+    assert api.hash_body(body) == api.hash_body(same)
+    assert len(api.hash_body(body)) == 16
+    others = [body | {"prompt": "b"}, body | {"n": 2}, body | {"metadata": {"a": 1}}, {"messages": "a"}]
+    assert len({api.hash_body(b) for b in [body, *others]} | {api.hash_body(body, model="m")}) == 6
+
+
+def test_events_in_both_encodings():
+    event = api.tokens_event("r", 0, 0, [1], "ü", 0, [{"id": 1, "logprob": float("-inf"), "top": [[1, -0.5]]}])
+    assert json.loads(api.encode_event(event, "json"))["logprobs"][0]["logprob"] is None
+    assert msgpack.unpackb(api.encode_event(event, "msgpack")) == event
+    assert len(api.encode_for(ReplyTo("x"), [event, event])) == 2
+    assert json.loads(api.encode_for(ReplyTo("x", batched=True), [event])[0])[0]["text"] == "ü"
+    error = api.error_event("r", GorgonError(ErrorCode.OVERLOADED, "m", retry_after=1.5))
+    assert error == dict(event="error", id="r", code="overloaded", message="m", retryable=True, retry_after=1.5)
