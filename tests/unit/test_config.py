@@ -1,0 +1,77 @@
+"""Settings: where values come from, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import Field, ValidationError
+
+from shared.config import CONFIG_VARIABLE, StageSettings
+
+
+class ToySettings(StageSettings):
+    stage: ClassVar[str] = "toy"
+    speed: int = Field(1, description="how fast")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # setenv first, so that what from_command_line sets is undone as well.
+    monkeypatch.setenv(CONFIG_VARIABLE, "")
+    for name in ("GORGON_MODEL", "GORGON_SPEED", "GORGON_NATS_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "gorgon.toml"
+    path.write_text('model = "from-file"\npartitions = 16\n[toy]\nspeed = 2\n[other]\nunknown = "not our business"\n')
+    return path
+
+
+def test_flags_come_before_environment_before_file(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ToySettings.from_command_line(["--config", str(toml)])
+    assert isinstance(settings, ToySettings)
+    assert (settings.model, settings.partitions, settings.speed) == ("from-file", 16, 2)
+    monkeypatch.setenv("GORGON_SPEED", "3")
+    monkeypatch.setenv("GORGON_MODEL", "from-environment")
+    settings = ToySettings.from_command_line(["--config", str(toml), "--model", "from-flag"])
+    assert isinstance(settings, ToySettings)
+    assert (settings.model, settings.partitions, settings.speed) == ("from-flag", 16, 3)
+
+
+def test_nats_is_short_for_nats_url() -> None:
+    assert ToySettings.from_command_line(["--nats", "nats://a:1"]).nats_url == "nats://a:1"
+    assert ToySettings.from_command_line(["--nats-url", "nats://b:1"]).nats_url == "nats://b:1"
+
+
+@pytest.mark.parametrize(
+    "args", [["--speed", "fast"], ["--unknown", "1"], ["--model", "two.tokens"], ["--partitions", "0"]]
+)
+def test_wrong_flags_are_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValidationError)) as caught:
+        ToySettings.from_command_line(args)
+    assert not isinstance(caught.value, SystemExit) or caught.value.code != 0
+
+
+@pytest.mark.parametrize("name", ["a b", "a.b", "x" * 65, "*", "ü"])
+def test_names_are_one_token_of_a_subject(name: str) -> None:
+    with pytest.raises(ValidationError):
+        StageSettings(name=name)
+
+
+def test_every_life_has_an_identity_of_its_own() -> None:
+    settings = StageSettings(name="worker-1")
+    first, second = settings.incarnation(), settings.incarnation()
+    assert first != second
+    assert first.startswith("worker-1-")
+    assert StageSettings().incarnation() != ""
+
+
+def test_a_broken_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[toy]\nspede = 2\n")
+    with pytest.raises((SystemExit, ValidationError)):
+        ToySettings.from_command_line(["--config", str(path)])

@@ -1,0 +1,103 @@
+"""Log lines: their fields, and their way to `gorgon tail`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from shared import subjects
+from shared.config import StageSettings
+from shared.logging import MAX_WAITING, attach_bus, configure_logging, detach_bus
+from shared.memory_bus import MemoryBroker, MemoryBus
+
+
+@pytest.fixture(autouse=True)
+def undo() -> Iterator[None]:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    detach_bus()
+    structlog.reset_defaults()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="json"), "toy")
+    structlog.get_logger().bind(instance="i-1").info("started", epoch=3, key="t.r", extra=[1, {2}])
+    (line,) = lines(capsys.readouterr().err)
+    assert list(line) == ["ts", "level", "stage", "instance", "event", "request_id", "epoch", "extra"]
+    assert (line["level"], line["stage"], line["event"], line["request_id"]) == ("info", "toy", "started", "t.r")
+
+
+def test_levels_exceptions_and_standard_logging(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="json", log_level="warning"), "toy")
+    log = structlog.get_logger()
+    log.info("too low")
+    try:
+        raise ValueError("on purpose")
+    except ValueError as error:
+        log.error("failed", exc_info=error)
+    logging.getLogger("library").warning("old %s", "style")
+    logging.getLogger("library").info("too low")
+    first, second = lines(capsys.readouterr().err)
+    assert first["event"] == "failed" and "ValueError: on purpose" in str(first["exception"])
+    assert (second["event"], second["logger"], second["level"]) == ("old style", "library", "warning")
+
+
+def test_text_on_a_console(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="console"), "toy")
+    structlog.get_logger().info("started", request="t.r")
+    text = capsys.readouterr().err
+    assert "started" in text and "t.r" in text and not text.startswith("{")
+
+
+async def test_lines_are_published(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="json"), "toy")
+    broker = MemoryBroker()
+    bus, listener = MemoryBus(broker), MemoryBus(broker)
+    got: list[bytes] = []
+    where: list[str] = []
+    await listener.subscribe(subjects.logs(), lambda m: (got.extend(m.data.splitlines()), where.append(m.subject)))
+    await asyncio.sleep(0.01)
+    attach_bus(bus, "toy", "i-1")
+    log = structlog.get_logger()
+    log.info("first", request_id="t.r")
+    thread = threading.Thread(target=lambda: log.info("from another thread"))
+    thread.start()
+    thread.join()
+    await asyncio.sleep(0.02)
+    assert [json.loads(line)["event"] for line in got] == ["first", "from another thread"]
+    assert json.loads(got[0])["instance"] == "i-1"
+    assert set(where) == {subjects.log("toy", "i-1")}
+    detach_bus()
+    log.info("after")
+    await asyncio.sleep(0.01)
+    assert len(got) == 2
+
+
+async def test_while_there_is_no_connection_the_oldest_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="json"), "toy")
+    broker = MemoryBroker()
+    bus, listener = MemoryBus(broker), MemoryBus(broker)
+    got: list[bytes] = []
+    await listener.subscribe(subjects.logs(), lambda m: got.extend(m.data.splitlines()))
+    attach_bus(bus, "toy", "i-1")
+    broker.disconnect(bus)
+    log = structlog.get_logger()
+    for i in range(MAX_WAITING + 500):
+        log.info("line", number=i)
+    await asyncio.sleep(0.02)
+    assert not got and bus.dropped == 0
+    broker.reconnect(bus)
+    await asyncio.sleep(0.02)
+    assert [json.loads(line)["number"] for line in got] == list(range(500, MAX_WAITING + 500))
