@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from services.tokenizer.chat_template import ChatTemplate, TemplateBroken
 from services.tokenizer.encoder import Encoder
@@ -51,7 +50,7 @@ def load_model_files(folder: Path) -> ModelFiles:
     config = config | text_config if isinstance(text_config, dict) else config
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     special = _special_tokens(folder, tokenizer_config)
-    tokenizer = _load_tokenizer(folder / "tokenizer.json", tokenizer_config, special)
+    tokenizer = _load_tokenizer(folder / "tokenizer.json")
     vocab_size = config.get("vocab_size", tokenizer.get_vocab_size())
     context = next((config[name] for name in _CONTEXT_FIELDS if config.get(name) is not None), None)
     for name, value in (("vocab_size", vocab_size), ("max_position_embeddings", context)):
@@ -96,7 +95,9 @@ def _special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[s
     return tokens
 
 
-def _load_tokenizer(path: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Its post-processor alone decides which special tokens a plain prompt gets: where there is a tokenizer.json, transformers ignores
+    `add_bos_token` in tokenizer_config.json too."""
     text = _read_text(path)
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -104,35 +105,24 @@ def _load_tokenizer(path: Path, tokenizer_config: Mapping[str, Any], special: Ma
         raise ModelFilesError("invalid_file", f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if "add_bos_token" in tokenizer_config or "add_eos_token" in tokenizer_config:
-        # As transformers does: the explicit flags replace the post-processor of tokenizer.json.
-        bos = special.get("bos_token") if tokenizer_config.get("add_bos_token") else None
-        eos = special.get("eos_token") if tokenizer_config.get("add_eos_token") else None
-        ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
-        if any(id is None for _, id in ids):
-            raise ModelFilesError("invalid_file", f"{path}: {ids} are to be added, but are not in the vocabulary")
-        single = " ".join(token for token in (bos, "$A", eos) if token is not None)
-        tokenizer.post_processor = TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=ids)
     return tokenizer
 
 
 def _load_template(
     folder: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """Files of their own win over tokenizer_config.json, where `chat_template` is a string or a list of named ones."""
+    """Files of their own replace those in tokenizer_config.json, where `chat_template` is a string or a list of named ones."""
+    named = {path.stem: _read_text(path) for path in folder.glob("additional_chat_templates/*.jinja")}
+    if (path := folder / "chat_template.jinja").exists():
+        named["default"] = _read_text(path)
     written = tokenizer_config.get("chat_template")
-    named: dict[str, str] = {}
-    if isinstance(written, str):
+    if not named and isinstance(written, str):
         named["default"] = written
-    elif isinstance(written, list):
+    elif not named and isinstance(written, list):
         try:
             named = {entry["name"]: entry["template"] for entry in written}
         except (TypeError, KeyError) as error:
             raise ModelFilesError("invalid_file", f"{folder}: chat_template: {error!r}") from None
-    for path in folder.glob("additional_chat_templates/*.jinja"):
-        named[path.stem] = _read_text(path)
-    if (path := folder / "chat_template.jinja").exists():
-        named["default"] = _read_text(path)
     if not named:
         return None
     try:

@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from services.tokenizer.admission import Admission, Admitted, Refused
+from services.tokenizer.model_files import ModelFiles, load_model_files
+from shared import codec
+from shared.errors import ErrorCode
+from shared.messages import ReplyTo
+
+CONTEXT = 1024
+
+
+@pytest.fixture(scope="module")
+def files() -> ModelFiles:
+    return load_model_files(Path(__file__).parents[2] / "models/demo")
+
+
+@pytest.fixture(scope="module")
+def admission(files: ModelFiles) -> Admission:
+    return Admission(files, "demo", 256)
+
+
+def admit(admission: Admission, body: dict[str, Any], context: int | None = CONTEXT, **options: Any) -> Admitted:
+    outcome = admission.admit(json.dumps(body).encode(), "inbox", context, **options)
+    assert isinstance(outcome, Admitted), outcome
+    return outcome
+
+
+def refuse(admission: Admission, body: dict[str, Any] | bytes, context: int | None = CONTEXT) -> Refused:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    outcome = admission.admit(data, "inbox", context)
+    assert isinstance(outcome, Refused), outcome
+    return outcome
+
+
+def test_a_request_with_everything(admission: Admission, files: ModelFiles):
+    body = {
+        "id": "a", "tenant": "t", "prompt": "Once", "max_tokens": 5, "temperature": 0.5, "top_p": 0.5, "top_k": 7,
+        "min_p": 0.1, "seed": 9, "n": 2, "stop": ["x"], "stop_token_ids": [3], "ignore_eos": True, "repetition_penalty": 1.2,
+        "presence_penalty": 0.1, "frequency_penalty": 0.2, "logprobs": 3, "priority": 4, "deadline": 2.5, "stream": False,
+        "batched": True, "metadata": {"k": 1}, "traceparent": "00-1-2-01", "model": "demo",
+    }  # fmt: skip
+    request = admit(admission, body).request
+    assert codec.decode(codec.encode(request)) == request
+    ids = files.encoder.encode("Once", True)
+    assert (request.key, codec.unpack_ids(request.prompt_ids), request.choices) == ("t.a", ids, 2)
+    assert request.reply == ReplyTo("inbox", "json", True, False)
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (
+        5,
+        0.5,
+        0.5,
+        7,
+        0.1,
+    )
+    assert (sampling.seed, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (9, (3,), True, 3)
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.2, 0.1, 0.2)
+    assert (request.stop, request.priority, request.deadline, request.metadata) == (("x",), 4, 2.5, {"k": 1})
+    assert (request.trace, request.durable) == ("00-1-2-01", False)
+    assert 0 < request.tokenize_ms < 1000
+
+
+def test_defaults_of_the_model(admission: Admission):
+    sampling = admit(admission, {"prompt": "Once"}).request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.8, 0.95, 0, 0.0)
+    assert (sampling.repetition_penalty, sampling.max_tokens, sampling.logprobs) == (1.0, 256, None)
+    assert admit(admission, {"prompt": "Once", "temperature": 0}).request.sampling.greedy
+
+
+def test_chat(admission: Admission, files: ModelFiles):
+    request = admit(admission, {"messages": [{"role": "user", "content": "x"}]}).request
+    assert codec.unpack_ids(request.prompt_ids) == files.encoder.encode("<s><|user|>x</s><|assistant|>", False)
+    refused = refuse(admission, {"id": "a", "messages": [{"role": "wizard", "content": "x"}]})
+    assert (refused.error.code, refused.to.id) == (ErrorCode.INVALID_REQUEST, "a")
+    assert "unknown role wizard" in refused.error.message
+
+
+def test_ids(admission: Admission):
+    assert codec.unpack_ids(admit(admission, {"prompt": [5, 4095]}).request.prompt_ids) == [5, 4095]
+    assert "4096" in refuse(admission, {"prompt": [5, 4096]}).error.message
+    assert "stop_token_ids" in refuse(admission, {"prompt": [5], "stop_token_ids": [4096]}).error.message
+
+
+def test_context(admission: Admission):
+    code = ErrorCode.CONTEXT_LENGTH_EXCEEDED
+    prompt = [5] * 1000
+    assert admit(admission, {"prompt": prompt, "max_tokens": 24}).request.sampling.max_tokens == 24
+    assert refuse(admission, {"prompt": prompt, "max_tokens": 25}).error.code == code
+    assert admit(admission, {"prompt": prompt}).request.sampling.max_tokens == 24
+    assert admit(admission, {"prompt": [5] * 1023}).request.sampling.max_tokens == 1
+    assert refuse(admission, {"prompt": [5] * 1024}).error.code == code
+    assert refuse(admission, {"prompt": "word " * 5000}).error.code == code
+    assert refuse(admission, {"prompt": "x" * 3_000_000}).error.code == code
+    assert admit(admission, {"prompt": [5] * 5000, "max_tokens": 10**6}, None).request.sampling.max_tokens == 10**6
+
+
+def test_what_is_wrong_is_told_to_the_right_one(admission: Admission):
+    refused = refuse(admission, msgpack.packb({"id": "a", "tenant": "t", "batched": True, "bogus": 1}))
+    assert refused.to[:3] == (ReplyTo("inbox", "msgpack", True), "a", "t")
+    assert refused.error.code == ErrorCode.INVALID_REQUEST
+    assert refuse(admission, b"{").to.id is None
+    assert refuse(admission, {"id": "a b", "prompt": "x"}).to.id is None
+    assert refuse(admission, {"prompt": "x", "model": "other", "metadata": {"k": 1}}).to.metadata == {"k": 1}
+
+
+def test_repetition_has_the_same_seed_and_hash(admission: Admission):
+    body = {"id": "a", "prompt": "Once"}
+    first, again = admit(admission, body).request, admit(admission, body | {"stream": False}).request
+    assert (first.body_hash, first.sampling) == (again.body_hash, again.sampling)
+    other = admit(admission, body | {"max_tokens": 3}).request
+    assert other.body_hash != first.body_hash
+    seeds = {admit(admission, {"prompt": "Once"}).request.sampling.seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_jobs(admission: Admission):
+    job = admit(admission, {"prompt": "Once"}, job_id="job-7").request
+    assert (job.key, job.durable) == ("default.job-7", True)
+    assert admit(admission, {"prompt": "Once", "id": "mine"}, job_id="job-7").request.key == "default.mine"
+    waiting = admit(admission, {"prompt": "Once", "id": "job-7"}).request
+    assert waiting.body_hash != job.body_hash
