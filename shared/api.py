@@ -223,13 +223,17 @@ def _json_number(value: Any) -> Any:
     return value
 
 
+# json.dumps with options makes a new encoder each time, for every event of every token.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def encode_event(event: Mapping[str, Any] | list[Mapping[str, Any]], encoding: str) -> bytes:
     """An event, or for `batched` clients an array of them, as the client wants it."""
     if encoding == "msgpack":
         data: bytes = msgpack.packb(event)
         return data
     try:
-        return json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        return _to_json(event).encode()
     except ValueError:
         return json.dumps(_json_number(event), ensure_ascii=False, separators=(",", ":")).encode()
 

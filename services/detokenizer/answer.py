@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from services.detokenizer.decoding import Decoding
 from services.detokenizer.stream import ChoiceStream
@@ -20,11 +20,9 @@ EVENT_CHARS = 8192
 _STOP_ID_FINISHES = frozenset({"stop", "stop_token"})
 
 
-class Cursor(NamedTuple):
-    """How much of a choice somebody has: ids and characters."""
-
-    position: int = 0
-    offset: int = 0
+# How much of a choice somebody has: ids and characters.
+Cursor = tuple[int, int]
+BEGINNING: Cursor = (0, 0)
 
 
 class Answer:
@@ -45,7 +43,7 @@ class Answer:
         self.streams = [ChoiceStream(new_decoding(), opened.stop) for _ in state.choices]
         self.logprobs: list[list[TokenLogprobs]] | None = [[] for _ in state.choices] if opened.logprobs else None
         self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
-        self.sent = [Cursor()] * len(state.choices)
+        self.sent: list[Cursor] = [BEGINNING] * len(state.choices)
         self.terminal_sent = False
         self.declared: set[int] = set()
         self.opened_at = opened_at
@@ -111,52 +109,61 @@ class Answer:
     def unsent(self) -> list[dict[str, Any]]:
         """Events for the reply subject since the last call."""
         events: list[dict[str, Any]] = []
-        if self.state.reply is not None and self.state.reply.stream:
+        state, sent = self.state, self.sent
+        streamed = state.reply is None or state.reply.stream
+        if streamed:
             for index, stream in enumerate(self.streams):
-                cursor = self.sent[index]
-                if cursor[0] < stream.shown or cursor[1] < stream.chars:
-                    events.extend(self.news(index, cursor))
-                    self.sent[index] = Cursor(stream.shown, stream.chars)
-        if self.ended and not self.terminal_sent:
+                position, offset = sent[index]
+                shown, chars = stream.shown, stream.chars
+                if position >= shown and offset >= chars:
+                    continue
+                if shown - position <= EVENT_IDS and chars - offset <= EVENT_CHARS:
+                    events.append(self._event(index, position, shown, stream.text_from(offset), offset))
+                else:
+                    events.extend(self.news(index, sent[index]))
+                sent[index] = (shown, chars)
+        if state.terminal is not None and not self.terminal_sent:
             self.terminal_sent = True
-            events.append(self.terminal_event(self.state.reply is None or self.state.reply.stream))
+            events.append(self.terminal_event(streamed))
         return events
 
     def mark_sent(self) -> None:
         """Everything up to here went out before (by the partition's last owner)."""
-        self.sent = [Cursor(stream.shown, stream.chars) for stream in self.streams]
+        self.sent = [(stream.shown, stream.chars) for stream in self.streams]
         self.terminal_sent = self.ended
 
     def rewind(self, cursors: dict[int, Cursor]) -> None:
         """Send again from the cursors on (default: the beginning), and how it ended."""
-        self.sent = [cursors.get(index, Cursor()) for index in range(len(self.streams))]
+        self.sent = [cursors.get(index, BEGINNING) for index in range(len(self.streams))]
         self.terminal_sent = False
 
     def news(self, index: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """Events of one choice from the cursor to now; a cursor beyond that gets nothing."""
-        stream, ids = self.streams[index], self.state.choices[index].ids
+        stream = self.streams[index]
         position, offset = cursor
         text = stream.text_from(offset)
         at = 0
         while position < stream.shown or at < len(text):
             end = min(stream.shown, position + EVENT_IDS)
             piece = text[at : at + EVENT_CHARS]
-            yield api.tokens_event(
-                self.id, index, position, ids[position:end], piece, offset + at, self._logprobs(index, position, end)
-            )
+            yield self._event(index, position, end, piece, offset + at)
             position = max(end, position)
             at += len(piece)
+
+    def _event(self, index: int, position: int, end: int, text: str, offset: int) -> dict[str, Any]:
+        ids = self.state.choices[index].ids[position:end]
+        return api.tokens_event(self.id, index, position, ids, text, offset, self._logprobs(index, position, end))
 
     def replay(self, cursors: dict[int, Cursor], stream: bool = True) -> list[dict[str, Any]]:
         """Everything from the cursors on; at least one event, so that the asker knows that the request lives."""
         events: list[dict[str, Any]] = []
         if stream:
             for index in range(len(self.streams)):
-                events.extend(self.news(index, cursors.get(index, Cursor())))
+                events.extend(self.news(index, cursors.get(index, BEGINNING)))
         if self.ended:
             events.append(self.terminal_event(stream))
         elif not events:
-            events.append(api.tokens_event(self.id, 0, *self._empty_at(cursors.get(0, Cursor()))))
+            events.append(api.tokens_event(self.id, 0, *self._empty_at(cursors.get(0, BEGINNING))))
         return events
 
     def sign_of_life(self) -> dict[str, Any]:
@@ -165,7 +172,8 @@ class Answer:
 
     @staticmethod
     def _empty_at(cursor: Cursor) -> tuple[int, list[int], str, int]:
-        return cursor.position, [], "", cursor.offset
+        position, offset = cursor
+        return position, [], "", offset
 
     def terminal_event(self, stream: bool) -> dict[str, Any]:
         """`stream` False puts text and ids of the choices into the event."""

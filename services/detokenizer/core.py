@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from services.detokenizer.answer import Answer, Cursor
+from services.detokenizer.answer import BEGINNING, Answer, Cursor
 from services.detokenizer.decoding import Decoding
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
@@ -74,14 +74,11 @@ class PartitionCore:
             self._dirty[key] = answer
 
     def expect_attach(self, answer: Answer, reply: ReplyTo, cursors: dict[int, Cursor]) -> None:
-        """A replay answer went out up to now; an ATTACH that is under way goes on from here. Requests without news from the cursors on
-        are exact about it: a cursor beyond what is here stays."""
-        now = {
-            index: Cursor(
-                max(s.shown, cursors.get(index, Cursor()).position), max(s.chars, cursors.get(index, Cursor()).offset)
-            )
-            for index, s in enumerate(answer.streams)
-        }
+        """A replay answer went out from the cursors to now; when the ATTACH that is under way is folded, events go on from here."""
+        now = {}
+        for index, stream in enumerate(answer.streams):
+            position, offset = cursors.get(index, BEGINNING)
+            now[index] = (max(stream.shown, position), max(stream.chars, offset))
         self._attaching[answer.state.key, reply.subject] = now
 
     def take_dirty(self) -> Iterable[Answer]:

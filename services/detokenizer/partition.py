@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -18,7 +18,7 @@ from services.detokenizer.retry import until_done
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
 from shared import codec, subjects
-from shared.api import encode_for, error_event
+from shared.api import encode_event, encode_for, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
@@ -46,7 +46,6 @@ class Partition:
         number: int,
         new_decoding: Callable[[], Decoding],
         spawn: Spawn,
-        owner: str,
     ) -> None:
         self.number = number
         self.core = PartitionCore(new_decoding)
@@ -55,7 +54,6 @@ class Partition:
         self._bus = bus
         self._settings = settings
         self._new_decoding = new_decoding
-        self._owner = owner
         self._log = log.bind(partition=number)
         self._spawn_task = spawn
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,7 +101,7 @@ class Partition:
             if self.core.seq >= target:
                 await self._serve()
             async for stored in follower:
-                self._fold(stored)
+                self.fold(stored)
                 if self.serving:
                     await self._deliver_in_time(stored)
                 elif stored.seq >= target:
@@ -150,7 +148,7 @@ class Partition:
         if self._settings.vanished_after:
             self._spawn(self._probe_forever(), "probe")
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
-        self._deliver()
+        self.deliver()
 
     async def _listen(self, subject: str, handler: Callable[[Message], None]) -> None:
         self._subscriptions.append(
@@ -159,7 +157,7 @@ class Partition:
 
     # ------------------------------------------------ folding and delivery
 
-    def _fold(self, stored: Stored) -> None:
+    def fold(self, stored: Stored) -> None:
         self.backlog = stored.pending
         try:
             entry = codec.decode(stored.data)
@@ -177,15 +175,15 @@ class Partition:
         """At once when there is no backlog; else now and then, so that events of several steps share a message."""
         now = asyncio.get_running_loop().time()
         if stored.pending == 0:
-            self._deliver()
+            self.deliver()
         elif now - self._delivered_at >= BEHIND:
-            self._deliver()
+            self.deliver()
             await asyncio.sleep(0)  # a follower with a backlog does not wait, so nobody else would run
         else:
             return
         self._delivered_at = now
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         batches: dict[str, tuple[ReplyTo, list[dict[str, Any]]]] = {}
         for answer in self.core.take_dirty():
             reply = answer.state.reply
@@ -196,7 +194,8 @@ class Partition:
                     batch[1].extend(events)
                 else:
                     batches[reply.subject] = (reply, events)
-            self._follow_up(answer)
+            if answer.ended or answer.opened.stop or answer.opened.durable:
+                self._follow_up(answer)
         for reply, events in batches.values():
             self._publish(reply, events)
         self._answer_held()
@@ -213,21 +212,21 @@ class Partition:
             if key not in self._settling:
                 self._settling.add(key)
                 self._spawn(self._settle(answer), "settle")
-        elif answer.opened.stop:
+        else:
             for choice, stop, length in answer.undeclared_stops():
                 self._append(End(key, "stop", choice, length, stop=stop))
         if answer.opened.durable:
             self._writer(answer).news.set()
 
     def _publish(self, reply: ReplyTo, events: list[dict[str, Any]]) -> None:
-        size = EVENTS_PER_MESSAGE if reply.batched else 1
-        for start in range(0, len(events), size):
-            group = events[start : start + size]
-            for data in encode_for(reply, group):
-                try:
-                    self._bus.publish(reply.subject, data)
-                except PayloadTooLarge as error:
-                    self._publish_smaller(reply, group, error)
+        messages: Iterable[Any] = events
+        if reply.batched:
+            messages = [events[i : i + EVENTS_PER_MESSAGE] for i in range(0, len(events), EVENTS_PER_MESSAGE)]
+        for message in messages:
+            try:
+                self._bus.publish(reply.subject, encode_event(message, reply.encoding))
+            except PayloadTooLarge as error:
+                self._publish_smaller(reply, message if reply.batched else [message], error)
 
     def _publish_smaller(self, reply: ReplyTo, events: list[dict[str, Any]], error: PayloadTooLarge) -> None:
         if len(events) > 1:
@@ -236,10 +235,8 @@ class Partition:
             return
         request_id = events[0]["id"]
         self._log.warning("answer_too_large", id=request_id, error=str(error))
-        failure = GorgonError(
-            ErrorCode.PAYLOAD_TOO_LARGE, "the answer does not fit into a message; ask for a replay with stream"
-        )
-        self._publish(reply, [error_event(request_id, failure)])
+        text = "the answer does not fit into a message; ask for a replay with stream"
+        self._publish(reply, [error_event(request_id, GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, text))])
 
     def _append(self, entry: LogEntry) -> None:
         """Into the partition's log, repeated until it is there: a second time does no harm to the entries written here."""
@@ -319,7 +316,7 @@ class Partition:
             self._publish_not_found(asked)
 
     def _answer_replay(self, asked: Replay, answer: Answer) -> None:
-        self._deliver()  # so that what goes to the old reply subject is not behind this answer
+        self.deliver()  # so that what goes to the old reply subject is not behind this answer
         self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
         if asked.attach and not answer.ended and answer.state.reply != asked.reply:
             self.core.expect_attach(answer, asked.reply, asked.cursors)
@@ -389,7 +386,7 @@ class Partition:
             pause = max(self._settings.snapshot_interval, self._pack_seconds / SNAPSHOT_SHARE)
 
     async def _save(self) -> None:
-        self._deliver()  # a snapshot promises that everything up to it was sent
+        self.deliver()  # a snapshot promises that everything up to it was sent
         if self.core.seq == self._saved_seq:
             return
         loop = asyncio.get_running_loop()

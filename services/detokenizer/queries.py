@@ -59,7 +59,7 @@ def parse_replay(data: bytes, reply_subject: str) -> Replay:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or "question"
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {first['msg']}") from None
-    cursors = {c.choice: Cursor(c.position, c.offset) for c in asked.cursors}
+    cursors = {c.choice: (c.position, c.offset) for c in asked.cursors}
     reply = ReplyTo(reply_subject, encoding, asked.batched, asked.stream)
     return Replay(request_key(asked.tenant, asked.id), asked.id, cursors, asked.attach, reply)
 

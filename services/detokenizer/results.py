@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from services.detokenizer.answer import Answer, Cursor
+from services.detokenizer.answer import BEGINNING, Answer, Cursor
 from shared import subjects
 from shared.api import TERMINAL_EVENTS, decode_body, encode_event, error_event
 from shared.bus import Bus, BusError, PayloadTooLarge, WrongRevision
@@ -70,10 +70,12 @@ class ResultsWriter:
 
     def _waiting(self) -> int:
         """Tokens not stored yet; text that lags behind its token, or the end, counts as one."""
-        streams = self._answer.streams if self._streams else ()
-        known = [(s, self._cursors.get(i, Cursor())) for i, s in enumerate(streams)]
-        tokens = sum(max(0, s.shown - c.position) for s, c in known)
-        return tokens or int(self._answer.ended or any(s.chars > c.offset for s, c in known))
+        tokens, lagging = 0, self._answer.ended
+        for index, stream in enumerate(self._answer.streams if self._streams else ()):
+            position, offset = self._cursors.get(index, BEGINNING)
+            tokens += max(0, stream.shown - position)
+            lagging |= stream.chars > offset
+        return tokens or int(lagging)
 
     @property
     def _streams(self) -> bool:
@@ -119,5 +121,5 @@ class ResultsWriter:
         if event["event"] in TERMINAL_EVENTS:
             self._stored_terminal = True
         elif event["event"] == "tokens":
-            end = Cursor(event["position"] + len(event["ids"]), event["offset"] + len(event["text"]))
+            end = (event["position"] + len(event["ids"]), event["offset"] + len(event["text"]))
             self._cursors[event["choice"]] = end

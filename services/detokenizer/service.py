@@ -104,7 +104,7 @@ class DetokenizerService(Service):
 
     def _take(self, number: int) -> None:
         assert self._new_decoding is not None
-        partition = Partition(self.bus, self.settings, number, self._new_decoding, self.spawn, self.instance)
+        partition = Partition(self.bus, self.settings, number, self._new_decoding, self.spawn)
         self.partitions[number] = partition
         partition.start()
         self.log.info("partition_taken", partition=number)

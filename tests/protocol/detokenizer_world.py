@@ -288,7 +288,9 @@ class World:
     def serving(self, *services: DetokenizerService) -> bool:
         """Whether each partition is served, by one of these only, and none of these is idle."""
         owners = [[number for number, p in s.partitions.items() if p.serving] for s in services]
-        return all(owners) and sorted(sum(owners, [])) == list(range(self.partitions))
+        return all(owners) and sorted(number for numbers in owners for number in numbers) == list(
+            range(self.partitions)
+        )
 
     def client(self, **options: Any) -> Client:
         return Client(MemoryBus(self.broker), MODEL, partitions=self.partitions, **options)

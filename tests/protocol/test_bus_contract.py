@@ -294,28 +294,36 @@ async def test_members_share_a_durable_consumer(system: System, bus: Bus) -> Non
 
 
 async def test_what_is_not_acked_comes_again(bus: Bus) -> None:
-    got: list[tuple[int, int]] = []
+    attempts: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
 
     async def handle(delivery: Delivery) -> None:
-        got.append((delivery.message.seq, delivery.attempt))
-        if delivery.message.seq == 1 and delivery.attempt == 1:
-            raise ValueError("on purpose")
-        if delivery.message.seq == 2 and delivery.attempt == 1:
-            await delivery.nak(delay=0.05)
-        elif delivery.message.seq == 3 and delivery.attempt == 1:
-            for _ in range(5):
-                await asyncio.sleep(0.2)
-                await delivery.in_progress()
-            await delivery.ack()
-        else:
-            await delivery.ack()
+        attempts[delivery.message.seq].append(delivery.attempt)
+        match delivery.message.seq, delivery.attempt:
+            case 1, 1:
+                times.append(loop.time())
+                raise ValueError("on purpose")
+            case 1, _:
+                times.append(loop.time())
+            case 2, 1:
+                await delivery.nak(delay=0.05)
+                return
+            case 3, _:
+                while len(times) < 2:  # that is for longer than ack_wait
+                    await delivery.in_progress()
+                    await asyncio.sleep(0.1)
+        await delivery.ack()
 
-    await bus.consume("S", "d", "s.*", handle, limit=10, ack_wait=0.5)
     for _ in range(3):
         await bus.append("s.1", b"")
-    await until(lambda: len(got) == 5)
-    await asyncio.sleep(1.2)
-    assert got == [(1, 1), (2, 1), (3, 1), (2, 2), (1, 2)]
+    await bus.consume("S", "d", "s.*", handle, limit=10, ack_wait=1.5)
+    await until(lambda: len(attempts[2]) == 2)
+    assert len(attempts[1]) == 1
+    await until(lambda: len(attempts[1]) == 2)
+    await asyncio.sleep(0.2)
+    assert attempts == {1: [1, 2], 2: [1, 2], 3: [1]}
+    assert times[1] - times[0] > 1.4
 
 
 async def test_limit_and_backlog(bus: Bus) -> None:
@@ -360,16 +368,16 @@ async def test_a_paused_member_leaves_new_messages_to_the_others(system: System,
 
 async def test_a_stopped_member_takes_nothing_but_may_still_ack(bus: Bus) -> None:
     got: list[Delivery] = []
-    consumer = await bus.consume("S", "d", "s.*", keeper(got), limit=1, ack_wait=0.5)
+    consumer = await bus.consume("S", "d", "s.*", keeper(got), limit=1, ack_wait=30.0)
     for _ in range(2):
         await bus.append("s.1", b"")
     await until(lambda: len(got) == 1)
     await consumer.stop()
     await got[0].ack()
-    await asyncio.sleep(0.7)
+    await asyncio.sleep(0.1)
     assert len(got) == 1
     rest: list[Delivery] = []
-    await bus.consume("S", "d", "s.*", acker(rest), limit=10, ack_wait=0.5)
+    await bus.consume("S", "d", "s.*", acker(rest), limit=10, ack_wait=30.0)
     await until(lambda: len(rest) == 1)
     assert rest[0].message.seq == 2
 

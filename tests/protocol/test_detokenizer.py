@@ -130,8 +130,8 @@ async def test_takeover_starts_from_the_snapshot_and_goes_on_without_waiting_for
         fold = second.partitions
         await until(lambda: number in fold)
         partition = fold[number]
-        inner = partition._fold
-        partition._fold = lambda stored: (read.append(stored.seq), inner(stored))[1]  # type: ignore[method-assign]
+        inner = partition.fold
+        partition.fold = lambda stored: (read.append(stored.seq), inner(stored))[1]  # type: ignore[method-assign]
         await world.check(stream, plan)
         entries = world.broker.stream(subjects.STREAM_TOK).count(subjects.tok(MODEL, number), 1)
         assert 0 < len(read) < entries - 50, "the new owner read everything from the beginning"
