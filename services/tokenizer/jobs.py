@@ -26,13 +26,12 @@ class JobResults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def store_accepted(self, admitted: Admitted, event: dict[str, object]) -> int:
+    async def store_accepted(self, admitted: Admitted, event: dict[str, object], seq: int) -> int:
         """Before the request is in REQ, so that nobody writes earlier. Returns the sequence, 0 if the id has results already."""
         subject = subjects.results(admitted.request.key)
         data = encode_event(event, admitted.to.reply.encoding)
         try:
-            msg_id = f"{admitted.request.key}.accepted"
-            return (await self._bus.append(subject, data, msg_id=msg_id, expected_last_subject_seq=0)).seq
+            return (await self._bus.append(subject, data, msg_id=f"accepted.{seq}", expected_last_subject_seq=0)).seq
         except WrongRevision:
             return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from services.tokenizer.admission import Addressee, Admission, Admitted, Refused, addressee_of
 from services.tokenizer.jobs import JobResults, job_id
-from services.tokenizer.model_files import ModelFilesError, load_model_files
+from services.tokenizer.model_files import ModelFiles, ModelFilesError, load_model_files
 from services.tokenizer.registry import Presence, Registry
 from services.tokenizer.settings import TokenizerSettings
 from services.tokenizer.store import RequestStore
@@ -25,11 +25,14 @@ _JOB_ACK_WAIT = 30.0  # seconds
 
 
 class TokenizerService(Service):
+    """`files` are read from settings.model_path unless given."""
+
     stage = "tokenizer"
     settings: TokenizerSettings
 
-    def __init__(self, bus: Bus, settings: TokenizerSettings) -> None:
+    def __init__(self, bus: Bus, settings: TokenizerSettings, files: ModelFiles | None = None) -> None:
         super().__init__(bus, settings)
+        self._files = files
         self._registry = Registry()
         self._threads = ThreadPoolExecutor(settings.threads, "encode")
         self._counts: Counter[str] = Counter()
@@ -51,11 +54,7 @@ class TokenizerService(Service):
     async def on_start(self) -> None:
         settings = self.settings
         loop = asyncio.get_running_loop()
-        try:
-            files = await loop.run_in_executor(self._threads, load_model_files, Path(settings.model_path))
-        except ModelFilesError as error:
-            self.log.error("start_failed", code=error.code, message=str(error))
-            raise
+        files = self._files or await self._load()
         self._files_context = files.context
         self._admission = Admission(files, settings.model, settings.default_max_tokens)
         self._store = RequestStore(self.bus, settings, await self.bus.bucket(subjects.BUCKET_ASSIGN))
@@ -81,6 +80,15 @@ class TokenizerService(Service):
             ack_wait=_JOB_ACK_WAIT,
         )
         self.spawn(self._watch_load(), "load")
+
+    async def _load(self) -> ModelFiles:
+        """In a thread: a large vocabulary takes a second, in which the connection must be kept alive."""
+        path = Path(self.settings.model_path)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, load_model_files, path)
+        except ModelFilesError as error:
+            self.log.error("start_failed", code=error.code, message=str(error))
+            raise
 
     async def on_drain(self) -> None:
         for door in self._doors:
@@ -291,7 +299,7 @@ class TokenizerService(Service):
         outcome = await self._admit(data, "", job_id(seq))
         accepted_seq = 0
         if isinstance(outcome, Admitted):
-            accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome))
+            accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome), seq)
             try:
                 await self._put(outcome)
             except GorgonError as error:

@@ -86,6 +86,7 @@ def test_chat_template_of_the_folder_and_its_special_tokens(tmp_path: Path):
         json.dumps(config | {"chat_template": named, "bos_token": {"content": "<B>"}})
     )
     (folder / "chat_template.jinja").unlink()
+    shutil.rmtree(folder / "additional_chat_templates")
     template = load_model_files(folder).template
     assert template is not None
     assert template.render(messages) == "<B>"
