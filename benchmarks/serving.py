@@ -1,0 +1,212 @@
+"""The workloads of benchmarks/engine.py through the whole pipeline: NATS and all four stages as processes, clients as processes too.
+
+    python -m benchmarks.serving --shape qwen3-0.6b --tokenizer DIR --out results/
+
+Prompts are token ids, weights are random, so that the table can be laid beside that of the engine alone. `--tokenizer` names a folder
+with a tokenizer.json whose vocabulary is at least the shape's. Seconds run from the first request's publication to the last event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from nats.aio.msg import Msg
+
+from benchmarks import load
+from benchmarks.engine import CONTEXT, SHAPES, WORKLOADS, Workload
+from services.supervisor import STAGES, Plan, Supervisor
+from shared import presence, subjects
+from shared.broker import free_port
+from shared.config import StageSettings
+from shared.nats_bus import NatsBus
+
+MODEL = "bench"
+
+
+async def generate(
+    start: load.Start, url: str, prompts: list[list[int]], outputs: list[int], temperature: float, run: str
+) -> dict[str, Any]:
+    """Publishes its requests at once and takes their events, in arrays, until each has ended."""
+    nc = await load.connect(url)
+    inbox = nc.new_inbox()
+    first: dict[str, float] = {}
+    tokens = ended = 0
+    done = asyncio.get_running_loop().create_future()
+
+    async def on_events(msg: Msg) -> None:
+        nonlocal tokens, ended
+        now = time.monotonic()
+        for event in msgpack.unpackb(msg.data):
+            kind = event["event"]
+            if kind == "tokens":
+                tokens += len(event["ids"])
+                first.setdefault(event["id"], now)
+            elif kind == "finished":
+                ended += 1
+                if ended == len(prompts):
+                    done.set_result(now)
+            elif kind != "accepted" and not done.done():
+                done.set_exception(RuntimeError(str(event)))
+
+    await nc.subscribe(inbox, cb=on_events, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    await nc.flush()
+    bodies = [
+        msgpack.packb(
+            dict(
+                id=f"{run}-{i}",
+                prompt=prompt,
+                max_tokens=count,
+                temperature=temperature,
+                seed=i,
+                ignore_eos=True,
+                batched=True,
+            )
+            | (dict(top_p=1.0, top_k=0))
+        )
+        for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+    ]
+    await start.together()
+    began = time.monotonic()
+    for body in bodies:
+        await nc.publish(subjects.generate(MODEL), body, reply=inbox)
+    finish = await done
+    await nc.close()
+    return dict(began=began, ended=finish, tokens=tokens, first=[t - began for t in first.values()])
+
+
+async def measure(
+    url: str, workload: Workload, vocabulary: int, seed: int, clients: int, output: int | None = None
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    prompts, outputs = [], []
+    for _ in range(workload.count):
+        length = int(rng.integers(workload.prompt[0], workload.prompt[1] + 1))
+        outputs.append(output or int(rng.integers(workload.output[0], workload.output[1] + 1)))
+        prompts.append(rng.integers(0, vocabulary, length, dtype=np.int32).tolist())
+    run = uuid.uuid4().hex[:8]
+    count = min(clients, workload.count)
+    loads = [
+        (generate, (url, prompts[c::count], outputs[c::count], workload.temperature, f"{run}-{c}"))
+        for c in range(count)
+    ]
+    parts = await asyncio.to_thread(load.run_together, loads)
+    seconds = max(p["ended"] for p in parts) - min(p["began"] for p in parts)
+    tokens = sum(p["tokens"] for p in parts)
+    firsts = [t for p in parts for t in p["first"]]
+    assert tokens == sum(outputs), f"{tokens} tokens of {sum(outputs)}"
+    figure = {
+        "output tok/s": tokens / seconds,
+        "input tok/s": sum(map(len, prompts)) / seconds,
+        "ms": min(firsts) * 1e3,
+    }[workload.figure]
+    return dict(figure=figure, seconds=seconds, tokens=tokens, first_token_ms_mean=statistics.mean(firsts) * 1e3)
+
+
+def cpu_seconds(supervisor: Supervisor) -> dict[str, float]:
+    """CPU seconds used so far, by process; 0 for one that is gone."""
+    import psutil
+
+    used = {}
+    for child in supervisor.children():
+        if child.pid is not None:
+            times = psutil.Process(child.pid).cpu_times()
+            used[child.name] = times.user + times.system
+    return used
+
+
+async def run_shape(shape: str, args: argparse.Namespace) -> None:
+    config = SHAPES[shape]
+    results: dict[str, Any] = {"shape": shape, "workloads": {}}
+    with tempfile.TemporaryDirectory(prefix="gorgon-serving-") as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (args.tokenizer / name).is_file():
+                (model / name).write_bytes((args.tokenizer / name).read_bytes())
+        worker = ["--load-format", "dummy", "--max-model-len", str(CONTEXT), "--prefix-cache", "false", *args.worker_flag]
+        copies = {stage: args.copies if stage in ("tokenizer", "detokenizer") else 1 for stage in STAGES}
+        plan = Plan(Path(folder), MODEL, model, free_port(), copies, {"model_worker": worker})
+        supervisor = Supervisor(plan)
+        began = time.perf_counter()
+        try:
+            await supervisor.start()
+            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
+            await presence.wait_for_stages(bus, copies, MODEL, 120)
+            results["ready_seconds"] = time.perf_counter() - began
+            print(f"{shape}: every stage is ready after {results['ready_seconds']:.1f} s", flush=True)
+            await asyncio.sleep(1.0)
+            print(
+                "| shape | workload | figure | through the pipeline | runs | mean ms to first token |\n|---|---|---|---|---|---|"
+            )
+            for workload in WORKLOADS:
+                if args.rows and workload.name not in args.rows:
+                    continue
+                await measure(
+                    plan.nats_url, workload, config["vocab_size"], 99, args.clients, min(4, workload.output[1])
+                )
+                repeats = max(args.repeats, 5) if workload.figure == "ms" else args.repeats
+                before = cpu_seconds(supervisor)
+                runs = [
+                    await measure(plan.nats_url, workload, config["vocab_size"], n, args.clients)
+                    for n in range(repeats)
+                ]
+                seconds = sum(run["seconds"] for run in runs)
+                share = {
+                    name: round((cpu - before[name]) / seconds, 2) for name, cpu in cpu_seconds(supervisor).items()
+                }
+                runs.sort(key=lambda run: run["figure"])
+                middle = runs[len(runs) // 2]
+                results["workloads"][workload.name] = middle | {
+                    "runs": [run["figure"] for run in runs],
+                    "cpu_share": share,
+                }
+                digits = 2 if workload.figure == "ms" else 0
+                spread = " … ".join(f"{runs[i]['figure']:,.{digits}f}" for i in (0, -1))
+                row = f"| {shape} | {workload.name} | {workload.figure} | {middle['figure']:,.{digits}f} | {spread} "
+                print(row + f"| {middle['first_token_ms_mean']:.1f} |  cpu {share}", flush=True)
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / f"serving-{shape}.json").write_text(json.dumps(results, indent=1))
+            await bus.close()
+        except BaseException:
+            for child in supervisor.children():
+                lines = child.log_path.read_text().splitlines()[-8:] if child.log_path.exists() else []
+                print(
+                    f"---- {child.name}, restarted {child.restarts} times",
+                    *(line[:600] for line in lines),
+                    sep="\n",
+                    file=sys.stderr,
+                )
+            raise
+        finally:
+            await supervisor.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", action="append", choices=[*SHAPES])
+    parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--clients", type=int, default=4, help="client processes")
+    parser.add_argument("--copies", type=int, default=1, help="of tokenizer and detokenizer")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--worker-flag", action="append", default=[], help="handed to the model worker")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    args = parser.parse_args()
+    for shape in args.shape or ["qwen3-0.6b"]:
+        asyncio.run(run_shape(shape, args))
+
+
+if __name__ == "__main__":
+    main()
