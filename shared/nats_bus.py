@@ -48,7 +48,7 @@ API = "$JS.API"
 NANOSECONDS = 10**9
 # Seconds. A link that is silent for LINK_STALLED proves nothing any more; after LINK_DEAD it is given up.
 PING_INTERVAL, LINK_STALLED, LINK_DEAD = 0.25, 1.0, 5.0
-API_TIMEOUT = 5.0
+API_TIMEOUT, DRAIN_TIMEOUT = 5.0, 1.0
 # A core message is dropped when this many bytes wait for a server that does not read.
 MAX_UNSENT = 64 * 2**20
 PENDING_MESSAGES, PENDING_BYTES = 64 * 2**10, 64 * 2**20
@@ -95,14 +95,12 @@ class CoreSubscription:
         except errors.Error as error:  # closed before
             log.debug("unsubscribe", error=repr(error))
 
-    def drain(self) -> None:
+    async def drain(self) -> None:
         """Unsubscribes when what the server has sent already has been handled."""
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
-
-    async def _drain(self) -> None:
         try:
-            await self._subscription.drain()  # type: ignore[no-untyped-call]
-        except errors.Error as error:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await self._subscription.drain()  # type: ignore[no-untyped-call]
+        except (errors.Error, TimeoutError) as error:
             log.debug("drain", error=repr(error))
             await self.unsubscribe()
 
@@ -188,7 +186,7 @@ class NatsBus:
         self._connected.set()
         self._ping_task = self._loop.create_task(self._ping())
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
         if self._connected.is_set() and not self._nc.is_connected:
             self._down()  # nats-py knows already, and will tell in a moment
         return self._connected.is_set()
@@ -265,7 +263,7 @@ class NatsBus:
 
     async def _wait_for_connection(self, timeout: float) -> float:
         """Returns what is left of `timeout`."""
-        if self._is_up():
+        if self.is_up():
             return timeout
         deadline = self._loop.time() + timeout
         try:
@@ -280,7 +278,7 @@ class NatsBus:
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self._nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
-        if not self._is_up() or self._nc._pending_data_size > MAX_UNSENT:
+        if not self.is_up() or self._nc._pending_data_size > MAX_UNSENT:
             if self.dropped & (self.dropped - 1) == 0:  # 0, 1, 2, 4, 8 ...
                 log.warning("publish_dropped", subject=subject, count=self.dropped + 1)
             self.dropped += 1

@@ -88,18 +88,25 @@ class StandingPull:
         self._requested = 0  # messages that the server may still send
         self._heard = 0.0
         self._broken = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None  # of the pull before this one
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Raises a BusError if the consumer cannot be made; later errors are retried for ever."""
-        await self._begin()
+        try:
+            await self._begin()
+        except BaseException:
+            await self.close()
+            raise
         self._task = asyncio.get_running_loop().create_task(self._keep_alive(), name=f"pull {self._stream}")
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
         self._consumer = ""
-        if self._subscription is not None:
+        if self._subscription is not None and self._bus.is_up():
+            await self._subscription.drain()
+        elif self._subscription is not None:
             await self._subscription.unsubscribe()
 
     def begin_anew(self) -> None:
@@ -126,7 +133,7 @@ class StandingPull:
         self._consumer = ""
         if self._subscription is not None:
             # The server forgets pulls that nobody listens to; what it has sent already is still taken.
-            self._subscription.drain()
+            self._draining = asyncio.get_running_loop().create_task(self._subscription.drain())
         inbox = self._bus.new_inbox()
         self._subscription = await self._bus.subscribe_raw(inbox, partial(self._receive, inbox))
         name, pending = await self._create()
@@ -181,11 +188,10 @@ class StandingPull:
     def _on_status(self, headers: dict[str, str]) -> None:
         status, description = headers.get("Status", ""), headers.get("Description", "")
         self._heard = asyncio.get_running_loop().time()
-        if status == "100":
+        if status == "100":  # a heartbeat
             return
-        if (unsent := headers.get("Nats-Pending-Messages")) is not None and "onsumer" not in description:
-            # The pull has ended (expired, or a limit), the consumer lives.
-            self._requested -= int(unsent)
+        if status == "408":  # the pull has expired
+            self._requested -= int(headers.get("Nats-Pending-Messages", self._requested))
             self.fill()
             return
         log.info("reader_begins_anew", stream=self._stream, status=status, description=description)
@@ -249,7 +255,7 @@ class OrderedReader:
 
     def _delete(self) -> None:
         """Lets the server know that the consumer is not needed any more; if it does not hear it, INACTIVE does the same."""
-        if self._name and self._bus.connected_for:
+        if self._name and self._bus.is_up():
             subject = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}"
             self._bus.publish(subject, b"", self._bus.new_inbox())  # the server does nothing without a reply subject
         self._name = ""

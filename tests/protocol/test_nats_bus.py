@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from nats.aio.msg import Msg
 
-from shared import nats_bus
+from shared import nats_bus, nats_pull
 from shared.broker import Broker, free_port
 from shared.bus import BusTimeout, Stored, StreamSpec
 from shared.config import StageSettings
@@ -144,3 +144,16 @@ async def test_a_consumer_that_the_server_forgot_is_made_again(bus: NatsBus) -> 
     assert [m.seq for m in followed] == [1, 2]
     await follower.close()
     await until_equal(lambda: consumers(bus), [])  # nothing is left behind
+
+
+async def test_a_pull_that_expires_is_renewed(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pulls of one second; the same consumer serves on, and what comes in between is not late."""
+    monkeypatch.setattr(nats_pull, "EXPIRES", 1.0)
+    followed: list[Stored] = []
+    collect(await bus.follow("S", "s.1", 1), followed)
+    names = await consumers(bus)
+    for i in range(25):
+        await bus.append("s.1", b"")
+        await until(lambda i=i: len(followed) == i + 1, 1.0)  # type: ignore[misc]
+        await asyncio.sleep(0.1)
+    assert await consumers(bus) == names
