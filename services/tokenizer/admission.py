@@ -29,6 +29,11 @@ class Addressee(NamedTuple):
     tenant: str = DEFAULT_TENANT
     metadata: Mapping[str, Any] = {}
 
+    @property
+    def key(self) -> str | None:
+        """For logs."""
+        return request_key(self.tenant, self.id) if self.id is not None else None
+
 
 class Admitted(NamedTuple):
     request: Request

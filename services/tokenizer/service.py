@@ -165,9 +165,7 @@ class TokenizerService(Service):
             return True
         self._counts["dropped"] += 1
         to = self._addressee(message)
-        self.log.warning(
-            "no_reply_subject", request=to.id, tenant=to.tenant, subject=message.subject, reply=message.reply
-        )
+        self.log.warning("no_reply_subject", request=to.key, subject=message.subject, reply=message.reply)
         return False
 
     def _addressee(self, message: Message) -> Addressee:
@@ -245,7 +243,7 @@ class TokenizerService(Service):
     def _note_refusal(self, refused: Refused) -> None:
         error, to = refused.error, refused.to
         self._counts[f"refused_{error.code}"] += 1
-        self.log.info("refused", request=to.id, tenant=to.tenant, code=str(error.code), message=error.message)
+        self.log.info("refused", request=to.key, code=str(error.code), message=error.message)
 
     def _send(self, to: Addressee, event: dict[str, Any]) -> None:
         for data in encode_for(to.reply, [event]):
