@@ -1,10 +1,12 @@
 import json
+import re
+from pathlib import Path
 
 import msgpack
 import pytest
 
 from shared import api
-from shared.errors import ErrorCode, GorgonError
+from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import ReplyTo
 
 
@@ -134,3 +136,12 @@ def test_events_in_both_encodings():
     assert json.loads(api.encode_for(ReplyTo("x", batched=True), [event])[0])[0]["text"] == "ü"
     error = api.error_event("r", GorgonError(ErrorCode.OVERLOADED, "m", retry_after=1.5))
     assert error == dict(event="error", id="r", code="overloaded", message="m", retryable=True, retry_after=1.5)
+
+
+def test_the_documentation_names_every_field_and_every_code():
+    text = (Path(__file__).parents[2] / "docs/protocol.md").read_text(encoding="utf-8")
+    fields = text.split("## Request")[1].split("## Events")[0]
+    assert set(re.findall(r"^\| `(\w+)` ", fields, re.M)) == set(api.GenerateRequest.model_fields)
+    codes = text.split("### Error codes")[1].split("## Never missing")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| (yes|no) ", codes, re.M))
+    assert documented == {str(code): "yes" if code in RETRYABLE else "no" for code in ErrorCode}
