@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import msgpack
 import pytest
 
 from services.detokenizer.answer import Answer
@@ -125,6 +126,8 @@ async def test_takeover_starts_from_the_snapshot_and_goes_on_without_waiting_for
         number = world.backend.partition("default.r")
         bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
         assert await bucket.get(subjects.snapshot_key(MODEL, number)) is not None
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe(client.inbox, lambda message: events.extend(msgpack.unpackb(message.data)))
         second = await world.detokenizer("b")
         read: list[int] = []
         fold = second.partitions
@@ -135,6 +138,7 @@ async def test_takeover_starts_from_the_snapshot_and_goes_on_without_waiting_for
         await world.check(stream, plan)
         entries = world.broker.stream(subjects.STREAM_TOK).count(subjects.tok(MODEL, number), 1)
         assert 0 < len(read) < entries - 50, "the new owner read everything from the beginning"
+        assert events[0]["position"] > 50, "what had been sent long ago was sent again"
 
 
 @virtual
@@ -171,7 +175,8 @@ async def test_a_snapshot_is_kept_when_the_log_before_it_is_trimmed():
         await world.crash(first)
         tok = world.broker.stream(subjects.STREAM_TOK)
         tok.trim(tok.last_seq + 1)
-        await world.detokenizer("b")
+        second = await world.detokenizer("b")
+        await until(lambda: world.serving(second))
         world.backend.paused = False
         await world.check(stream, plan)
 
@@ -276,6 +281,14 @@ async def test_length_in_the_entry_of_the_stop_string_is_told_as_stop(per_step):
         assert plan.expected(0)[2:] == ("stop", "ez")
 
 
+async def watch_for_unserved(world: World) -> None:
+    """Returns when a partition is served by nobody."""
+    while all(
+        any(n in s.partitions and s.partitions[n].serving for s in world.services) for n in range(world.partitions)
+    ):
+        await asyncio.sleep(0.001)
+
+
 @virtual
 async def test_drain_hands_over_without_a_gap():
     async with World() as world, world.client() as client:
@@ -288,12 +301,15 @@ async def test_drain_hands_over_without_a_gap():
         streams = {name: client.generate("x", id=name) for name in plans}
         checks = asyncio.gather(*(world.check(streams[name], plan) for name, plan in plans.items()))
         await asyncio.sleep(0.5)
+        loop = asyncio.get_running_loop()
+        watching = loop.create_task(watch_for_unserved(world))
         second = await world.detokenizer("b")
         await until(lambda: world.serving(first, second))
-        assert first.partitions and second.partitions
         await first.drain()
         await first.stop()
         await until(lambda: world.serving(second))
+        watching.cancel()
+        assert not watching.done(), "there was a moment without an owner"
         await checks
         assert asked == [], "a client had to ask for what it missed"
 
@@ -374,7 +390,7 @@ async def test_replay_from_a_cursor_of_running_ended_and_unknown_requests():
 
 @virtual
 async def test_attach_moves_later_events_without_a_gap():
-    async with World() as world:
+    async with World(faults=Faults(latency=0.03)) as world:  # ATTACH takes its time, tokens come meanwhile
         await world.detokenizer("a")
         world.plan("r", choices=[list(range(26)) * 2])
         world.backend.open("default.r", m.ReplyTo("nobody.there", "json"), durable=False)
@@ -389,6 +405,28 @@ async def test_attach_moves_later_events_without_a_gap():
             assert event["position"] == position, "a gap or something twice"
             position += len(event["ids"])
         assert position == 52
+
+
+@virtual
+async def test_whoever_repeats_a_request_gets_everything_from_the_beginning():
+    """The scheduler writes ATTACH for a known id: its client may have lost all, and never asks for a replay."""
+    async with World() as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[list(range(26)) * 2])
+        world.backend.open("default.r", m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(0.4)
+        seen: dict[str, list[dict[str, Any]]] = {"early": [], "late": []}
+        for name, events in seen.items():
+            await world.bus.subscribe(name, lambda message, events=events: events.append(json.loads(message.data)))
+        attach = m.Attach("default.r", m.ReplyTo("early", "json"))
+        await world.backend.append(attach, world.backend.partition("default.r"))
+        await asyncio.sleep(2.0)
+        attach = m.Attach("default.r", m.ReplyTo("late", "json"))  # it has ended and is archived by now
+        await world.backend.append(attach, world.backend.partition("default.r"))
+        await asyncio.sleep(0.5)
+        for events in seen.values():
+            assert [i for e in events[:-1] for i in e["ids"]] == list(range(26)) * 2
+            assert events[-1]["event"] == "finished"
 
 
 @virtual
