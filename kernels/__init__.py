@@ -17,7 +17,8 @@ def select_ops(device: torch.device | str) -> Ops:
     if _torch.device(device).type == "cuda":
         from kernels.triton_ops import TritonOps
 
-        return TritonOps()
+        hopper = _torch.cuda.get_device_capability(device)[0] == 9
+        return TritonOps(hopper_prefill=hopper)
     from kernels.reference import ReferenceOps
 
     return ReferenceOps()
