@@ -13,12 +13,14 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
 from services.model_worker.sequence import Sequence, Status
+from services.model_worker.speculation.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class SchedulerLimits:
     max_seqs            slots: sequences that run at the same time
     max_batched_tokens  rows of one step, at least max_seqs
     window              positions that any layer can see, 0: all. Blocks wholly before it are released
+    overshoot           positions past max_model_len that a speculation tree may be laid out over
     """
 
     block_size: int
@@ -35,6 +38,7 @@ class SchedulerLimits:
     max_batched_tokens: int
     eos_ids: frozenset[int] = frozenset()
     window: int = 0
+    overshoot: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batched_tokens < self.max_seqs:
@@ -56,13 +60,16 @@ class Chunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: a row for each of `decodes`, whose last token the device knows and perhaps the host does not, then the chunks.
+    """One step: a row (or a tree's rows) for each of `decodes`, whose last token the device knows and perhaps the host does not, then
+    the chunks.
 
+    tree            what the decodes guess, None: nothing
     admitted        sequences that got a slot: their state must be written to the device first
     table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
     """
 
     step: int
+    tree: Tree | None = None
     admitted: list[Sequence] = field(default_factory=list)
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
@@ -72,7 +79,12 @@ class StepPlan:
 
     @property
     def rows(self) -> int:
-        return len(self.decodes) + sum(chunk.rows for chunk in self.chunks)
+        return len(self.decodes) * self.nodes + sum(chunk.rows for chunk in self.chunks)
+
+    @property
+    def nodes(self) -> int:
+        """Rows of each decode."""
+        return 1 if self.tree is None else self.tree.size
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -87,6 +99,15 @@ class StepPlan:
         self.table_slots += [sequence.slot] * len(blocks)
         self.table_columns += range(column, column + len(blocks))
         self.table_blocks += blocks
+
+
+PickTree = Callable[[list[Sequence]], Tree | None]
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """All its tokens but the newest are in the cache, and more are wanted."""
+    known = len(sequence.tokens) + sequence.pending
+    return sequence.computed == known - 1 and known < sequence.limit
 
 
 class BatchScheduler:
@@ -181,14 +202,17 @@ class BatchScheduler:
 
     # ---- planning
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can run now (nothing to do, or blocks come free only when a step retires)."""
+    def schedule(self, pick_tree: PickTree | None = None) -> StepPlan | None:
+        """The next step, or None if nothing can run now (nothing to do, or blocks come free only when a step retires).
+
+        pick_tree: asked what the sequences that will decode should guess; its tree's rows for all of them must fit into a step.
+        """
         alone = self._alone()
         if alone is not None and not self._clear_for(alone):
             return None
         plan = StepPlan(self.steps)
-        self._plan_decodes(plan)
-        budget = self.limits.max_batched_tokens - len(plan.decodes)
+        self._plan_decodes(plan, pick_tree)
+        budget = self.limits.max_batched_tokens - plan.rows
         for sequence in self.running:
             if budget and sequence.computed < len(sequence.tokens) - 1 and not sequence.pending:
                 budget -= self._plan_chunk(plan, sequence, budget)
@@ -212,34 +236,44 @@ class BatchScheduler:
             self._leave(sequence, Status.PREEMPTED)
         return all(sequence.request.request_id == alone for sequence in self._releasing)
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        block_size = self.limits.block_size
+    def _plan_decodes(self, plan: StepPlan, pick_tree: PickTree | None) -> None:
+        if pick_tree is not None and (ready := [sequence for sequence in self.running if _decodes(sequence)]):
+            tree = pick_tree(ready)
+            # Guesses are worth no preemption.
+            if tree is not None and sum(self._missing(sequence, tree.size) for sequence in ready) <= self.pool.free:
+                plan.tree = tree
+        depth = 0 if plan.tree is None else plan.tree.depth
         index = 0
         # Preemption takes sequences from the end of the list, never one that this loop has passed.
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            known = len(sequence.tokens) + sequence.pending
-            if sequence.computed != known - 1 or known >= sequence.limit:
+            if not _decodes(sequence):
                 continue
-            if sequence.computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
+            if (missing := self._missing(sequence, plan.nodes)) and not self._grow(plan, sequence, missing):
                 continue
             sequence.computed += 1
             sequence.pending += 1
+            sequence.slack += depth
             sequence.inflight += 1
             plan.decodes.append(sequence)
 
-    def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """One more block for a running sequence; False if it must sit this step out."""
-        while self.pool.free == 0:
-            if self._releasing:  # blocks are on their way already
+    def _missing(self, sequence: Sequence, rows: int) -> int:
+        """Blocks that so many more rows need, wherever the launched steps leave off."""
+        return max(0, self.limits.blocks_of(sequence.computed + sequence.slack + rows) - len(sequence.blocks))
+
+    def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> bool:
+        """More blocks for a running sequence; False if it must sit this step out."""
+        while self.pool.free < count:
+            # Blocks are on their way already, or it will turn out that they are not needed.
+            if self._releasing or sequence.slack:
                 return False
             victim = self.running[-1]
             self.preemptions += 1
             self._leave(victim, Status.PREEMPTED)
             if victim is sequence:
                 return False
-        blocks = self.pool.allocate(1)
+        blocks = self.pool.allocate(count)
         plan.add_blocks(sequence, len(sequence.blocks), blocks)
         sequence.blocks += blocks
         return True
@@ -294,14 +328,16 @@ class BatchScheduler:
         ids: SequenceABC[SequenceABC[int]],
         logprobs: SequenceABC[list[TokenLogprobs] | None] | None = None,
     ) -> list[TokenOutput]:
-        """Takes the new token ids of `plan.sampled` (at least one each) and returns those that belong to live sequences."""
+        """Takes the new token ids of `plan.sampled` (at least one each, more only with a tree) and returns those that belong to live
+        sequences."""
         outputs = []
         for chunk in plan.chunks:
             chunk.sequence.verified = chunk.start + chunk.rows
             if not chunk.final:
                 self._settle(chunk.sequence)
-        for sequence in plan.decodes:
-            sequence.verified += 1
+        for row, sequence in enumerate(plan.decodes):
+            sequence.computed += len(ids[row]) - 1
+            sequence.slack -= 0 if plan.tree is None else plan.tree.depth
         for row, sequence in enumerate(plan.sampled):
             sequence.pending -= 1
             if sequence.status is not Status.FINISHED:
@@ -318,6 +354,7 @@ class BatchScheduler:
         output = TokenOutput(request.request_id, request.choice, request.epoch, sequence.num_generated, [])
         for token in ids:
             sequence.tokens.append(token)
+            sequence.verified = len(sequence.tokens) - 1
             output.ids.append(token)
             if (reason := sequence.finish_reason()) is not None:
                 output.finish = reason

@@ -34,6 +34,8 @@ from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner, Tic
 from services.model_worker.models.config import ModelError
 from services.model_worker.sampler import SamplingMode
 from services.model_worker.sequence import Sequence
+from services.model_worker.speculation.controller import Acceptance, TreeController
+from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_bound import StepBound
 from services.model_worker.step_state import field_row
 from shared.sampling import MAX_LOGPROBS
@@ -113,11 +115,12 @@ class Engine:
         self._bound = StepBound(config.min_step_bound, config.first_step_bound)
         self._last_retired = 0.0
         self._tokens_generated = 0
+        self._trees: TreeController | None = None
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the model, sizes the cache, compiles and captures. Raises ModelError; blocks for seconds to minutes."""
         parts = build(self.config, progress or (lambda fraction, text: None))
-        self.info, self.scheduler, self.runner = parts
+        self.info, self.scheduler, self.runner, self._trees = parts
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
 
@@ -199,6 +202,7 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
             tokens_generated=self._tokens_generated,
+            speculation=None if self._trees is None else self._trees.stats(),
         )
 
     def check_idle(self) -> list[str]:
@@ -256,7 +260,7 @@ class Engine:
         self._take_inbox(output)
         for sequence in self.scheduler.expired(time.monotonic()):
             self._end(sequence, FinishReason.DEADLINE, output)
-        plan = None if self._paused else self.scheduler.schedule()
+        plan = None if self._paused else self.scheduler.schedule(self._pick_tree)
         if plan is not None:
             self._launch(plan)
         idle = plan is None and not self._in_flight
@@ -296,6 +300,7 @@ class Engine:
             )
             return
         sequence.device_row, sequence.sampling_mode = item.device_row, item.sampling_mode
+        sequence.acceptance = Acceptance(able=not item.sampling_mode.penalties)
         self._sequences[request.request_id, request.choice] = sequence
         # A migrated sequence may have generated all it will before its old worker died.
         if (reason := sequence.finish_reason()) is not None:
@@ -325,6 +330,9 @@ class Engine:
             if self._held.get(key) == request.epoch:  # not replaced by a newer epoch
                 del self._held[key]
 
+    def _pick_tree(self, sequences: list[Sequence]) -> Tree | None:
+        return None if self._trees is None else self._trees.pick([sequence.acceptance for sequence in sequences])
+
     def _launch(self, plan: StepPlan) -> None:
         self._launching = plan
         launched = time.monotonic()
@@ -337,16 +345,24 @@ class Engine:
         flight = self._in_flight[0]
         result = flight.ticket.result()
         now = time.monotonic()
-        self._bound.observe(flight.prompt_rows, now - max(flight.launched, self._last_retired))
+        plan, seconds = flight.ticket.plan, now - max(flight.launched, self._last_retired)
+        self._bound.observe(flight.prompt_rows, seconds)
         self._last_retired = now
-        output.step = flight.ticket.plan.step
-        tokens = self.scheduler.retire(flight.ticket.plan, result.ids, result.logprobs)
+        output.step = plan.step
+        if self._trees is not None and plan.decodes:
+            outcomes = zip((s.acceptance for s in plan.decodes), result.ids, strict=False)
+            self._trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
+            if not plan.chunks:
+                self._trees.observe_time(len(plan.decodes), plan.tree, seconds)
+        tokens = self.scheduler.retire(plan, result.ids, result.logprobs)
         self._in_flight.popleft()
         self._tokens_generated += sum(len(token.ids) for token in tokens)
         output.tokens += tokens
         for token in tokens:
             if token.finish is not None:
-                self._forget(self._sequences[token.request_id, token.choice].request)
+                sequence = self._sequences[token.request_id, token.choice]
+                token.drafted, token.accepted = sequence.acceptance.steps, sequence.acceptance.accepted
+                self._forget(sequence.request)
 
     def _drop_all(self) -> None:
         for sequence in list(self._sequences.values()):

@@ -10,13 +10,16 @@ import torch
 from kernels import select_ops
 from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
 from services.model_worker.block_pool import BlockPool
-from services.model_worker.cuda_graphs import CudaGraphs
+from services.model_worker.cuda_graphs import CudaGraphs, padded_sizes
 from services.model_worker.kv_cache import KVCache, block_bytes
 from services.model_worker.loader import Progress, load_weights
 from services.model_worker.model_runner import ModelRunner
-from services.model_worker.models.config import ModelError, load_config
-from services.model_worker.models.decoder import Decoder, dummy_weights
-from services.model_worker.warm_up import warm_up
+from services.model_worker.models.config import ModelConfig, ModelError, load_config
+from services.model_worker.models.decoder import Decoder, Weights, dummy_weights
+from services.model_worker.speculation.controller import TreeController
+from services.model_worker.speculation.drafter import load_drafter
+from services.model_worker.speculation.verify import Speculation
+from services.model_worker.warm_up import time_decodes, warm_up
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,6 +33,11 @@ class EngineConfig:
     max_batched_tokens   rows of a step
     block_size           tokens in a block of the cache; None: 64 on CUDA, 16 on a CPU
     num_blocks           None: as many as fit, on CUDA into gpu_memory_fraction of the device's memory, on a CPU into cpu_cache_bytes
+    heads                folder of a drafter for the model; None: `medusa` in the model's folder, if there is one
+    speculate            False: no drafter is loaded
+    max_tree_rows        speculation trees of all sequences in a step have at most so many nodes
+    typical_acceptance   (ε, δ): sampled tokens are taken from the drafter when they are plausible, though the distribution is no longer
+                         the model's; see speculation.acceptance.typical_match
     overlap              plan and launch a step before the one before it is read back; None: on CUDA
     max_waiting          sequences that may wait beside those that run; more are refused
     min_step_bound       seconds; no step is declared to take less, see EngineStats.step_bound
@@ -47,6 +55,10 @@ class EngineConfig:
     num_blocks: int | None = None
     gpu_memory_fraction: float = 0.9
     cpu_cache_bytes: int = 1 << 30
+    heads: Path | None = None
+    speculate: bool = True
+    max_tree_rows: int = 512
+    typical_acceptance: tuple[float, float] | None = None
     prefix_cache: bool = True
     cuda_graphs: bool = True
     overlap: bool | None = None
@@ -65,9 +77,12 @@ class ModelInfo:
     block_size: int
     device: str
     dtype: str
+    tree_sizes: tuple[int, ...] = ()
 
 
-def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchScheduler, ModelRunner]:
+def build(
+    config: EngineConfig, report: Progress
+) -> tuple[ModelInfo, BatchScheduler, ModelRunner, TreeController | None]:
     """Raises ModelError. `report` is called with the fraction done and what is being done."""
     report(0.0, "reading the configuration")
     device = _device(config.device)
@@ -85,7 +100,9 @@ def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchSched
         else:
             weights = load_weights(config.model, model, dtype, device, lambda part, text: report(0.8 * part, text))
         ops = select_ops(device)
-        decoder = Decoder(model, weights, ops, longest)
+        speculation = _speculation(config, model, weights)
+        overshoot = 0 if speculation is None else speculation.depth + speculation.trees[-1].size
+        decoder = Decoder(model, weights, ops, longest + overshoot)
     limits = SchedulerLimits(
         block_size=config.block_size or (64 if device.type == "cuda" else 16),
         max_model_len=longest,
@@ -93,13 +110,14 @@ def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchSched
         max_batched_tokens=max(config.max_batched_tokens, config.max_seqs),
         eos_ids=model.eos_ids,
         window=model.window,
+        overshoot=overshoot,
     )
 
     def cache(blocks: int) -> KVCache:
         return KVCache(model, blocks, limits.block_size, dtype, device)
 
     report(0.8, "sizing the cache")
-    runner = ModelRunner(decoder, ops, limits, cache(1))
+    runner = ModelRunner(decoder, ops, limits, cache(1), speculation)
     blocks = config.num_blocks or _fitting_blocks(config, block_bytes(model, limits.block_size, dtype), runner)
     runner.cache = cache(blocks)
     if device.type == "cuda" and config.cuda_graphs:
@@ -118,9 +136,32 @@ def build(config: EngineConfig, report: Progress) -> tuple[ModelInfo, BatchSched
         limits.block_size,
         str(device),
         name,
+        () if speculation is None else tuple(tree.size for tree in speculation.trees),
     )
+    controller = None
+    if speculation is not None:
+        sizes = padded_sizes(limits.max_seqs) if runner.graphs is not None else _powers(limits.max_seqs)
+        controller = TreeController(speculation.trees, sizes, speculation.max_rows)
+        if runner.graphs is not None:
+            report(0.99, "timing trees")
+            time_decodes(runner, controller)
     report(1.0, "ready")
-    return info, BatchScheduler(limits, BlockPool(blocks, config.prefix_cache)), runner
+    return info, BatchScheduler(limits, BlockPool(blocks, config.prefix_cache)), runner, controller
+
+
+def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights) -> Speculation | None:
+    folder = config.heads or config.model / "medusa"
+    if not config.speculate or (config.heads is None and not folder.is_dir()):
+        return None
+    drafter, trees = load_drafter(folder, model, weights.head)
+    # Prompts must get on beside sequences with trees.
+    max_rows = min(config.max_tree_rows, max(config.max_batched_tokens, config.max_seqs) // 2)
+    usable = [tree for tree in trees.trees if tree.size <= max_rows]
+    return Speculation(drafter, usable, max_rows, config.typical_acceptance) if usable else None
+
+
+def _powers(largest: int) -> list[int]:
+    return [1 << exponent for exponent in range(largest.bit_length() + 1)]
 
 
 def _device(name: str) -> torch.device:

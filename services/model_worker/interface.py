@@ -57,6 +57,7 @@ class TokenOutput:
     ids         may be empty when `finish` comes without a token (deadline, aborted); includes the id that stopped the sequence
     logprobs    one for each id, or None if the request asked for none
     stop_token  the id that stopped the sequence, with finish STOP or STOP_TOKEN
+    drafted, accepted   with a finish: in how many steps the sequence had guesses, and how many of them were accepted in all
     """
 
     request_id: str
@@ -67,6 +68,8 @@ class TokenOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish: FinishReason | None = None
     stop_token: int | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,27 @@ class StepOutput:
     step: int
     tokens: list[TokenOutput] = field(default_factory=list)
     errors: list[RequestError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Since the start, over the steps that decoded.
+
+    steps      by nodes of the tree, 1: plain decoding
+    drafted    (sequence, step) pairs with a tree
+    accepted   by head: how many of them accepted its guess; entry 0 is the first guessed token
+    average    how well drafts do now, 1: as well as the trees' design promised
+    """
+
+    steps: dict[int, int]
+    drafted: int
+    accepted: list[int]
+    average: float
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean over the drafted."""
+        return 1 + sum(self.accepted) / max(1, self.drafted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +136,7 @@ class EngineStats:
     prefix_hit_tokens: int
     preemptions: int
     tokens_generated: int
+    speculation: SpeculationStats | None = None
 
 
 class EngineOverloaded(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from services.model_worker.interface import TokenLogprobs
 from services.model_worker.kv_cache import KVCache
 from services.model_worker.models.decoder import Decoder
 from services.model_worker.sampler import CAPTURED_MODES, Sampled, SamplingMode, sample
+from services.model_worker.sequence import Sequence
+from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
 from services.model_worker.step_state import Staging, StepState, round_up
 from shared.sampling import MAX_LOGPROBS
 
@@ -33,16 +36,13 @@ class StepResult:
 
 
 class Ticket:
-    """A launched step. `result` waits for it, without the GIL."""
+    """A launched step. `result` waits for it, without the GIL. `parts`: what was sampled, on the host, in the order of plan.sampled."""
 
-    __slots__ = ("_event", "_ids", "_logprobs", "plan")
+    __slots__ = ("_event", "_parts", "plan")
 
-    def __init__(
-        self, plan: StepPlan, ids: Tensor, logprobs: tuple[Tensor, ...] | None, event: torch.cuda.Event | None
-    ):
+    def __init__(self, plan: StepPlan, parts: list[Sampled], event: torch.cuda.Event | None):
         self.plan = plan
-        self._ids = ids
-        self._logprobs = logprobs
+        self._parts = parts
         self._event = event
 
     def ready(self) -> bool:
@@ -51,21 +51,31 @@ class Ticket:
     def result(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
-        ids = self._ids.numpy()[:, None].tolist()
-        if self._logprobs is None:
-            return StepResult(ids, None)
-        chosen, top, top_ids = (tensor.tolist() for tensor in self._logprobs)
+        ids: list[list[int]] = []
         logprobs: list[list[TokenLogprobs] | None] = []
-        for row, sequence in enumerate(self.plan.sampled):
-            wanted = sequence.request.params.logprobs
-            logprobs.append(
-                None if wanted is None else [TokenLogprobs(chosen[row], top_ids[row][:wanted], top[row][:wanted])]
-            )
-        return StepResult(ids, logprobs)
+        for part in self._parts:
+            rows = part.ids.numpy().tolist()
+            ids += rows if part.ids.shape[1] == 1 else [[token for token in row if token >= 0] for row in rows]
+            if part.logprobs is None:
+                continue
+            width = part.ids.shape[1]
+            chosen, top, top_ids = (tensor.tolist() for tensor in part.logprobs)
+            for first, sequence in enumerate(self.plan.sampled[len(logprobs) : len(ids)]):
+                wanted = sequence.request.params.logprobs
+                entries = range(first * width, first * width + len(ids[len(logprobs)]))
+                logprobs.append(
+                    None
+                    if wanted is None
+                    else [TokenLogprobs(chosen[i], top_ids[i][:wanted], top[i][:wanted]) for i in entries]
+                )
+        return StepResult(ids, logprobs or None)
 
 
 class _Readback:
-    """Pinned buffers for one step's ids and log-probabilities, used again when its ticket has been redeemed."""
+    """Pinned buffers for one step's ids and log-probabilities, used again when its ticket has been redeemed.
+
+    rows: the most tokens of a step.
+    """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
@@ -75,20 +85,40 @@ class _Readback:
         self.top_ids = torch.empty(rows * MAX_LOGPROBS, dtype=torch.int64, pin_memory=pinned)
         self.event = torch.cuda.Event() if pinned else None
 
-    def fetch(self, plan: StepPlan, sampled: Sampled | None, rows: int) -> Ticket:
-        def copy(target: Tensor, source: Tensor) -> Tensor:
-            return target[: source.numel()].view(source.shape).copy_(source, non_blocking=True)
+    def fetch(self, plan: StepPlan, parts: list[Sampled]) -> Ticket:
+        """parts: what was sampled for plan.sampled, in that order; the last may have padded rows behind."""
+        used = 0
 
-        logprobs = None
-        ids = self.ids[:0]
-        if sampled is not None:
-            ids = copy(self.ids, sampled.ids[:rows])
-            if sampled.logprobs is not None:
-                targets = (self.chosen, self.top, self.top_ids)
-                logprobs = tuple(copy(*pair) for pair in zip(targets, sampled.logprobs, strict=True))
+        def copy(target: Tensor, source: Tensor) -> Tensor:
+            start = used * (source.numel() // len(source))
+            return target[start : start + source.numel()].view(source.shape).copy_(source, non_blocking=True)
+
+        copies: list[Sampled] = []
+        left = len(plan.sampled)
+        for part in parts:
+            rows, width = min(left, len(part.ids)), part.ids.shape[1]
+            ids = self.ids[used : used + rows * width].view(rows, width).copy_(part.ids[:rows], non_blocking=True)
+            logprobs = None
+            if part.logprobs is not None:
+                chosen, top, top_ids = part.logprobs
+                logprobs = copy(self.chosen, chosen), copy(self.top, top), copy(self.top_ids, top_ids)
+            copies.append(Sampled(ids, logprobs))
+            left -= rows
+            used += rows * width
         if self.event is not None:
             self.event.record()
-        return Ticket(plan, ids, logprobs, self.event)
+        return Ticket(plan, copies, self.event)
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    """A forward pass of decodes alone: hidden [rows, H], slots int64 [≥ sequences], context_len int32 [sequences], and with a tree its
+    rows."""
+
+    hidden: Tensor
+    slots: Tensor
+    context_len: Tensor
+    tree_rows: TreeRows | None
 
 
 class ModelRunner:
@@ -97,7 +127,14 @@ class ModelRunner:
     At most STEPS_IN_FLIGHT steps may be launched and not redeemed.
     """
 
-    def __init__(self, decoder: Decoder, ops: Ops, limits: SchedulerLimits, cache: KVCache) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: Ops,
+        limits: SchedulerLimits,
+        cache: KVCache,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.decoder = decoder
         self.ops = ops
         self.limits = limits
@@ -111,8 +148,13 @@ class ModelRunner:
             # Three arrays of rows, some of sequences, and at worst a whole block table for each new sequence.
             words = 3 * limits.max_batched_tokens + limits.max_seqs * (32 + 2 * self.state.max_blocks) + 256
             self._staging = Staging(words, self.device, STEPS_IN_FLIGHT)
-            self._readbacks = [_Readback(limits.max_seqs, self.device) for _ in range(STEPS_IN_FLIGHT + 1)]
+            self.verifier: Verifier | None = None
+            if speculation is not None:
+                self.verifier = Verifier(speculation, self.state, ops, decoder)
+            tokens = limits.max_seqs * (1 if speculation is None else speculation.depth + 1)
+            self._readbacks = [_Readback(tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)]
         self._sizes = padded_sizes(limits.max_seqs)
+        self._max_tree_rows = 0 if speculation is None else speculation.max_rows
         self._launched = 0
 
     @contextmanager
@@ -129,16 +171,14 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Starts the step and returns at once (on a CPU: when it is done). Call within `context`."""
-        sampled_sequences = plan.sampled
-        rows = len(sampled_sequences)
-        mode = SamplingMode.union(sequence.sampling_mode for sequence in sampled_sequences)
-        sampled = self._launch_mixed(plan, mode) if plan.chunks else self._launch_decodes(plan, mode)
+        mode = SamplingMode.union(sequence.sampling_mode for sequence in plan.sampled)
+        parts = self._launch_mixed(plan, mode) if plan.chunks else [self._launch_decodes(plan, mode)]
         self._launched += 1
-        return self._readbacks[self._launched % len(self._readbacks)].fetch(plan, sampled, rows)
+        return self._readbacks[self._launched % len(self._readbacks)].fetch(plan, parts)
 
     def _launch_decodes(self, plan: StepPlan, mode: SamplingMode) -> Sampled:
-        """A row for each sequence, padded to a size that there is a graph of."""
-        rows = len(plan.decodes)
+        """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
+        rows, nodes = len(plan.decodes), plan.nodes
         size = padded_size(self._sizes, rows) if self.graphs is not None else rows
         slots = [sequence.slot for sequence in plan.decodes]
         slots += [self.state.null_slot] * (round_up(size, 4) - rows)
@@ -146,30 +186,31 @@ class ModelRunner:
         staged = self._staging.put(slots)
         self._upload_changes(plan)
         if self.graphs is None:
-            hidden, padded, context_len = self._decode(staged, size, self._longest(plan))
+            step = self._decode(staged, size, self._longest(plan), nodes)
         else:
-            hidden, padded, context_len = self.graphs.replay(("decode", size))
+            step = self.graphs.replay(("decode", size, nodes))
             if mode.capturable:
-                return self.graphs.replay((mode, size))
-        return self._sample(hidden[:rows], padded, context_len[:rows], mode)
+                return self.graphs.replay((mode, size, nodes))
+        return self._sample_decode(step, rows, mode)
 
-    def _launch_mixed(self, plan: StepPlan, mode: SamplingMode) -> Sampled | None:
+    def _launch_mixed(self, plan: StepPlan, mode: SamplingMode) -> list[Sampled]:
         """Decodes and chunks of prompts in one forward pass, at their own sizes."""
         put, state = self._staging.put, self.state
-        decodes, chunks = len(plan.decodes), plan.chunks
+        decodes, chunks, nodes = len(plan.decodes), plan.chunks, plan.nodes
+        decode_rows = decodes * nodes
+        # The decodes are sampled with the final chunks, those with trees apart.
+        together = decodes if nodes == 1 else 0
         self._staging.begin()
         slots = put([sequence.slot for sequence in plan.sequences])
-        sampled = plan.sampled
-        sampled_slots = put(
-            [sequence.slot for sequence in sampled] + [state.null_slot] * (round_up(len(sampled), 4) - len(sampled))
-        )
+        decode_slots = put(self._padded(plan.decodes))
+        sampled = plan.sampled[decodes - together :]
+        sampled_slots = put(self._padded(sampled))
         lengths = np.array([chunk.rows for chunk in chunks], dtype=np.int32)
-        ends = decodes + np.cumsum(lengths, dtype=np.int32)
-        query_start = put(np.concatenate((np.arange(decodes + 1, dtype=np.int32), ends)))
+        ends = decode_rows + np.cumsum(lengths, dtype=np.int32)
+        query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
         final = [index for index, chunk in enumerate(chunks) if chunk.final]
-        each_decode = list(range(decodes))
-        wanted = put(each_decode + [int(ends[index]) - 1 for index in final])
-        sampled_of = put(each_decode + [decodes + index for index in final])
+        wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final)])
+        sampled_of = put([*range(together), *(decodes + index for index in final)])
         chunk_context = put([chunk.start + chunk.rows for chunk in chunks])
         ids = put(np.concatenate([np.frombuffer(c.sequence.tokens, np.int32, c.rows, 4 * c.start) for c in chunks]))
         positions = put(np.concatenate([np.arange(c.start, c.start + c.rows, dtype=np.int32) for c in chunks]))
@@ -178,8 +219,11 @@ class ModelRunner:
 
         slots = slots.long()
         ids, kv_slots, context_len = ids.long(), state.kv_slots(row_slots.long(), positions), chunk_context
+        tree_rows = None
         if decodes:
-            decode = state.decode_inputs(slots[:decodes])
+            if nodes > 1:
+                tree_rows = self._tree_rows(decode_slots.long(), decodes, nodes)
+            decode = state.decode_inputs(slots[:decodes]) if tree_rows is None else tree_rows.inputs()
             ids = torch.cat((decode.ids, ids))
             positions = torch.cat((decode.positions, positions))
             kv_slots = torch.cat((decode.kv_slots, kv_slots))
@@ -189,15 +233,26 @@ class ModelRunner:
             context_len=context_len,
             block_table=state.block_table.index_select(0, slots),
             decode_seqs=decodes,
-            decode_rows=1,
+            decode_rows=nodes,
             max_query=int(lengths.max()),
             max_context=max(self._longest(plan), *(chunk.start + chunk.rows for chunk in chunks)),
+            tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
         hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted)
         state.context.index_copy_(0, slots, context_len)
-        if not sampled:
-            return None
-        return self._sample(hidden, sampled_slots.long(), context_len.index_select(0, sampled_of), mode)
+        parts = []
+        if tree_rows is not None:
+            parts.append(self._verify(hidden[:decode_rows], tree_rows, mode))
+            hidden = hidden[decode_rows:]
+        if sampled:
+            lengths_after = context_len.index_select(0, sampled_of)
+            parts.append(self._sample(hidden, sampled_slots.long(), lengths_after, mode))
+        return parts
+
+    def _padded(self, sequences: list[Sequence]) -> list[int]:
+        """Their slots, padded to a multiple of four."""
+        slots = [sequence.slot for sequence in sequences]
+        return slots + [self.state.null_slot] * (round_up(len(slots), 4) - len(slots))
 
     def _upload_changes(self, plan: StepPlan) -> None:
         """Ends the staging of a step: adds the plan's changes of state, sends all, and applies the changes."""
@@ -219,28 +274,50 @@ class ModelRunner:
         if entries is not None and blocks is not None:
             state.write_block_table(entries, blocks)
 
-    def _decode(self, staged_slots: Tensor, size: int, max_context: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [size, H] of a decode step, its slots int64 [≥ size], its context lengths [size]."""
+    def _decode(self, staged_slots: Tensor, size: int, max_context: int, nodes: int) -> DecodeStep:
+        """The forward pass of `size` sequences, with a row each or the rows of the tree that has so many nodes."""
         padded = staged_slots.long()
         slots = padded[:size]
-        inputs = self.state.decode_inputs(slots)
+        tree_rows = self._tree_rows(padded, size, nodes) if nodes > 1 else None
+        inputs = self.state.decode_inputs(slots) if tree_rows is None else tree_rows.inputs()
         batch = AttentionBatch(
-            query_start=self._row_starts[: size + 1],
+            query_start=self._row_starts[: size + 1] * nodes if nodes > 1 else self._row_starts[: size + 1],
             context_len=inputs.context_len,
             block_table=inputs.block_table,
             decode_seqs=size,
-            decode_rows=1,
+            decode_rows=nodes,
             max_query=0,
             max_context=max_context,
+            tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
         hidden = self.decoder.forward(inputs.ids, inputs.positions, inputs.kv_slots, batch, self.cache.layers, None)
-        self.state.context.index_copy_(0, slots, inputs.context_len)
-        return hidden, padded, inputs.context_len
+        if tree_rows is None:
+            self.state.context.index_copy_(0, slots, inputs.context_len)
+        return DecodeStep(hidden, padded, inputs.context_len, tree_rows)
+
+    def _sample_decode(self, step: DecodeStep, rows: int, mode: SamplingMode) -> Sampled:
+        """The new tokens of the first `rows` sequences."""
+        if step.tree_rows is None:
+            return self._sample(step.hidden[:rows], step.slots, step.context_len[:rows], mode)
+        tree_rows = step.tree_rows.first(rows)
+        return self._verify(step.hidden[: tree_rows.tokens.numel()], tree_rows, mode)
+
+    def _tree_rows(self, padded: Tensor, count: int, nodes: int) -> TreeRows:
+        assert self.verifier is not None
+        return self.verifier.rows(padded, count, self.verifier.trees[nodes])
+
+    def _verify(self, hidden: Tensor, rows: TreeRows, mode: SamplingMode) -> Sampled:
+        """Accepts what the nodes guessed right and leaves the tokens where the next step finds them."""
+        assert self.verifier is not None
+        return self.verifier.accept(rows, hidden, self.decoder.logits(hidden), mode, self.cache.data)
 
     def _sample(self, hidden: Tensor, padded: Tensor, context_len: Tensor, mode: SamplingMode) -> Sampled:
         """Chooses the tokens after `hidden` and leaves them where the next step finds them."""
         sampled = sample(self.ops, self.state, self.decoder.logits(hidden), padded, context_len, mode)
-        self.state.last_token.index_copy_(0, padded[: hidden.shape[0]], sampled.ids)
+        slots = padded[: hidden.shape[0]]
+        self.state.last_token.index_copy_(0, slots, sampled.ids.squeeze(1))
+        if self.verifier is not None:
+            self.verifier.remember(slots, hidden)
         return sampled
 
     # ---- before the first step
@@ -277,31 +354,52 @@ class ModelRunner:
             self._sample(hidden, nobody, wanted, everything)
 
         def decode() -> None:
-            hidden, padded, context_len = self._decode(nobody, limits.max_seqs, longest)
-            self._sample(hidden, padded, context_len, CAPTURED_MODES[-1])
+            # Of all kinds of decode steps the one with the most rows.
+            size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
+            self._sample_decode(self._decode(nobody, size, longest, nodes), size, CAPTURED_MODES[-1])
 
         with self.context():
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
             largest = peak(prefill)
             captured = peak(decode)
             torch.cuda.empty_cache()
-        return largest + captured + len(self._sizes) * (8 << 20)
+        return largest + captured + len(self.decode_shapes()) * (8 << 20)
+
+    def decode_shapes(self) -> list[tuple[int, int]]:
+        """(padded batch size, nodes of each sequence) of all decode steps that there can be, by falling rows."""
+        trees = [1] if self.verifier is None else [1, *self.verifier.trees]
+        shapes = [(s, n) for s in self._sizes for n in trees if n == 1 or s * n <= self._max_tree_rows]
+        return sorted(shapes, key=lambda shape: -shape[0] * shape[1])
 
     def capture_graphs(self, graphs: Graphs, progress: Callable[[float], None]) -> None:
         """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest."""
         with self.context():
             slots = self._staging.device_words[: round_up(self.limits.max_seqs, 4)].fill_(self.state.null_slot)
-            longest = self.limits.max_model_len
-            for done, size in enumerate(reversed(self._sizes)):
-                progress(done / len(self._sizes))
+            longest = self.limits.max_model_len + self.limits.overshoot
+            shapes = self.decode_shapes()
+            for done, (size, nodes) in enumerate(shapes):
+                progress(done / len(shapes))
                 padded = slots[: round_up(size, 4)]
-                hidden, padded, context_len = graphs.capture(
-                    ("decode", size), partial(self._decode, padded, size, longest)
-                )
+                step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, nodes))
                 for mode in CAPTURED_MODES:
-                    graphs.capture((mode, size), partial(self._sample, hidden, padded, context_len, mode))
+                    graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
         self.graphs = graphs
+
+    def time_graph(self, size: int, nodes: int, times: int) -> list[float]:
+        """Seconds that each of some replays of a captured decode step takes, greedy sampling included, on nobody's slots."""
+        assert self.graphs is not None
+        self._staging.device_words[: round_up(size, 4)].fill_(self.state.null_slot)
+        seconds = []
+        for _ in range(times + 1):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            self.graphs.replay(("decode", size, nodes))
+            self.graphs.replay((CAPTURED_MODES[0], size, nodes))
+            torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
 
     @staticmethod
     def _longest(plan: StepPlan) -> int:
-        return max((sequence.computed for sequence in plan.decodes), default=0)
+        """An upper bound of the decodes' context lengths with this step's rows."""
+        return max((s.computed + s.slack + plan.nodes for s in plan.decodes), default=0)

@@ -55,7 +55,8 @@ CAPTURED_MODES = (SamplingMode(), SamplingMode(random=True), SamplingMode(random
 
 @dataclass(slots=True)
 class Sampled:
-    """ids int64 [R]; logprobs (chosen f32 [R], top f32 [R, n], their ids int64 [R, n]) if any row wants them."""
+    """ids int64 [R, W]: up to W new tokens of each sequence, then -1; logprobs (chosen f32 [R × W], top f32 [R × W, n], their ids
+    int64 [R × W, n]) if any sequence wants them."""
 
     ids: Tensor
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
@@ -64,10 +65,20 @@ class Sampled:
 def sample(
     ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode
 ) -> Sampled:
-    """Chooses the token after each row and counts it towards its sequence's penalties.
+    """`choose` for sequences with a row each."""
+    ids = choose(ops, state, logits, slots, context_len, mode)
+    return Sampled(ids[:, None], ops.logprobs(logits, ids, mode.logprobs) if mode.logprobs >= 0 else None)
 
-    logits [R, V], may be overwritten; slots int64 [≥ R], padded to a multiple of four so that the gathered rows stay aligned;
-    context_len int32 [R]: tokens of each row's sequence, the row's own included.
+
+def choose(
+    ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode,
+    counted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The token after each row, int64 [R], counted towards its sequence's penalties.
+
+    logits [R, V], overwritten unless log-probabilities are wanted of them; slots int64 [≥ R], padded to a multiple of four so that the
+    gathered rows stay aligned; context_len int32 [R]: tokens of each row's sequence, the row's own included; counted int64: the rows
+    whose tokens count (None: all).
     """
     rows = logits.shape[0]
     gathered = state.fields.index_select(1, slots)
@@ -97,5 +108,7 @@ def sample(
         ),
     )
     if mode.penalties:
-        state.token_counts.index_put_((slots, ids), field["penalised"], accumulate=True)
-    return Sampled(ids, ops.logprobs(logits, ids, mode.logprobs) if mode.logprobs >= 0 else None)
+        places = (slots, ids) if counted is None else (slots[counted], ids[counted])
+        amounts = field["penalised"] if counted is None else field["penalised"][counted]
+        state.token_counts.index_put_(places, amounts, accumulate=True)
+    return ids

@@ -23,15 +23,16 @@ class Sequence:
     """Token counts run ahead of what is known, since steps are launched before earlier ones are read back:
 
     tokens    prompt and generated tokens that were read back
-    pending   tokens that launched steps will have generated, ids not yet known to the host
-    computed  tokens whose keys and values the launched steps will have written to the cache
+    pending   tokens that launched steps will have generated at least, ids not yet known to the host
+    computed  tokens whose keys and values the launched steps will have written to the cache at least
+    slack     how many more they may generate and write, by accepted guesses
     verified  those of them that retired steps have written, ids known: their blocks may be shared
     inflight  launched steps, not yet retired, that this sequence takes part in
     """
 
     __slots__ = (
-        "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len", "registered",
-        "released", "request", "sampling_mode", "slot", "status", "stops", "tokens", "verified",
+        "acceptance", "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len",
+        "registered", "released", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens", "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
@@ -51,9 +52,11 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # of the full blocks of `tokens`, as far as needed yet
         self.inflight = 0
         self.pending = 0
+        self.slack = 0
         # What the model runner wants to know of the sequence, worked out once; nothing to the scheduler.
         self.device_row: Any = None
         self.sampling_mode: Any = None
+        self.acceptance: Any = None  # of guessed tokens; only the tree controller looks at it
         self.reset(0)
 
     def __lt__(self, other: Sequence) -> bool:

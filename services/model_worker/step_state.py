@@ -102,7 +102,7 @@ class StepState:
         slots = limits.max_seqs + 1
         self.null_slot = limits.max_seqs
         self.block_size = limits.block_size
-        self.max_blocks = limits.blocks_of(limits.max_model_len)
+        self.max_blocks = limits.blocks_of(limits.max_model_len + limits.overshoot)
         self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
         self.context = torch.zeros(slots, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(slots, self.max_blocks, dtype=torch.int32, device=device)
@@ -129,6 +129,12 @@ class StepState:
         self.last_token.index_copy_(0, slots, tokens.long())
         self.fields.index_copy_(1, slots, fields)
         self.seed.index_copy_(0, slots, seeds)
+
+    def field(self, name: str, slots: Tensor) -> Tensor:
+        """One of FIELDS of the sequences in `slots` int64 [n]: f32 or int32 [n]."""
+        row = FIELDS.index(name)
+        values = self.fields[row].index_select(0, slots)
+        return values.view(torch.float32) if row < FLOAT_FIELDS else values
 
     def write_block_table(self, entries: Tensor, blocks: Tensor) -> None:
         """entries int32 [n]: slot × max_blocks + column."""

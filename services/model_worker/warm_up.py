@@ -7,6 +7,8 @@ from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
 from services.model_worker.model_runner import ModelRunner
 from services.model_worker.sampler import SamplingMode
+from services.model_worker.speculation.controller import ENOUGH, TreeController
+from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_state import field_row
 from shared.sampling import SamplingParams
 
@@ -35,8 +37,8 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         sequence.device_row = field_row(params, 0, length)
         sequence.sampling_mode = SamplingMode.of(params)
 
-    def step() -> bool:
-        plan = scheduler.schedule()
+    def step(tree: Tree | None = None) -> bool:
+        plan = scheduler.schedule(lambda _: tree)
         if plan is None:
             return False
         result = runner.launch(plan).result()
@@ -54,4 +56,23 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                     add(params)  # its prompt runs together with the others' decodes
                     while step():
                         pass
+        for tree in (
+            [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
+        ):
+            if 3 * tree.size < limits.max_batched_tokens and limits.max_seqs > 3:
+                for _ in range(3):
+                    add(_KINDS[0])
+                step()
+                add(_KINDS[0])
+                while step(tree):
+                    pass
     return scheduler.steps
+
+
+def time_decodes(runner: ModelRunner, controller: TreeController) -> None:
+    """What captured decode steps take on an empty cache, for all sizes: the controller's first idea of them."""
+    with runner.context():
+        for size, nodes in runner.decode_shapes():
+            tree = None if runner.verifier is None or nodes == 1 else runner.verifier.trees[nodes].tree
+            for seconds in runner.time_graph(size, nodes, ENOUGH):
+                controller.observe_time(size, tree, seconds)

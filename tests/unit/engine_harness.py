@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from services.model_worker.engine import (
     Engine,
@@ -130,6 +132,34 @@ def running(model: Path, **options: Any) -> Iterator[Harness]:
         harness.engine.stop(timeout=TIMEOUT)
         raise
     harness.settle()
+
+
+class RepeatedFunctions:
+    """Stands in for CUDA graphs on a CPU: a replay runs the function again and fills the tensors that the capture returned."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self.replayed: set[Hashable] = set()
+
+    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        self.captured[key] = function, function()
+        return self.captured[key][1]
+
+    def replay(self, key: Hashable) -> Any:
+        self.replayed.add(key)
+        function, outputs = self.captured[key]
+        for old, new in zip(_tensors(outputs), _tensors(function()), strict=True):
+            old.copy_(new)
+        return outputs
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors in a dataclass of dataclasses."""
+    if isinstance(result, Tensor):
+        yield result
+    elif dataclasses.is_dataclass(result):
+        for entry in dataclasses.fields(result):
+            yield from _tensors(getattr(result, entry.name))
 
 
 def greedy(name: str, prompt: Iterable[int], max_tokens: int = 64, **options: Any) -> EngineRequest:

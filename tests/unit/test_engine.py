@@ -6,13 +6,12 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from services.model_worker.engine import (
     EngineConfig,
@@ -25,7 +24,7 @@ from services.model_worker.engine import (
 from services.model_worker.step_bound import StepBound
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
-from tests.unit.engine_harness import Collected, Harness, dummy_model, greedy, running
+from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, greedy, running
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,29 +114,6 @@ def test_chunks_end_anywhere(model: Path, length: int) -> None:
     ):
         (expected,), (output,) = (started.run([greedy("a", prompt, 8)]) for started in (whole, chunked))
         assert output.ids == expected.ids
-
-
-class RepeatedFunctions:
-    """Stands in for CUDA graphs on a CPU: a replay runs the function again and fills the tensors that the capture returned."""
-
-    def __init__(self) -> None:
-        self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
-        self.replayed: set[Hashable] = set()
-
-    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        self.captured[key] = function, function()
-        return self.captured[key][1]
-
-    def replay(self, key: Hashable) -> Any:
-        self.replayed.add(key)
-        function, outputs = self.captured[key]
-
-        def tensors(result: Any) -> tuple[Tensor, ...]:
-            return result if isinstance(result, tuple) else (result.ids,)
-
-        for old, new in zip(tensors(outputs), tensors(function()), strict=True):
-            old.copy_(new)
-        return outputs
 
 
 def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Collected]) -> None:

@@ -1,0 +1,78 @@
+"""What guesses the next tokens. The engine knows only this interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from services.model_worker.models.config import ModelConfig, ModelError
+from services.model_worker.speculation.acceptance import DeviceTree
+from services.model_worker.speculation.medusa import MedusaHeads, load_heads, tied_output
+from services.model_worker.speculation.tree import TreeSet, default_trees
+
+TREES_FILE = "trees.json"
+
+
+@dataclass(slots=True)
+class DraftInputs:
+    """What is known of R sequences after their last step; all on the device.
+
+    slots       int64 [R]: rows of the step state (a drafter with a cache of its own finds it by them)
+    context     int32 [R]: tokens in the cache
+    last_token  int64 [R]: the newest token, which stands at position `context`
+    hidden      [R, H]: the target's final hidden state that chose it, of position context - 1
+    """
+
+    slots: Tensor
+    context: Tensor
+    last_token: Tensor
+    hidden: Tensor
+
+
+class Drafter(Protocol):
+    @property
+    def depth(self) -> int:
+        """The most tokens that it guesses ahead."""
+
+    def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
+        """The tokens of all nodes, int64 [R, n]; node 0 is last_token. Siblings are distinct. No synchronisation with the host: it is
+        captured in CUDA graphs."""
+
+
+class MedusaDrafter:
+    """See Drafter. model_head [V, H]: the target's output matrix."""
+
+    def __init__(self, heads: MedusaHeads, model_head: Tensor) -> None:
+        self._heads = heads.to(model_head.device, model_head.dtype)
+        self._output = tied_output(self._heads, model_head)
+
+    @property
+    def depth(self) -> int:
+        return self._heads.num_heads
+
+    def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
+        heads = self._heads
+        logits = heads.logits(heads.states(inputs.hidden, tree.tree.depth), self._output)
+        candidates = logits.topk(tree.tree.width, dim=-1).indices  # [depth, R, width]
+        if heads.token_map is not None:
+            candidates = heads.token_map[candidates]
+        by_sequence = candidates.transpose(0, 1).flatten(1)
+        return torch.cat((inputs.last_token[:, None], by_sequence.index_select(1, tree.sources)), dim=1)
+
+
+def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor) -> tuple[Drafter, TreeSet]:
+    """The drafter in `folder` and its trees (those of trees.json, or a default). Raises ModelError."""
+    heads = load_heads(folder, model)
+    trees = default_trees(heads.num_heads)
+    if (folder / TREES_FILE).exists():
+        try:
+            trees = TreeSet.load(folder / TREES_FILE).limited(heads.num_heads)
+        except (ValueError, OSError) as error:
+            raise ModelError("trees_invalid", str(error)) from None
+    if any(tree.width > len(tied_output(heads, model_head)) for tree in trees.trees):
+        raise ModelError("trees_invalid", "a tree wants more candidates than there are tokens")
+    return MedusaDrafter(heads, model_head), trees
