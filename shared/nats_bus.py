@@ -239,18 +239,30 @@ class NatsBus:
         """Knows within LINK_STALLED whether the server still answers; also whether this process itself was stopped."""
         while True:
             sent = self._loop.time()
-            try:
-                await self._nc.flush(timeout=LINK_DEAD)  # type: ignore[arg-type]
-            except errors.Error:
-                if self._connected.is_set():
-                    log.warning("nats_silent", seconds=LINK_DEAD)
-                    self._abort()
+            if not await self._pong():
+                log.warning("nats_silent", seconds=LINK_DEAD)
+                self._abort()
                 return
             now = self._loop.time()
             if now - self._last_pong > LINK_STALLED or now - sent > LINK_STALLED:
                 self._since = now
             self._last_pong = now
             await asyncio.sleep(PING_INTERVAL)
+
+    async def _pong(self) -> bool:
+        """Asks the server for a sign of life; False if nothing at all came for LINK_DEAD. An answer that stands in line behind a flood
+        of messages is late, but the server is not gone. (nats-py's `flush` knows only the answer, and fails on a late one.)"""
+        pong: asyncio.Future[bool] = self._loop.create_future()
+        try:
+            await self._nc._send_ping(pong)
+        except (errors.Error, OSError):
+            return False
+        while not pong.done():
+            received = self._nc.stats["in_bytes"]
+            await asyncio.wait([pong], timeout=LINK_DEAD)
+            if not pong.done() and self._nc.stats["in_bytes"] == received:
+                return False
+        return True
 
     def _abort_if_frozen(self) -> None:
         if self._loop.time() - self._last_pong > LINK_STALLED:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 from nats.aio.msg import Msg
 
 from shared import nats_bus, nats_pull
 from shared.broker import Broker, free_port
-from shared.bus import BusTimeout, Stored, StreamSpec
+from shared.bus import BusTimeout, Message, Stored, StreamSpec
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 from shared.nats_pull import OrderedReader, Place
@@ -45,6 +47,7 @@ async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: Nat
         await bus.append("s.1", b"%d" % i)
     await until(lambda: len(followed) == 10 and reader.connected_for > 0)
     os.kill(nats_server.pid, signal.SIGSTOP)
+    await until(lambda: psutil.Process(nats_server.pid).status() == psutil.STATUS_STOPPED)
     try:
         bus.publish("x", b"late, not lost")
         with pytest.raises(BusTimeout):
@@ -157,3 +160,27 @@ async def test_a_pull_that_expires_is_renewed(bus: NatsBus, monkeypatch: pytest.
         await until(lambda i=i: len(followed) == i + 1, 1.0)  # type: ignore[misc]
         await asyncio.sleep(0.1)
     assert await consumers(bus) == names
+
+
+async def test_a_flood_that_is_handled_slowly_is_no_silence(
+    nats_server: Broker, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's answer to a ping stands behind the flood: late, but the connection must not be given up for that."""
+    monkeypatch.setattr(nats_bus, "LINK_DEAD", 0.2)
+    monkeypatch.setattr(nats_bus, "PING_INTERVAL", 0.01)
+    reader = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
+    reconnects: list[None] = []
+    reader.on_reconnect(lambda: reconnects.append(None))
+    heard: list[int] = []
+
+    def slowly(message: Message) -> None:
+        time.sleep(0.02)
+        heard.append(len(message.data))
+
+    await reader.subscribe("flood", slowly)
+    await bus.request("$JS.API.INFO", b"", 5.0)  # so that the server knows of the subscription
+    for _ in range(60):
+        bus.publish("flood", bytes(64 * 1024))
+    await until(lambda: len(heard) == 60, 20.0)
+    assert reconnects == []
+    await reader.close()
