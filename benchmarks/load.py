@@ -179,7 +179,7 @@ def _arrivals(events: list[tuple[float, bytes]], tokens: int) -> list[float]:
         event = json.loads(data)
         if event["event"] == "tokens":
             for position in range(event["position"], event["position"] + len(event["ids"])):
-                assert position == seen, "a token is missing, doubled or out of order"
+                assert position == seen, f"a token is missing, doubled or out of order: {position} after {seen - 1}"
                 times[position] = when
                 seen += 1
     assert seen == tokens

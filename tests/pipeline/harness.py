@@ -125,7 +125,9 @@ class Answer:
     def add(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         name = event["event"]
-        if self.end is not None:
+        if name == "accepted":
+            pass  # from the tokenizer: it may be overtaken by what the detokenizer sends
+        elif self.end is not None:
             self.broken = f"{event} after the terminal event"
         elif name == "tokens":
             choice = event["choice"]

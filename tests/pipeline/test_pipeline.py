@@ -49,7 +49,7 @@ async def test_greedy_ids_and_text(client: RawClient, encoding: str) -> None:
     prompt, expected = golden(FOLDER)
     body = dict(prompt=prompt, max_tokens=len(expected), temperature=0)
     answer = await client.ask(body, encoding=encoding)
-    assert answer.names[0] == "accepted"
+    assert answer.names.count("accepted") == 1
     assert answer.names.count("tokens") > len(expected) / 4, "it streams"
     assert answer.end is not None
     assert answer.ids[0] == expected
@@ -79,7 +79,7 @@ async def test_another_model_with_its_golden_ids(tmp_path: Path) -> None:
 async def test_text_prompt_without_streaming(client: RawClient) -> None:
     streamed = await client.ask(STORY)
     whole = await client.ask(STORY | dict(stream=False))
-    assert whole.names == ["accepted", "finished"]
+    assert sorted(whole.names) == ["accepted", "finished"]
     assert whole.end is not None
     (choice,) = whole.end["choices"]
     assert (choice["text"], choice["ids"]) == (streamed.text[0], streamed.ids[0])
