@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import psutil
 from tokenizers import Tokenizer
 
 from services.detokenizer.decoding import decoder_for
@@ -125,7 +126,7 @@ def detokenizer(url: str, folder: str, partitions: int) -> None:
     sys.exit(uvloop.run(_serve(DetokenizerService, settings)))
 
 
-async def pipeline(url: str, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+async def pipeline(url: str, process: psutil.Process, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     from shared.config import StageSettings
     from shared.nats_bus import NatsBus
     from shared.streams import ensure_streams
@@ -163,6 +164,7 @@ async def pipeline(url: str, tokenizer: Tokenizer, args: argparse.Namespace) -> 
     for i, (key, reply) in enumerate(zip(keys, kinds, strict=True)):
         await writer.append(subjects.tok(MODEL, partition_of[key]), codec.encode(opened(i, reply, ())))
     acks: list[asyncio.Task[Any]] = []
+    cpu = sum(process.cpu_times()[:2])
     began = time.perf_counter()
     for step, entry in enumerate(itertools.islice(steps(tokenizer.encode(TEXT).ids, args.streams), args.steps)):
         due = began + step * args.interval
@@ -188,6 +190,10 @@ async def pipeline(url: str, tokenizer: Tokenizer, args: argparse.Namespace) -> 
     print(
         f"{args.replies}: {received:,} of {total:,} tokens of {args.streams} streams, {received / elapsed:,.0f} tokens/s"
     )
+    cpu = sum(process.cpu_times()[:2]) - cpu
+    print(
+        f"detokenizer: {received / cpu:,.0f} tokens per second of its CPU time, {100 * cpu / elapsed:.0f} % of a core"
+    )
     print(f"from log to client: p50 {at[50]:.1f}, p90 {at[90]:.1f}, p99 {at[99]:.1f} ms")
     for bus in (*clients, writer):
         await bus.close()
@@ -203,7 +209,8 @@ async def with_broker(folder: Path, tokenizer: Tokenizer, args: argparse.Namespa
     )
     process.start()
     try:
-        await pipeline(broker.url, tokenizer, args)
+        assert process.pid is not None
+        await pipeline(broker.url, psutil.Process(process.pid), tokenizer, args)
     finally:
         process.terminate()
         process.join()

@@ -364,12 +364,12 @@ class Client:
         self._bus = await _connect(self._given) if isinstance(self._given, str) else self._given
         self._inbox_subscription = await self._bus.subscribe(self.inbox, self._on_message)
         self._bus.on_reconnect(self._on_reconnect)
+        self._bus.on_closed(lambda error: self._fail_all(str(error)))
         self._ticker = self.loop.create_task(self._tick_forever(), name="client")
 
     async def close(self) -> None:
         """Streams that have not ended raise `unavailable`; the requests themselves go on (`attach` to them, or cancel them first)."""
-        for stream in list(self._streams.values()):
-            stream.fail(GorgonError(ErrorCode.UNAVAILABLE, "the client was closed"))
+        self._fail_all("the client was closed")
         self._ticker.cancel()
         await asyncio.gather(self._ticker, return_exceptions=True)
         for subscription in (self._inbox_subscription, *self._beacons.values()):
@@ -456,6 +456,10 @@ class Client:
 
     def _on_reconnect(self) -> None:
         self._hurry(None)
+
+    def _fail_all(self, reason: str) -> None:
+        for stream in list(self._streams.values()):
+            stream.fail(GorgonError(ErrorCode.UNAVAILABLE, reason))
 
     def _hurry(self, partition: int | None) -> None:
         for stream in self._streams.values():

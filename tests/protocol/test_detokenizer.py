@@ -283,9 +283,8 @@ async def test_length_in_the_entry_of_the_stop_string_is_told_as_stop(per_step):
 
 async def watch_for_unserved(world: World) -> None:
     """Returns when a partition is served by nobody."""
-    while all(
-        any(n in s.partitions and s.partitions[n].serving for s in world.services) for n in range(world.partitions)
-    ):
+    everything = set(range(world.partitions))
+    while {n for s in world.services for n, p in s.partitions.items() if p.serving} == everything:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
