@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from kernels.attention_tiles import TileConfig
+    from kernels.skinny_gemm import GemmConfig
 
 BF16 = torch.bfloat16
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -98,7 +99,8 @@ class Report:
 
 
 def time_calls(calls: list[Callable[[], object]], target_ms: float = 4.0, replays: int = 7) -> float:
-    """Microseconds of one call: median over replays of a CUDA graph that holds enough calls to last about target_ms."""
+    """Microseconds of one call: median over replays of a CUDA graph that holds enough calls to last about target_ms, and each
+    call at least once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -365,11 +367,130 @@ def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
         report.add("sampling", f"{rows} rows", name, [call], size, "TB/s")
 
 
+GEMM_SHAPES = {  # N, K
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate_up": (28672, 4096),
+    "8B down": (4096, 14336),
+    "8B head": (128256, 4096),
+    "0.6B qkv": (4096, 1024),
+    "0.6B o": (1024, 2048),
+    "0.6B gate_up": (6144, 1024),
+    "0.6B down": (1024, 3072),
+    "0.6B head": (151936, 1024),
+}
+GEMM_SECONDS = 110
+
+
+def gemm_variants(rows: int, width: int, depth: int) -> list[GemmConfig]:
+    from kernels.skinny_gemm import GEMV_ROWS, GemmConfig
+
+    found = []
+    if rows <= GEMV_ROWS:
+        found = [
+            GemmConfig(4, 1024, 4),
+            GemmConfig(2, 1024, 4),
+            GemmConfig(8, 1024, 4),
+            GemmConfig(4, 1024, 2),
+            GemmConfig(2, 512, 1),
+        ]
+    tiles = [(64, 128, 4, 4, True), (64, 64, 4, 6, True), (128, 64, 4, 4, True)]  # block_n, block_k, warps, stages, tma
+    if rows <= 16:
+        tiles += [(64, 256, 4, 3, True), (64, 128, 4, 4, False), (32, 128, 2, 6, False)]
+    elif rows >= 64:
+        tiles += [(128, 128, 8, 3, True)]
+    for block_n, block_k, warps, stages, tma in tiles:
+        wide, long = -(-width // block_n), depth // block_k
+        for programs in (132, 264, 528) if rows > GEMV_ROWS else (264,):
+            split = max(1, min(16, long // 2, round(programs / wide)))
+            config = GemmConfig(block_n, block_k, warps, split, stages, tma)
+            if config not in found:
+                found.append(config)
+    return found
+
+
+def name_of(config: GemmConfig | None) -> str:
+    if config is None:
+        return "cuBLAS"
+    c = config
+    if c.split == 0:
+        return f"gemv {c.block_n}x{c.block_k} w{c.num_warps}"
+    return f"dot {c.block_n}x{c.block_k} w{c.num_warps} k/{c.split} s{c.stages} {'tma' if c.tma else 'ptr'}"
+
+
+def bench_gemm(report: Report) -> None:
+    """Each product follows an RMS norm of its input, as in a model: a kernel that starts early has something to overlap with.
+
+    The times are those of both. Ends with the table of choices for `kernels/gemm_choice.py`.
+    """
+    from kernels import dependent_launch
+
+    started = time.perf_counter()
+    choices: dict[tuple[int, int, int], str] = {}
+    print("us of norm + product; TB/s of the weights over it; gain over cuBLAS", flush=True)
+    for rows in (1, 8, 16, 4, 64, 32, 2, 128):
+        for shape, (width, depth) in GEMM_SHAPES.items():
+            if time.perf_counter() - started > GEMM_SECONDS:
+                report.note("gemm", f"{shape} M {rows}", "left out: time is up")
+                continue
+            best = gemm_case(report, shape, rows, width, depth)
+            if best is not None:
+                choices[rows, width, depth] = best
+    dependent_launch.ENABLED = False
+    print("without dependent launch:", flush=True)
+    for shape in ("8B o", "0.6B gate_up", "0.6B o"):
+        gemm_case(report, shape, 1, *GEMM_SHAPES[shape], suffix=" alone")
+    dependent_launch.ENABLED = True
+    print(
+        "MEASURED = {", *(f"    {key}: {value}," for key, value in sorted(choices.items())), "}", sep="\n", flush=True
+    )
+
+
+def gemm_case(report: Report, shape: str, rows: int, width: int, depth: int, suffix: str = "") -> str | None:
+    """Measures every variant and prints the two best; returns the source text of the best, None if nothing ran."""
+    from kernels.norm import rms_norm
+    from kernels.skinny_gemm import skinny_linear
+
+    case, size = f"{shape} M {rows}{suffix}", width * depth * 2
+    weights = [torch.randn(width, depth, device="cuda", dtype=BF16) for _ in range(max(1, -(-L2_BYTES * 3 // size)))]
+    x, norm = torch.randn(rows, depth, device="cuda", dtype=BF16), torch.ones(depth, device="cuda", dtype=BF16)
+    expected = rms_norm(x, norm, 1e-6).float() @ weights[0].float().T
+    times: dict[GemmConfig | None, float] = {}
+
+    def product(weight: torch.Tensor, config: GemmConfig | None) -> torch.Tensor:
+        y = rms_norm(x, norm, 1e-6)
+        return F.linear(y, weight) if config is None else skinny_linear(y, weight, None, config)
+
+    for config in (None, *gemm_variants(rows, width, depth)):
+        try:
+            error = distance(product(weights[0], config), expected)
+            if not error < 5e-3:
+                raise ValueError(f"relative error {error:.1e}")
+            times[config] = time_calls([partial(product, w, config) for w in weights], target_ms=1.0, replays=5)
+        except Exception as problem:
+            report.failures.append(
+                {"family": "gemm", "case": case, "variant": name_of(config), "problem": repr(problem)[:500]}
+            )
+            print(f"gemm       {case:20} {name_of(config)} FAILED {repr(problem)[:120]}", flush=True)
+            continue
+        value = size / times[config] / 1e6
+        report.measurements.append(Measurement("gemm", case, name_of(config), times[config], value, "TB/s", error))
+    if not times:
+        return None
+    ranked = sorted(times, key=times.__getitem__)
+    theirs = times.get(None, float("nan"))
+    shown = [f"{name_of(c):28} {times[c]:7.1f} us {size / times[c] / 1e6:5.2f}" for c in ranked[:2]]
+    gain = theirs / times[ranked[0]]
+    print(f"{case:20} cuBLAS {theirs:7.1f} {size / theirs / 1e6:5.2f} | {' | '.join(shown)} | x{gain:.2f}", flush=True)
+    return repr(ranked[0]) if gain > 1.02 else "None"
+
+
 FAMILIES = {
     "prefill": bench_prefill,
     "decode": bench_decode,
     "elementwise": bench_elementwise,
     "sampling": bench_sampling,
+    "gemm": bench_gemm,
     "hopper": bench_hopper,  # last: the one with barriers of its own, whose mistakes would be endless waits
 }
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_tiles import TileConfig, cache_argument, load_tile, softmax_step, tma_fits
+from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from kernels.ops import AttentionBatch
 
 PROGRAMS_PER_SM = 4
@@ -146,7 +147,10 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_inputs(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1) % HKV
     tile = tl.program_id(1) // HKV
@@ -216,8 +220,11 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a row and head. The tiles' shape is fixed, so the sum's order depends on the spans alone."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     head_row = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     context = tl.load(context_len_ptr + row // rows)
@@ -289,6 +296,7 @@ def decode_attention(
         lse = torch.empty(sequences * rows, q_heads, plan.splits, dtype=torch.float32, device=q.device)
     tree = batch.tree_mask
     block_d = max(16, triton.next_power_of_2(head_dim))
+    options = launch_options(q.device)
     _decode_kernel[(plan.splits, kv_heads * tiles, sequences)](
         q,
         cache_argument(k_cache, config.block_n, config.tma),
@@ -320,6 +328,7 @@ def decode_attention(
         PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **options,
     )
     if split:
         _merge_kernel[(sequences * rows, q_heads)](
@@ -338,4 +347,5 @@ def decode_attention(
             BLOCK_N=config.block_n,
             TILE=MERGE_TILE,
             num_warps=1 if head_dim <= 128 else 2,
+            **options,
         )

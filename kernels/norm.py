@@ -7,12 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    start_next(PDL)
     row = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
@@ -22,7 +29,6 @@ def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, ADD: tl.c
     scale = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
     # The row is rounded before it is scaled: that is the order of the models the weights were trained with.
     normalised = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row + column, (normalised * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -43,5 +49,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
             ADD=residual is not None,
             BLOCK=block,
             num_warps=min(8, max(1, block // 512)),
+            **launch_options(x.device),
         )
     return out

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -77,6 +76,10 @@ class Ops(Protocol):
     """See the module docstring for the letters. Activations are bf16 or f32; norm weights have the activations' dtype."""
 
     name: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] · weight [out, in]ᵀ (+ bias [out]) → [T, out]; sums in f32. The weight may be read before the kernels ahead
+        have finished: nothing may write it while steps run."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]; statistics in f32, the normalised row is cast to x.dtype, then scaled (Llama's order)."""
@@ -148,8 +151,3 @@ class Ops(Protocol):
 
         Used to move the accepted nodes of a speculation tree into place: target ≤ source for each, and rows are moved in order.
         """
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] · weight [out, in]ᵀ (+ bias). cuBLAS; skinny-matrix kernels replace it where they are measured faster."""
-    return torch.nn.functional.linear(x, weight, bias)

@@ -37,7 +37,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,9 @@ def _inspect(name: str, binary: Any) -> Resources:
 
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
+    from kernels.gemm_choice import choose, invariant
     from kernels.ops import AttentionBatch, SamplingBatch
+    from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
     ops, hopper = TritonOps(), TritonOps(hopper_prefill=True)
@@ -179,7 +181,15 @@ def production_calls() -> dict[str, Callable[[], object]]:
         table = torch.zeros(8, head_dim)
         return ops.rope_and_cache(qkv, table, ints[:2], ints[:2], k, k, q_heads, kv_heads, norm, norm, 1e-6)
 
+    def product(rows: int) -> object:
+        x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
+        return skinny_linear(x, weight, None, choose(rows, *weight.shape) or invariant(*weight.shape))
+
     return {
+        "linear, 1 row": lambda: product(1),
+        "linear, 4 rows": lambda: product(4),
+        "linear, 16 rows": lambda: product(16),
+        "linear, 128 rows": lambda: product(128),
         "rms_norm": lambda: ops.rms_norm(x, x[0], 1e-6),
         "add_rms_norm": lambda: ops.add_rms_norm(x, x, x[0], 1e-6),
         "silu_mul": lambda: ops.silu_mul(torch.zeros(2, 2 * intermediate, dtype=bf16)),

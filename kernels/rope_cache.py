@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+
 HEADS_PER_PROGRAM = 16
 
 
@@ -39,7 +41,10 @@ def _rope_cache_kernel(
     K_NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     half = tl.arange(0, HALF)
@@ -118,5 +123,6 @@ def rope_and_cache(
             HEADS=HEADS_PER_PROGRAM,
             HALF=triton.next_power_of_2(head_dim // 2),
             num_warps=4,
+            **launch_options(qkv.device),
         )
     return q

@@ -8,14 +8,16 @@ from torch import Tensor
 from kernels import activation, kv_move, norm, rope_cache, sampling
 from kernels.attention_decode import decode_attention
 from kernels.attention_prefill import prefill_attention
+from kernels.gemm_choice import choose, invariant
 from kernels.ops import AttentionBatch, SamplingBatch
+from kernels.skinny_gemm import fits, skinny_linear
 
 
 class TritonOps:
     """Launches on torch's current stream. Grids follow from shapes and host bounds, so a step can be captured in a CUDA graph.
 
     fixed_split: tokens in a span of decode attention, whatever the batch (None: by load). With it a row's attention has the
-    same bits in every batch.
+    same bits in every batch, and so has a linear's: its kernel depends on the weights' shape alone.
     hopper_prefill: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window).
     """
 
@@ -24,6 +26,14 @@ class TritonOps:
     def __init__(self, fixed_split: int | None = None, hopper_prefill: bool = False) -> None:
         self.fixed_split = fixed_split
         self.hopper_prefill = hopper_prefill
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if fits(x, weight):
+            (rows, depth), width = x.shape, weight.shape[0]
+            config = choose(rows, width, depth) if self.fixed_split is None else invariant(width, depth)
+            if config is not None:
+                return skinny_linear(x, weight, bias, config)
+        return torch.nn.functional.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)

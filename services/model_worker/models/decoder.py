@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, Ops, linear
+from kernels.ops import AttentionBatch, Ops
 from services.model_worker.models.config import ModelConfig
 from services.model_worker.models.rope import rope_table
 
@@ -112,14 +112,14 @@ class Decoder:
             else:
                 x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
             q = ops.rope_and_cache(
-                linear(x, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, keys, values,
+                ops.linear(x, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, keys, values,
                 config.num_heads, config.num_kv_heads, layer.q_norm, layer.k_norm, eps,
             )  # fmt: skip
             attended = ops.attention(q, keys, values, batch, self.scale, window)
-            x = linear(attended.flatten(1), layer.o, layer.o_bias)
+            x = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias))
-            x = linear(x, layer.down, layer.down_bias)
+            x = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
+            x = ops.linear(x, layer.down, layer.down_bias)
         assert x is not None
         if wanted is not None:
             x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
@@ -127,7 +127,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] → [R, V], in the activations' dtype."""
-        return linear(hidden, self.weights.head)
+        return self.ops.linear(hidden, self.weights.head)
 
 
 def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:

@@ -1,0 +1,257 @@
+"""x [M, K] · weight [N, K]ᵀ (+ bias) of few rows, M ≤ 128: bound by reading the weights once. Oracle: torch's linear in float64.
+
+Two kernels. With M ≤ 4 a program multiplies whole rows of the weights in f32 and needs no other program. With more, the weights
+are the left operand of a tensor-core product (weights · xᵀ: few rows of x then waste little of an instruction), K is cut over
+programs until enough of them stream, and a second kernel adds their f32 sums in a fixed order. Neither uses atomics: the same
+call gives the same bits, and with a given `GemmConfig` a row's bits do not depend on M.
+
+Weights are read before the kernels ahead have finished (`kernels.dependent_launch`): they must not change while a model runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+
+MAX_ROWS = 128
+GEMV_ROWS = 4
+REDUCE_BLOCK = 1024
+PREFETCH_BYTES = 2048  # of each row of a program's weights, into the L2 cache, while the kernel ahead still runs
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """block_n, block_k: a tile of the weights. split: programs along K; 0: the kernel without tensor cores (M ≤ 4).
+
+    stages: depth of the load pipeline. tma: tiles are fetched by tensor descriptors, not by pointers.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    split: int = 0
+    stages: int = 1
+    tma: bool = False
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    K,
+    M: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program for BLOCK_N outputs of every row. The next tile of weights is always on its way."""
+    start_next(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    rows = weight_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    inside_n = (n < N)[:, None]
+    coming = tl.load(rows, mask=inside_n & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    wait_for_inputs(PDL)
+    sums = ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)  # noqa: RUF005 - Triton cannot unpack here
+    for start in range(0, K, BLOCK_K):
+        weight = coming.to(tl.float32)
+        following = start + BLOCK_K
+        mask = inside_n & (following + k < K)[None, :]
+        coming = tl.load(rows + following, mask=mask, other=0.0, eviction_policy="evict_first")
+        added = ()
+        for m in tl.static_range(M):
+            x = tl.load(x_ptr + m * K + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            # A thread holds 8 neighbours, one load of 16 bytes: they are added up in registers.
+            products = tl.reshape(weight * x[None, :], [BLOCK_N, BLOCK_K // 8, 8])
+            added = added + (sums[m] + tl.sum(products, 2),)  # noqa: RUF005
+        sums = added
+    for m in tl.static_range(M):
+        out = tl.sum(sums[m], 1)
+        if BIAS:
+            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + m * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _prefetch(pointers, size):
+    """Asks for `size` bytes (a multiple of 16) at each pointer to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dot_kernel(
+    x_ptr,
+    weight,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    M,
+    N,
+    K,
+    BIAS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile of outputs, or with PARTIAL its sum over a span of K, in f32."""
+    start_next(PDL)
+    first_n = tl.program_id(0) * BLOCK_N
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    n = first_n + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    span = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+    begin = split * span
+    end = tl.minimum(begin + span, K)
+    row = n.to(tl.int64) * K
+    if PDL and PREFETCH:
+        first = tl.minimum(n, N - 1).to(tl.int64) * K + begin
+        _prefetch(weight_ptr + first, tl.minimum(tl.maximum(end - begin, 0) * 2, PREFETCH))
+    wait_for_inputs(PDL)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        if TMA:
+            tile = weight.load([first_n, start])
+        else:
+            pointers = weight_ptr + row[:, None] + (start + k)[None, :]
+            tile = tl.load(pointers, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + m[:, None] * K + (start + k)[None, :], mask=(m < M)[:, None], other=0.0)
+        acc = tl.dot(tile, x.T, acc)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    offset = m.to(tl.int64)[None, :] * N + n[:, None]
+    if PARTIAL:
+        tl.store(partial_ptr + split.to(tl.int64) * M * N + offset, acc, mask=inside)
+    else:
+        if BIAS:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_ptr,
+    bias_ptr,
+    out_ptr,
+    SIZE,
+    N,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Adds the spans' sums [SPLIT, M * N] up, from the first to the last."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < SIZE
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLIT):
+        total += tl.load(partial_ptr + split * SIZE + index, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + index % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels may be used: on Hopper or later, 16-bit data, aligned rows, and nobody wants gradients."""
+    if not x.is_cuda or x.shape[0] == 0 or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    aligned = weight.is_contiguous() and weight.shape[1] % 128 == 0
+    return weight.element_size() == 2 and x.dtype == weight.dtype and aligned and not wanted
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
+    """x [M, K], weight [N, K], bias [N] → [M, N]; any M, at a cost that grows with it beyond 128 rows (4 without tensor cores)."""
+    x = x.contiguous()
+    rows, depth = x.shape
+    width = weight.shape[0]
+    out = x.new_empty(rows, width)
+    if rows == 0:
+        return out
+    options = launch_options(x.device)
+    bias_or_any = weight if bias is None else bias
+    if config.split == 0:
+        _gemv_kernel[(triton.cdiv(width, config.block_n),)](
+            x,
+            weight,
+            bias_or_any,
+            out,
+            width,
+            depth,
+            M=rows,
+            BIAS=bias is not None,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            **options,
+        )
+        return out
+    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    partial = out
+    if config.split > 1:
+        partial = torch.empty(config.split, rows, width, dtype=torch.float32, device=x.device)
+    tile = [config.block_n, config.block_k]
+    _dot_kernel[(triton.cdiv(width, config.block_n), config.split, triton.cdiv(rows, block_m))](
+        x,
+        TensorDescriptor(weight, [width, depth], [depth, 1], tile) if config.tma else weight,
+        weight,
+        bias_or_any,
+        out,
+        partial,
+        rows,
+        width,
+        depth,
+        BIAS=bias is not None,
+        PARTIAL=config.split > 1,
+        TMA=config.tma,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.stages,
+        PREFETCH=PREFETCH_BYTES,
+        num_warps=config.num_warps,
+        **options,
+    )
+    if config.split > 1:
+        size = rows * width
+        _reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](
+            partial,
+            bias_or_any,
+            out,
+            size,
+            width,
+            BIAS=bias is not None,
+            SPLIT=config.split,
+            BLOCK=REDUCE_BLOCK,
+            num_warps=4,
+            **options,
+        )
+    return out
