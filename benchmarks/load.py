@@ -332,3 +332,56 @@ async def accepted_rate(
     ended = time.monotonic()
     await nc.close()
     return dict(began=began, ended=ended, requests=requests)
+
+
+# ---------------------------------------------------------------- token ids in and out, as many as the worker gives
+
+
+async def generate(
+    start: Start, url: str, model: str, prompts: list[list[int]], outputs: list[int], temperature: float, run: str
+) -> dict[str, Any]:
+    """Publishes its requests at once and takes their events, in arrays, until each has ended."""
+    nc = await connect(url)
+    inbox = nc.new_inbox()
+    first: dict[str, float] = {}
+    tokens = ended = 0
+    done = asyncio.get_running_loop().create_future()
+
+    async def on_events(msg: Msg) -> None:
+        nonlocal tokens, ended
+        now = time.monotonic()
+        for event in msgpack.unpackb(msg.data):
+            kind = event["event"]
+            if kind == "tokens":
+                tokens += len(event["ids"])
+                first.setdefault(event["id"], now)
+            elif kind == "finished":
+                ended += 1
+                if ended == len(prompts):
+                    done.set_result(now)
+            elif kind != "accepted" and not done.done():
+                done.set_exception(RuntimeError(str(event)))
+
+    await nc.subscribe(inbox, cb=on_events, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    await nc.flush()
+    bodies = [
+        msgpack.packb(
+            dict(
+                id=f"{run}-{i}",
+                prompt=prompt,
+                max_tokens=count,
+                temperature=temperature,
+                seed=i,
+                ignore_eos=True,
+                batched=True,
+            )
+        )
+        for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+    ]
+    await start.together()
+    began = time.monotonic()
+    for body in bodies:
+        await nc.publish(subjects.generate(model), body, reply=inbox)
+    finish = await done
+    await nc.close()
+    return dict(began=began, ended=finish, tokens=tokens, first=[t - began for t in first.values()])

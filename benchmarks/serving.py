@@ -19,70 +19,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
-from nats.aio.msg import Msg
 
 from benchmarks import load
 from benchmarks.engine import CONTEXT, SHAPES, WORKLOADS, Workload
 from services.supervisor import STAGES, Plan, Supervisor
-from shared import presence, subjects
+from shared import presence
 from shared.broker import free_port
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 
 MODEL = "bench"
-
-
-async def generate(
-    start: load.Start, url: str, prompts: list[list[int]], outputs: list[int], temperature: float, run: str
-) -> dict[str, Any]:
-    """Publishes its requests at once and takes their events, in arrays, until each has ended."""
-    nc = await load.connect(url)
-    inbox = nc.new_inbox()
-    first: dict[str, float] = {}
-    tokens = ended = 0
-    done = asyncio.get_running_loop().create_future()
-
-    async def on_events(msg: Msg) -> None:
-        nonlocal tokens, ended
-        now = time.monotonic()
-        for event in msgpack.unpackb(msg.data):
-            kind = event["event"]
-            if kind == "tokens":
-                tokens += len(event["ids"])
-                first.setdefault(event["id"], now)
-            elif kind == "finished":
-                ended += 1
-                if ended == len(prompts):
-                    done.set_result(now)
-            elif kind != "accepted" and not done.done():
-                done.set_exception(RuntimeError(str(event)))
-
-    await nc.subscribe(inbox, cb=on_events, pending_msgs_limit=-1, pending_bytes_limit=-1)
-    await nc.flush()
-    bodies = [
-        msgpack.packb(
-            dict(
-                id=f"{run}-{i}",
-                prompt=prompt,
-                max_tokens=count,
-                temperature=temperature,
-                seed=i,
-                ignore_eos=True,
-                batched=True,
-            )
-            | (dict(top_p=1.0, top_k=0))
-        )
-        for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
-    ]
-    await start.together()
-    began = time.monotonic()
-    for body in bodies:
-        await nc.publish(subjects.generate(MODEL), body, reply=inbox)
-    finish = await done
-    await nc.close()
-    return dict(began=began, ended=finish, tokens=tokens, first=[t - began for t in first.values()])
 
 
 async def measure(
@@ -97,7 +44,7 @@ async def measure(
     run = uuid.uuid4().hex[:8]
     count = min(clients, workload.count)
     loads = [
-        (generate, (url, prompts[c::count], outputs[c::count], workload.temperature, f"{run}-{c}"))
+        (load.generate, (url, MODEL, prompts[c::count], outputs[c::count], workload.temperature, f"{run}-{c}"))
         for c in range(count)
     ]
     parts = await asyncio.to_thread(load.run_together, loads)
@@ -135,7 +82,15 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (args.tokenizer / name).is_file():
                 (model / name).write_bytes((args.tokenizer / name).read_bytes())
-        worker = ["--load-format", "dummy", "--max-model-len", str(CONTEXT), "--prefix-cache", "false", *args.worker_flag]
+        worker = [
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            str(CONTEXT),
+            "--prefix-cache",
+            "false",
+            *args.worker_flag,
+        ]
         copies = {stage: args.copies if stage in ("tokenizer", "detokenizer") else 1 for stage in STAGES}
         plan = Plan(Path(folder), MODEL, model, free_port(), copies, {"model_worker": worker})
         supervisor = Supervisor(plan)

@@ -7,6 +7,7 @@ import socket
 import sys
 
 from shared.config import StageSettings
+from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.nats_bus import NatsBus
 from shared.presence import base_of, gather
 
@@ -17,8 +18,11 @@ async def healthy(stage: str) -> bool:
     async with asyncio.timeout(4):
         bus = await NatsBus.connect(settings)
         try:
-            mine = lambda beats: any(base_of(b).stage == stage and base_of(b).instance.startswith(host) for b in beats)  # noqa: E731
-            return mine(await gather(bus, 2.0, mine))
+
+            def found(beats: list[Heartbeat | WorkerHeartbeat]) -> bool:
+                return any(base_of(b).stage == stage and base_of(b).instance.startswith(host) for b in beats)
+
+            return found(await gather(bus, 2.0, found))
         finally:
             await bus.close()
 
