@@ -51,7 +51,8 @@ async def deployment(
     with tempfile.TemporaryDirectory(prefix="gorgon-bench-") as folder:
         vocab = json.loads((args.model_path / "config.json").read_text())["vocab_size"]
         fixed = ["--engine", "fixed", "--fixed.step-time", str(step_time), "--fixed.vocab-size", str(vocab)]
-        flags = {"model_worker": [*fixed, "--max-seqs", "2048"]}
+        # Nothing takes the accepted requests of `measure_tokenizer` further.
+        flags = {"model_worker": [*fixed, "--max-seqs", "2048"], "tokenizer": ["--max-waiting", "1000000"]}
         env = {"GORGON_PARTITIONS": str(PARTITIONS)}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, env)
         supervisor = Supervisor(plan)
