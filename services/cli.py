@@ -381,6 +381,30 @@ def tail(
     _run(main())
 
 
+# ---------------------------------------------------------------- speculation
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("train-heads", context_settings=_PASSED_ON)
+def train_heads(context: typer.Context) -> None:
+    """Train Medusa heads for a model on this machine; `gorgon train-heads --help` tells the options."""
+    _speculation_tool("train-heads", context.args)
+
+
+@app.command("tune-tree", context_settings=_PASSED_ON)
+def tune_tree(context: typer.Context) -> None:
+    """Design the trees of a model's heads on given prompts; `gorgon tune-tree --help` tells the options."""
+    _speculation_tool("tune-tree", context.args)
+
+
+def _speculation_tool(command: str, arguments: list[str]) -> None:
+    # Imported on demand: these alone need torch.
+    from services.model_worker.train_heads import main as tool
+
+    raise typer.Exit(tool([command, *arguments]))
+
+
 def _pretty(line: dict[str, Any]) -> str:
     head = f"{line.pop('ts', '')} {line.pop('level', ''):7} {line.pop('stage', ''):12} {line.pop('event', '')}"
     line.pop("instance", None)

@@ -102,6 +102,7 @@ class Engine:
         self.info: ModelInfo
         self.scheduler: BatchScheduler
         self.runner: ModelRunner
+        self.trees: TreeController | None = None  # without a drafter
         self._lock = threading.Lock()  # of the next three
         self._inbox: deque[_Submission | _Abort] = deque()
         self._held: dict[Key, int] = {}  # the epoch of every sequence that has not ended
@@ -115,12 +116,11 @@ class Engine:
         self._bound = StepBound(config.min_step_bound, config.first_step_bound)
         self._last_retired = 0.0
         self._tokens_generated = 0
-        self._trees: TreeController | None = None
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the model, sizes the cache, compiles and captures. Raises ModelError; blocks for seconds to minutes."""
         parts = build(self.config, progress or (lambda fraction, text: None))
-        self.info, self.scheduler, self.runner, self._trees = parts
+        self.info, self.scheduler, self.runner, self.trees = parts
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
 
@@ -202,7 +202,7 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
             tokens_generated=self._tokens_generated,
-            speculation=None if self._trees is None else self._trees.stats(),
+            speculation=None if self.trees is None else self.trees.stats(),
         )
 
     def check_idle(self) -> list[str]:
@@ -331,7 +331,7 @@ class Engine:
                 del self._held[key]
 
     def _pick_tree(self, sequences: list[Sequence]) -> Tree | None:
-        return None if self._trees is None else self._trees.pick([sequence.acceptance for sequence in sequences])
+        return None if self.trees is None else self.trees.pick([sequence.acceptance for sequence in sequences])
 
     def _launch(self, plan: StepPlan) -> None:
         self._launching = plan
@@ -349,11 +349,11 @@ class Engine:
         self._bound.observe(flight.prompt_rows, seconds)
         self._last_retired = now
         output.step = plan.step
-        if self._trees is not None and plan.decodes:
+        if self.trees is not None and plan.decodes:
             outcomes = zip((s.acceptance for s in plan.decodes), result.ids, strict=False)
-            self._trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
+            self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
             if not plan.chunks:
-                self._trees.observe_time(len(plan.decodes), plan.tree, seconds)
+                self.trees.observe_time(len(plan.decodes), plan.tree, seconds)
         tokens = self.scheduler.retire(plan, result.ids, result.logprobs)
         self._in_flight.popleft()
         self._tokens_generated += sum(len(token.ids) for token in tokens)

@@ -165,6 +165,7 @@ class WorkerService(Service):
             preemptions=stats.preemptions,
             kv_blocks_free=stats.blocks_free,
             kv_blocks_total=stats.blocks_total,
+            **_speculation_detail(stats),
             slots_free=stats.slots_free,
             outbox=len(self.outbox),
             paused=int(self._paused),
@@ -369,3 +370,12 @@ class WorkerService(Service):
         self.draining = True
         self.beat_now()
         self.fail(EngineDied(repr(error)))
+
+
+def _speculation_detail(stats: EngineStats) -> dict[str, float]:
+    """For the heartbeat: tokens of a sequence's step with guesses, and the share of steps without any."""
+    speculation = stats.speculation
+    if speculation is None:
+        return {}
+    plain = speculation.steps.get(1, 0) / max(1, sum(speculation.steps.values()))
+    return {"tokens_per_step": round(speculation.tokens_per_step, 3), "plain_steps": round(plain, 3)}

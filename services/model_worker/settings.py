@@ -57,6 +57,12 @@ class WorkerSettings(StageSettings):
     num_blocks: int | None = Field(None, ge=1, description="blocks of the KV cache; default: as many as fit")
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
     cpu_cache_bytes: int = Field(1 << 30, ge=1, description="memory of the KV cache on a CPU")
+    speculate: bool = Field(True, description="guess tokens ahead, if the model has a drafter; the output is the same")
+    heads: str | None = Field(None, description="folder of the drafter; default: medusa in the model's folder, if any")
+    max_tree_rows: int = Field(512, ge=2, description="guessed tokens of all sequences in a step, at most")
+    typical_acceptance: tuple[float, float] | None = Field(
+        None, description="epsilon and delta: take plausible guesses for sampled tokens; changes the distribution"
+    )
     prefix_cache: bool = True
     cuda_graphs: bool = True
     min_step_bound: float = Field(2.0, gt=0, description="seconds; no step is taken for stalled before")

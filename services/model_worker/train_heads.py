@@ -30,6 +30,7 @@ from services.model_worker.models.config import ModelError, read_json
 from services.model_worker.speculation.measure import (
     Backbone,
     head_targets,
+    known_targets,
     rows_per_slice,
     target_ranks,
     top_accuracies,
@@ -49,8 +50,9 @@ _PIECE = 1 << 20  # characters tokenised at a time
 @dataclass(frozen=True)
 class TrainConfig:
     """model, data, held_out   a Hugging Face folder; text files. Without held_out the last twentieth of the data is held out
-    heads, layers           number of heads, residual blocks in each
-    tied                    heads share the model's output matrix; otherwise each trains its own, which begins as a copy
+    init                    folder of heads to go on from; None: new ones
+    heads, layers           number of new heads, residual blocks in each
+    tied                    new heads share the model's output matrix; otherwise each trains its own, which begins as a copy
     rows, length            sequences of a step, tokens of each
     steps, minutes          how long; with minutes the learning rate follows the clock
     distil                  tokens to generate with the model itself and to train on instead of the text; its texts are the prompts.
@@ -63,6 +65,7 @@ class TrainConfig:
     data: tuple[Path, ...]
     out: Path
     held_out: tuple[Path, ...] = ()
+    init: Path | None = None
     heads: int = 4
     layers: int = 1
     tied: bool = True
@@ -260,9 +263,13 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.length > backbone.config.max_position:
         raise ModelError("context_length_exceeded", f"the model's context is {backbone.config.max_position} tokens")
     model_head = backbone.decoder.weights.head
-    shape = config.heads, config.layers, backbone.config.hidden_size
-    heads = MedusaHeads.initial(*shape, None if config.tied else model_head).to(device, torch.float32)
-    parameters = [tensor.requires_grad_() for tensor in heads.tensors().values()]
+    if config.init is not None:
+        heads = load_heads(config.init, backbone.config)
+    else:
+        shape = config.heads, config.layers, backbone.config.hidden_size
+        heads = MedusaHeads.initial(*shape, None if config.tied else model_head)
+    heads = heads.to(device, torch.float32)
+    parameters = [tensor.requires_grad_() for name, tensor in heads.tensors().items() if name != "token_map"]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
     trainer = Trainer(heads, optimizer, np.random.default_rng(config.seed))
     config.out.mkdir(parents=True, exist_ok=True)
@@ -281,7 +288,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     report |= effort
     ranks = report.pop("ranks")
     (config.out / "accuracies.json").write_text(json.dumps(report, indent=2) + "\n")
-    TreeSet(design(observed(ranks), config.heads, TREE_WIDTH, MAX_NODES)).save(config.out / "trees.json")
+    TreeSet(design(observed(ranks), heads.num_heads, TREE_WIDTH, MAX_NODES)).save(config.out / "trees.json")
     return report
 
 
@@ -319,13 +326,14 @@ def _train_step(trainer: Trainer, config: TrainConfig, backbone: Backbone, mater
     heads, device = trainer.heads, backbone.device
     ids = material.batch(config.rows, config.length, trainer.rng).to(device)
     hidden = backbone.hidden(ids).flatten(0, 1).float()
-    targets = head_targets(ids, config.heads, material.first).flatten(1)
-    counts = (targets >= 0).sum(1).clamp(min=1)
-    weights = DISCOUNT ** torch.arange(config.heads, device=device) / counts
     model_head = backbone.decoder.weights.head
+    targets = head_targets(ids, heads.num_heads, material.first).flatten(1)
+    targets = known_targets(heads, targets, len(model_head))
+    counts = (targets >= 0).sum(1).clamp(min=1)
+    weights = DISCOUNT ** torch.arange(heads.num_heads, device=device) / counts
     output = tied_output(heads, model_head)
     step = rows_per_slice(heads, model_head)
-    totals = torch.zeros(config.heads, device=device)
+    totals = torch.zeros(heads.num_heads, device=device)
     trainer.optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(hidden), step):
         with torch.autocast(device.type, torch.bfloat16, enabled=backbone.dtype is torch.bfloat16):
@@ -413,6 +421,7 @@ def main(arguments: list[str]) -> int:
     training = commands.add_parser("train-heads", help="train Medusa heads for a model, resuming where it was stopped")
     training.add_argument("--data", type=Path, nargs="+", required=True, help="text files")
     training.add_argument("--held-out", type=Path, nargs="+", default=[], help="text files to measure on")
+    training.add_argument("--init", type=Path, help="folder of heads to go on from")
     training.add_argument("--untied", dest="tied", action="store_false", help="each head trains an output matrix")
     for name, kind in (("heads", int), ("layers", int), ("rows", int), ("length", int), ("steps", int), ("seed", int)):
         training.add_argument(f"--{name}", type=kind, default=getattr(TrainConfig, name))

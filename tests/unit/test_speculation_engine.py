@@ -63,7 +63,7 @@ class RandomPicks:
     """In place of the controller's choice: any tree that fits, or none; the engine must not depend on which."""
 
     def __init__(self, harness: Harness, plain: float = 0.2) -> None:
-        self.trees = harness.engine._trees
+        self.trees = harness.engine.trees
         assert self.trees is not None
         self.plain = plain
         self.rng = random.Random(4)

@@ -71,16 +71,21 @@ def head_targets(ids: Tensor, heads: int, first: int = 0) -> Tensor:
     return targets
 
 
+def known_targets(heads: MedusaHeads, targets: Tensor, vocabulary: int) -> Tensor:
+    """Token ids as the heads number them; -1 where there is no target or the heads do not know the token."""
+    if heads.token_map is None:
+        return targets
+    index = torch.full((vocabulary,), -1, dtype=torch.int64, device=targets.device)
+    index[heads.token_map] = torch.arange(len(heads.token_map), device=targets.device)
+    return torch.where(targets >= 0, index[targets.clamp(min=0)], -1)
+
+
 @torch.no_grad()
 def target_ranks(heads: MedusaHeads, model_head: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
     """hidden [R, H], targets int64 [heads, R] → how many tokens each head holds for likelier than the target, int64 [heads, R];
     -1 where the target is -1 or the head does not know the token. `hidden` and the heads have one dtype."""
     output = tied_output(heads, model_head).to(hidden.dtype)
-    known = targets
-    if heads.token_map is not None:
-        index = torch.full((model_head.shape[0],), -1, dtype=torch.int64, device=targets.device)
-        index[heads.token_map] = torch.arange(len(heads.token_map), device=targets.device)
-        known = torch.where(targets >= 0, index[targets.clamp(min=0)], -1)
+    known = known_targets(heads, targets, model_head.shape[0])
     ranks = torch.empty_like(targets)
     step = rows_per_slice(heads, model_head)
     for start in range(0, hidden.shape[0], step):

@@ -1,0 +1,283 @@
+"""Speculation beside plain decoding, and proof that it changes nothing.
+
+    python -m benchmarks.speculation speed --model DIR --text held_out.txt    tokens/s by batch size, two engines in turn
+    python -m benchmarks.speculation steps --shape llama3.1-8b                ms of a step by nodes, with random weights
+    python -m benchmarks.speculation identity --model DIR --text FILE         outputs with and without, greedy and sampled
+
+Every row is printed as soon as it is measured; JSON goes to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.engine import CONTEXT, SHAPES
+from kernels.philox import gumbel_noise
+from services.model_worker.engine import Engine, EngineConfig, EngineRequest, StepOutput
+from services.model_worker.models.config import load_config
+from services.model_worker.speculation.controller import TreeController
+from services.model_worker.speculation.measure import Backbone
+from services.model_worker.speculation.medusa import MedusaHeads, save_heads
+from services.model_worker.speculation.tree import Tree
+from services.model_worker.train_heads import begin_id, read_tokens
+from shared.sampling import SamplingParams
+
+BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+@dataclass
+class Client:
+    """Runs batches of requests to their ends."""
+
+    config: EngineConfig
+    engine: Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.config, self._on_step, self._on_fatal)
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._left = 0
+        self.outputs: dict[str, list[int]] = {}
+        self.times: list[float] = []
+        self.engine.load()
+        self.engine.start()
+
+    def _on_step(self, step: StepOutput) -> None:
+        self.times.append(time.perf_counter())
+        for token in step.tokens:
+            self.outputs[token.request_id] += token.ids
+            self._left -= token.finish is not None
+        if not self._left:
+            self._done.set()
+
+    def _on_fatal(self, error: BaseException, _: Any) -> None:
+        self._error = error
+        self._done.set()
+
+    def run(self, requests: list[EngineRequest]) -> tuple[list[list[int]], float]:
+        """Outputs, and seconds from the first step on that decodes alone (prompts are not what is compared)."""
+        self.outputs = {request.request_id: [] for request in requests}
+        self._left, self.times = len(requests), []
+        self._done.clear()
+        start = time.perf_counter()
+        self.engine.submit(*requests)
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return [self.outputs[request.request_id] for request in requests], self.times[-1] - start
+
+
+def requests_of(
+    text: np.ndarray, bos: int | None, count: int, prompt: int, output: int, temperature: float | None, seed: int
+) -> list[EngineRequest]:
+    """Prompts from all over the text. temperature None: greedy and 0.8 in turn."""
+    starts = np.random.default_rng(seed).integers(0, len(text) - prompt, count)
+    requests = []
+    for index, start in enumerate(starts):
+        heat = temperature if temperature is not None else (0.0, 0.8)[index % 2]
+        ids = [*([] if bos is None else [bos]), *text[start : start + prompt].tolist()]
+        params = SamplingParams(max_tokens=output, temperature=heat, seed=seed * 100_003 + index, ignore_eos=True)
+        requests.append(EngineRequest(f"{seed}-{index}", 0, 1, ids, params))
+    return requests
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % confidence interval by Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}.get(len(values) - 1, 2.26)
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One engine with the drafter and one without, taking turns; the same prompts for both."""
+    common: dict[str, Any] = {"device": arguments.device, "prefix_cache": False, "max_seqs": max(arguments.batches)}
+    if arguments.device != "cpu" and torch.cuda.is_available():
+        common["gpu_memory_fraction"] = 0.4
+    plain = Client(EngineConfig(arguments.model, speculate=False, **common))
+    common["gpu_memory_fraction"] = 0.8
+    drafted = Client(EngineConfig(arguments.model, heads=arguments.heads, **common))
+    text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
+    rows = []
+    print(
+        f"| batch | plain tok/s | with drafts | ratio | 95 % | tokens a step | trees (share of steps), T = {arguments.temperature} |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for batch in arguments.batches:
+        ratios, rates = [], []
+        for client in (plain, drafted):  # compiles, and the controller learns
+            client.run(requests_of(text, bos, batch, arguments.prompt, 32, arguments.temperature, 1000 + batch))
+        before = stats_of(drafted)
+        for repeat in range(arguments.repeats):
+            requests = requests_of(text, bos, batch, arguments.prompt, arguments.output, arguments.temperature, repeat)
+            order = [plain, drafted] if repeat % 2 else [drafted, plain]
+            seconds = {id(client): client.run(requests)[1] for client in order}
+            rates.append([batch * arguments.output / seconds[id(client)] for client in (plain, drafted)])
+            ratios.append(seconds[id(plain)] / seconds[id(drafted)])
+        after = stats_of(drafted)
+        steps = {n: after["steps"].get(n, 0) - before["steps"].get(n, 0) for n in after["steps"]}
+        tokens = 1 + (after["accepted"] - before["accepted"]) / max(1, after["drafted"] - before["drafted"])
+        shares = {n: round(count / sum(steps.values()), 3) for n, count in sorted(steps.items()) if count}
+        mean, low, high = interval(ratios)
+        slow, fast = (statistics.median(column) for column in zip(*rates, strict=True))
+        rows.append({
+            "batch": batch, "plain": slow, "drafted": fast, "ratio": mean, "low": low, "high": high,
+            "tokens_per_drafted_step": tokens, "shares": shares,
+        })  # fmt: skip
+        print(
+            f"| {batch} | {slow:,.0f} | {fast:,.0f} | {mean:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
+            flush=True,
+        )
+    for client in (plain, drafted):
+        client.engine.stop(timeout=30)
+    return {"rows": rows, "minimum": min(row["ratio"] for row in rows)}
+
+
+def stats_of(client: Client) -> dict[str, Any]:
+    stats = client.engine.stats().speculation
+    assert stats is not None, "the model has no heads"
+    return {"steps": stats.steps, "accepted": sum(stats.accepted), "drafted": stats.drafted}
+
+
+def steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median ms of decode steps with each tree, by batch size, heads tied and untied. With random heads next to nothing is accepted,
+    so every step is draft, verification of all nodes, and acceptance."""
+    results: dict[str, Any] = {}
+    print(
+        "| heads | batch | " + " | ".join(f"{n} nodes" if n > 1 else "plain, ms" for n in [1, *arguments.nodes]) + " |"
+    )
+    print("|---" * (3 + len(arguments.nodes)) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+        model = load_config(Path(folder))
+        for tied in (True, False):
+            shape = (1, 4, model.hidden_size)
+            output = None if tied else torch.randn(4, model.vocab_size, model.hidden_size, dtype=torch.bfloat16)
+            blocks = torch.randn(*shape, model.hidden_size) * 0.02
+            save_heads(MedusaHeads(blocks, torch.zeros(shape), output), Path(folder) / "medusa", torch.bfloat16, {})
+            client = Client(
+                EngineConfig(
+                    Path(folder), load_format="dummy", device=arguments.device, max_model_len=CONTEXT, prefix_cache=False,
+                    max_seqs=max(arguments.step_batches), max_tree_rows=max(arguments.nodes) * max(arguments.step_batches),
+                )
+            )  # fmt: skip
+            trees = client.engine.trees
+            assert trees is not None
+            for batch in arguments.step_batches:
+                medians = []
+                for nodes in [1, *arguments.nodes]:
+                    chosen: Tree | None = next((tree for tree in trees.trees if tree.size == nodes), None)
+                    trees.pick = lambda _, chosen=chosen: chosen  # type: ignore[method-assign,misc]
+                    rng = np.random.default_rng(nodes)
+                    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+                    prompts = rng.integers(0, model.vocab_size, (batch, arguments.prompt)).tolist()
+                    client.run([EngineRequest(f"{nodes}-{i}", 0, 1, ids, params) for i, ids in enumerate(prompts)])
+                    medians.append(float(np.median(np.diff(client.times[3:])) * 1e3))
+                name = "tied" if tied else "untied"
+                results[f"{name} {batch}"] = dict(zip([1, *arguments.nodes], medians, strict=True))
+                print(f"| {name} | {batch} | " + " | ".join(f"{value:.3f}" for value in medians) + " |", flush=True)
+            client.engine.stop(timeout=30)
+            del client, trees
+    return results
+
+
+def identity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Outputs with and without drafts, half greedy, half at temperature 0.8. Each difference comes with the margin by which, in f32,
+    the plain run's token beats the other one at the first place where they differ (noise included, in units of logit / temperature).
+    """
+    common: dict[str, Any] = {"device": arguments.device, "prefix_cache": False, "max_seqs": arguments.max_seqs}
+    text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
+    requests = requests_of(text, bos, arguments.count, arguments.prompt, arguments.output, None, 7)
+    outputs, notes = [], {}
+    for options in ({"speculate": False}, {"heads": arguments.heads}):
+        client = Client(EngineConfig(arguments.model, **common, **options))
+        if arguments.force and client.engine.trees is not None:
+            force_random_trees(client.engine.trees, client.config.max_tree_rows // arguments.max_seqs)
+        got, seconds = client.run(requests)
+        outputs.append(got)
+        stats = client.engine.stats().speculation
+        notes = {} if stats is None else {"steps": stats.steps, "tokens_per_drafted_step": stats.tokens_per_step}
+        print(f"{options}: {sum(map(len, got)) / seconds:,.0f} tokens/s {notes}", flush=True)
+        client.engine.stop(timeout=30)
+        complaints = client.engine.check_idle()
+        assert not complaints, complaints
+        del client
+    different = [i for i, (a, b) in enumerate(zip(*outputs, strict=True)) if a != b]
+    margins = []
+    if different:
+        backbone = Backbone(arguments.model, torch.device("cpu"), torch.float32)
+        margins = [margin(backbone, requests[i], outputs[0][i], outputs[1][i]) for i in different]
+    print(f"{len(requests) - len(different)} of {len(requests)} outputs are the same; margins of the others: {margins}")
+    return {"count": len(requests), "different": len(different), "margins": margins, **notes}
+
+
+def force_random_trees(controller: TreeController, most_nodes: int) -> None:
+    """In every step another tree, whatever it costs."""
+    fitting = [tree for tree in controller.trees if tree.size <= most_nodes]
+    rng = np.random.default_rng(1)
+    controller.pick = lambda _: fitting[rng.integers(len(fitting))]  # type: ignore[method-assign]
+
+
+def margin(backbone: Backbone, request: EngineRequest, plain: list[int], drafted: list[int]) -> float:
+    place = next(i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b)
+    ids = torch.tensor([[*request.prompt_ids, *plain[:place]]])
+    scores = backbone.decoder.logits(backbone.hidden(ids)[0, -1:])
+    params = request.params
+    if params.temperature > 0:
+        key = (torch.tensor([params.seed]), torch.tensor([place]), torch.tensor([request.choice]))
+        scores = scores / params.temperature + gumbel_noise(*key, scores.shape[1])
+    return float(scores[0, plain[place]] - scores[0, drafted[place]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("speed", "identity"):
+        command = commands.add_parser(name)
+        command.add_argument("--model", type=Path, required=True)
+        command.add_argument("--heads", type=Path, help="default: medusa in the model's folder")
+        command.add_argument("--text", type=Path, required=True, help="that the model was not trained on")
+        command.add_argument("--output", type=int, default=256 if name == "speed" else 48, help="tokens to generate")
+        if name == "speed":
+            command.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+            command.add_argument("--repeats", type=int, default=5)
+            command.add_argument("--temperature", type=float, default=0.0)
+        else:
+            command.add_argument("--count", type=int, default=1000)
+            command.add_argument("--max-seqs", type=int, default=32)
+            command.add_argument("--force", action="store_true", help="a random tree in every step")
+    command = commands.add_parser("steps")
+    command.add_argument("--shape", choices=[*SHAPES], default="llama3.1-8b")
+    command.add_argument("--nodes", type=int, nargs="+", default=[16, 32, 64])
+    command.add_argument("--step-batches", type=int, nargs="+", default=[1, 8, 32])
+    for command in commands.choices.values():
+        command.add_argument("--prompt", type=int, default=128 if command.prog.endswith("steps") else 64, help="tokens")
+        command.add_argument("--device", default="auto")
+        command.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+        command.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    results = {"speed": speed, "steps": steps, "identity": identity}[arguments.command](arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"speculation-{arguments.command}.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
