@@ -225,7 +225,7 @@ class BatchScheduler:
 
     def _alone(self) -> str | None:
         """The request that must have the steps for itself, if there is one."""
-        while self._isolated and self._isolated[0].status is Status.FINISHED:
+        while self._isolated and self._isolated[0].is_proven:
             self._isolated.popleft()
         return self._isolated[0].request.request_id if self._isolated else None
 
@@ -287,15 +287,19 @@ class BatchScheduler:
         sequence.inflight += 1
         return rows
 
-    def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
-        """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are. An isolated one comes first;
-        `alone`: the only request that may come now."""
+    def _first_waiting(self, alone: str | None) -> Sequence | None:
+        """Whose turn it is. `alone`: the only request that may come now."""
         while self._waiting and self._waiting[0].status is not Status.WAITING:
             heapq.heappop(self._waiting)
-        if not self._waiting or not self._slots:
-            return None
-        sequence = self._waiting[0]
-        if alone is not None and sequence.request.request_id != alone:
+        if alone is None:
+            return self._waiting[0] if self._waiting else None
+        mine = (s for s in self._waiting if s.request.request_id == alone and s.status is Status.WAITING)
+        return min(mine, default=None)
+
+    def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
+        """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are."""
+        sequence = self._first_waiting(alone)
+        if sequence is None or not self._slots:
             return None
         size, length = self.limits.block_size, len(sequence.tokens)
         # The last token is always computed: its logits are wanted.
@@ -306,7 +310,11 @@ class BatchScheduler:
         if missing + len(self.running) > self.pool.free and (self.running or self._releasing):
             self.pool.release(reversed(cached))
             return None
-        heapq.heappop(self._waiting)
+        if sequence is self._waiting[0]:
+            heapq.heappop(self._waiting)
+        else:
+            self._waiting.remove(sequence)
+            heapq.heapify(self._waiting)
         self._num_waiting -= 1
         sequence.status = Status.RUNNING
         sequence.slot = self._slots.pop()

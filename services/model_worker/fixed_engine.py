@@ -209,7 +209,7 @@ class FixedEngine:
     def _batch(self) -> list[_Sequence]:
         """All running sequences, or those of one request that must run apart."""
         for (request_id, _), sequence in self._running.items():
-            if sequence.request.isolated:
+            if sequence.request.isolated and sequence.generated == len(sequence.request.generated_ids):
                 return [s for (other, _), s in self._running.items() if other == request_id]
         return list(self._running.values())
 

@@ -26,7 +26,8 @@ class EngineRequest:
                    max_tokens count from the original prompt, so the output continues as if never interrupted
     priority       higher runs first; among equals first come, first served
     deadline       time.monotonic() seconds, or None
-    isolated       no step with this request holds another one (it is suspected to kill its worker)
+    isolated       no step with this request holds another one, until each of its choices has a new token: it is suspected to kill
+                   its worker
     """
 
     request_id: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Collection
 from enum import Enum, auto
@@ -38,7 +37,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
         params = request.params
         self.request = request
-        self.order = (-math.inf if request.isolated else -request.priority, arrival)
+        self.order = (-request.priority, arrival)
         self.tokens = array("i", request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.tokens.extend(request.generated_ids)
@@ -71,6 +70,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def is_proven(self) -> bool:
+        """For an isolated sequence: it has not killed its worker before its next token, so it may meet others again."""
+        return self.status is Status.FINISHED or self.num_generated > len(self.request.generated_ids)
 
     def finish_reason(self) -> FinishReason | None:
         """Why the tokens read back so far end here, if they do."""

@@ -1,8 +1,9 @@
-"""A request that is suspected of killing its worker has the engine's steps for itself."""
+"""A request that is suspected of killing its worker has the engine's steps for itself until it has come a token further."""
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 
 import pytest
 
@@ -53,11 +54,15 @@ def test_an_isolated_request_shares_no_step(depth: int, slots: int, blocks: int)
     other = batches.add(request("other suspect", isolated=True))
     batches.add(request("c"))
     steps = run(batches, depth, in_flight)
-    assert all(len(step) == 1 for step in steps if step & {"suspect", "other suspect"})
-    order = [next(iter(step)) for step in steps if step & {"suspect", "other suspect"}]
-    assert order == sorted(order, key=["suspect", "other suspect"].index), "one after the other"
-    assert steps.index({"suspect"}) == 0, "it does not wait for those that run"
-    assert {"a", "b", "c"} == set().union(*steps) - {"suspect", "other suspect"}
+    # It does not wait for those that run. Its prompt is one chunk; with a step launched ahead, one more is its own.
+    alone = list(takewhile({"suspect"}.__eq__, steps))
+    then = list(takewhile({"other suspect"}.__eq__, steps[len(alone) :]))
+    assert 1 <= len(then) <= len(alone) <= 3
+    rest = steps[len(alone) + len(then) :]
+    assert {"a", "b", "c", "suspect", "other suspect"} == set().union(*rest), (
+        "proven harmless, they meet the others again"
+    )
+    assert any(len(step) > 1 and "suspect" in step for step in rest)
     assert all(s.num_generated == 6 for s in (*suspects, other))
     assert batches.check_idle() == []
 
