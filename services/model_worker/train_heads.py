@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from services.model_worker.engine import Engine, EngineConfig, EngineRequest, StepOutput
-from services.model_worker.models.config import ModelError, read_json
+from services.model_worker.models.config import ModelError, load_config, read_json
 from services.model_worker.speculation.measure import (
     Backbone,
     head_targets,
@@ -444,6 +444,7 @@ def main(arguments: list[str]) -> int:
     if threads:
         torch.set_num_threads(threads)
     try:
+        load_config(options["model"])  # before anything is read or generated
         if command == "train-heads":
             files = {name: tuple(options.pop(name)) for name in ("data", "held_out")}
             train(TrainConfig(**files, **options), console)
@@ -453,7 +454,7 @@ def main(arguments: list[str]) -> int:
                 options["tokens"], options["device"], console,
             )  # fmt: skip
     except ModelError as error:
-        console.print(f"[red]{error.code}[/red]: {error.message}")
+        console.print(f"[red]{error.code}[/red]: {error.message}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

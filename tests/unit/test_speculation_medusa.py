@@ -14,13 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.model_worker import train_heads
+from services.model_worker.engine import EngineRequest
 from services.model_worker.models.config import ModelConfig, ModelError, load_config
 from services.model_worker.speculation.acceptance import DeviceTree
 from services.model_worker.speculation.drafter import DraftInputs, MedusaDrafter, load_drafter
 from services.model_worker.speculation.measure import Backbone, head_targets, target_ranks, top_accuracies
 from services.model_worker.speculation.medusa import MedusaHeads, load_heads, save_heads
-from services.model_worker.speculation.tree import Tree
-from tests.unit.engine_harness import dummy_model, needs_weights, weights
+from services.model_worker.speculation.tree import Tree, TreeSet
+from shared.sampling import SamplingParams
+from tests.unit.engine_harness import dummy_model, needs_weights, running, weights
 
 HEADS, LAYERS, HIDDEN, VOCABULARY = 3, 2, 32, 96
 
@@ -238,3 +240,43 @@ def test_training_in_two_parts_is_training_in_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(train_heads, "_train_step", step)
     parts = run("parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@needs_weights
+def test_a_tuned_tree_keeps_its_promise(tmp_path: Path) -> None:
+    """Tokens per step on other prompts are those that the design foretold."""
+    folder, prompts = weights("stories260K"), tmp_path / "prompts.txt"
+    prompts.write_text(
+        "Once upon a time, there was a little girl named Lily. One day, Tim saw a big dog in the park. " * 90
+    )
+    quiet = Console(quiet=True)
+    out = tmp_path / "heads"
+    train_heads.train(
+        train_heads.TrainConfig(
+            folder, (prompts,), out, heads=3, rows=4, length=64, steps=25, learning_rate=1e-2, distil=1200, device="cpu"
+        ),
+        quiet,
+    )
+    (out / "trees.json").unlink()
+    report = train_heads.tune_tree(folder, out, (prompts,), 1.0, 3000, "cpu", quiet)
+    trees = TreeSet.load(out / "trees.json").trees
+    assert report["trees"] == {tree.size: pytest.approx(1 + tree.expected_extra, abs=1e-3) for tree in trees}
+    assert report["trees"][64] > report["trees"][2] > 1
+    with running(folder, heads=out, max_seqs=4) as started:
+        controller = started.engine.trees
+        assert controller is not None
+        controller.pick = lambda _: controller.trees[3]  # type: ignore[method-assign]
+        params = {"temperature": 1.0, "max_tokens": 256, "ignore_eos": True}
+        starts = [[1, *range(300, 300 + 20 * i, 20)] for i in range(1, 9)]
+        started.run([
+            EngineRequest(str(i), 0, 1, ids, SamplingParams(seed=1000 + i, **params)) for i, ids in enumerate(starts)
+        ])  # fmt: skip
+        stats = started.engine.stats().speculation
+    assert stats is not None and stats.tokens_per_step == pytest.approx(report["trees"][16], rel=0.12)
+
+
+def test_the_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = [str(tmp_path / "missing"), "--device", "cpu"]
+    for command, files in (("train-heads", "--data"), ("tune-tree", "--prompts")):
+        assert train_heads.main([command, files, str(tmp_path / "no.txt"), "--model", *missing]) == 1
+        assert "config_missing" in capsys.readouterr().err
