@@ -343,8 +343,8 @@ def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
     def whole(value: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((rows,), value, device="cuda", dtype=dtype)
 
-    def batch(top_k: int, top_p: float, **bounds: bool) -> SamplingBatch:
-        floats = [whole(value, torch.float32) for value in (0.6, top_p, 0.0)]
+    def batch(top_k: int, top_p: float, least_p: float = 0.0, **bounds: bool) -> SamplingBatch:
+        floats = [whole(value, torch.float32) for value in (0.6, top_p, least_p)]
         position = torch.arange(rows, device="cuda", dtype=i32)
         temperature, nucleus, min_p = floats
         seed = whole(5, torch.int64)
@@ -359,6 +359,9 @@ def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
         "top-k 20": partial(ops.sample, logits, batch(20, 1.0)),
         "top-p 0.95": partial(ops.sample, logits, batch(0, 0.95)),
         "top-k 20, top-p 0.95": partial(ops.sample, logits, batch(20, 0.95)),
+        "top-p 0.5": partial(ops.sample, logits, batch(0, 0.5)),
+        "min-p 0.05": partial(ops.sample, logits, batch(0, 1.0, 0.05)),
+        "top-k 200": partial(ops.sample, logits, batch(200, 1.0)),
         "torch argmax": partial(logits.argmax, -1),
         "torch temperature": softmax_and_race,
         "torch sort": partial(logits.sort, -1),

@@ -5,9 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import dependent_launch
 from kernels.ops import AttentionBatch
 from kernels.philox import gumbel_noise
 from kernels.reference import ReferenceOps, filter_scores
+from kernels.skinny_gemm import GemmConfig, skinny_linear
+from kernels.triton_ops import TritonOps
 from tests.kernels.cases import attention_batch, random_cache, sampling_batch
 
 pytestmark = [
@@ -20,8 +23,6 @@ REFERENCE = ReferenceOps()
 
 @pytest.fixture(scope="module")
 def ops():
-    from kernels.triton_ops import TritonOps
-
     return TritonOps()
 
 
@@ -63,6 +64,60 @@ def test_silu_mul(ops):
     gate_up = bf16(300, 2 * 14336)
     gate, up = gate_up.chunk(2, -1)
     assert_as_exact_as_torch(ops.silu_mul(gate_up), F.silu(gate) * up, F.silu(gate.double()) * up.double())
+
+
+LINEAR_CONFIGS = [
+    GemmConfig(4, 1024, 4),
+    GemmConfig(2, 512, 1),
+    GemmConfig(64, 128, 4, 1, 4, True),
+    GemmConfig(64, 128, 4, 5, 4, False),
+    GemmConfig(128, 64, 4, 3, 4, True),
+    GemmConfig(32, 128, 2, 2, 6, False),
+]
+
+
+@pytest.mark.parametrize("config", LINEAR_CONFIGS, ids=str)
+@pytest.mark.parametrize(("width", "depth"), [(1024, 3072), (6144, 4096), (1000, 1152)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(config, width, depth, biased):
+    weight, bias = bf16(width, depth), bf16(width) if biased else None
+    for rows in (1, 3, 4) if config.split == 0 else (1, 7, 16, 33, 64, 128, 200):
+        x = bf16(rows, depth)
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_as_exact_as_torch(skinny_linear(x, weight, bias, config), F.linear(x, weight, bias), exact)
+
+
+def test_a_linear_of_fixed_split_has_the_same_bits_in_every_batch():
+    invariant, weight, x = TritonOps(fixed_split=256), bf16(1024, 4096), bf16(130, 4096)
+    together = invariant.linear(x, weight)
+    for rows in (1, 2, 16, 17, 64, 128):
+        assert torch.equal(invariant.linear(x[:rows], weight), together[:rows])
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_kernels_that_start_early_wait_for_what_they_read(ops, rows, monkeypatch):
+    """A chain in which each kernel reads what the one ahead wrote, as a CUDA graph, against the same one after another."""
+    weights = [bf16(1024, 1024) / 32 for _ in range(8)]
+    x, norm = bf16(rows, 1024), bf16(1024)
+
+    def chain():
+        residual, y = x.clone(), x
+        for weight in weights:
+            y = ops.linear(ops.add_rms_norm(y, residual, norm, 1e-6), weight)
+            y = ops.linear(ops.silu_mul(torch.cat((y, y), 1)), weight)
+        return ops.add_rms_norm(y, residual, norm, 1e-6)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dependent_launch, "ENABLED", False)
+        expected = chain()
+    assert torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain()
+    for _ in range(20):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -175,8 +230,6 @@ def test_stale_nan_in_a_block_harms_nobody(ops):
 
 
 def test_fixed_split_gives_the_same_bits_in_every_batch():
-    from kernels.triton_ops import TritonOps
-
     invariant = TritonOps(fixed_split=256)
     contexts = [4000, 100, 900, 1777]
     batch = attention_batch(contexts, [1] * 4, 64, 120, decode_seqs=4, device="cuda")
