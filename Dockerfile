@@ -4,55 +4,66 @@ ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    GORGON_LOG_FORMAT=json GORGON_MODEL_PATH=/model
+    GORGON_LOG_FORMAT=json GORGON_MODEL_PATH=/model GORGON_READY_FILE=/tmp/ready
 WORKDIR /app
 RUN useradd --create-home --uid 10001 gorgon
+# A stage touches its ready file at each heartbeat while it is ready and connected.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=4 CMD test -n "$(find $GORGON_READY_FILE -mmin -0.2)"
+
+FROM base AS tokenizer
 COPY pyproject.toml README.md ./
 COPY shared ./shared
 COPY services/__init__.py ./services/__init__.py
-
-FROM base AS tokenizer
 COPY services/tokenizer ./services/tokenizer
 RUN pip install ".[tokenizer]"
 USER gorgon
-HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=4 CMD ["python", "-m", "shared.health", "tokenizer"]
 ENTRYPOINT ["python", "-m", "services.tokenizer"]
 
 FROM base AS scheduler
+COPY pyproject.toml README.md ./
+COPY shared ./shared
+COPY services/__init__.py ./services/__init__.py
 COPY services/scheduler ./services/scheduler
 RUN pip install ".[scheduler]"
 USER gorgon
-HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=4 CMD ["python", "-m", "shared.health", "scheduler"]
 ENTRYPOINT ["python", "-m", "services.scheduler"]
 
 FROM base AS detokenizer
+COPY pyproject.toml README.md ./
+COPY shared ./shared
+COPY services/__init__.py ./services/__init__.py
 COPY services/detokenizer ./services/detokenizer
 RUN pip install ".[detokenizer]"
 USER gorgon
-HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=4 CMD ["python", "-m", "shared.health", "detokenizer"]
 ENTRYPOINT ["python", "-m", "services.detokenizer"]
 
-# The worker: TORCH and PIP_ARGS choose the build, e.g. PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
-FROM base AS model_worker_base
-COPY kernels ./kernels
-COPY services/model_worker ./services/model_worker
-
-FROM model_worker_base AS model_worker
+# TORCH and PIP_ARGS choose torch's build, e.g. PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+FROM base AS model_worker
 ARG TORCH=torch==2.13.0
 ARG PIP_ARGS=""
 RUN pip install ${PIP_ARGS} "${TORCH}"
-RUN pip install ".[model_worker]"
+COPY pyproject.toml README.md ./
+COPY shared ./shared
+COPY kernels ./kernels
+COPY services/__init__.py ./services/__init__.py
+COPY services/model_worker ./services/model_worker
+RUN pip install ".[worker]"
 USER gorgon
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=4 CMD ["python", "-m", "shared.health", "model_worker"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=4 CMD test -n "$(find $GORGON_READY_FILE -mmin -0.2)"
 ENTRYPOINT ["python", "-m", "services.model_worker"]
 
 # torch's CUDA wheels bring CUDA's libraries along; Triton compiles its launchers with a C compiler.
-FROM model_worker_base AS model_worker_cuda
+FROM base AS model_worker_cuda
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ARG TORCH_CUDA=torch>=2.11
 RUN pip install "${TORCH_CUDA}"
-RUN pip install ".[model_worker]"
+COPY pyproject.toml README.md ./
+COPY shared ./shared
+COPY kernels ./kernels
+COPY services/__init__.py ./services/__init__.py
+COPY services/model_worker ./services/model_worker
+RUN pip install ".[worker]"
 USER gorgon
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/home/gorgon/.triton
-HEALTHCHECK --interval=5s --timeout=5s --start-period=300s --retries=4 CMD ["python", "-m", "shared.health", "model_worker"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=300s --retries=4 CMD test -n "$(find $GORGON_READY_FILE -mmin -0.2)"
 ENTRYPOINT ["python", "-m", "services.model_worker"]

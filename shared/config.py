@@ -61,6 +61,7 @@ class StageSettings(BaseSettings):
     stream_max_bytes: int = Field(0, ge=0, description="limit of each stream; 0: only the server's own")
     log_format: str = Field("auto", pattern="^(auto|json|console)$")
     log_level: str = "info"
+    ready_file: str = Field("", description="touched at each heartbeat while ready and connected, for health checks")
     replicas: int = Field(1, ge=1, le=5, description="JetStream replicas of every stream and bucket")
 
     @field_validator("model", "name")

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Awaitable, Coroutine
+from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
@@ -35,6 +36,7 @@ class Service:
         self.instance = settings.incarnation()
         self.log = log.bind(stage=self.stage, instance=self.instance)
         self.draining = False
+        self.ready = False
         self.failed: asyncio.Future[None] | None = None  # resolves to the exception of a dead task
         self._tasks: set[asyncio.Task[None]] = set()
         self._beat = 0
@@ -85,6 +87,7 @@ class Service:
         self.failed = asyncio.get_running_loop().create_future()
         self.bus.on_closed(self.fail)
         await self.on_start()
+        self.ready = True
         await self.bus.subscribe(subjects.PS, self._answer_ps)
         self.spawn(self._beat_forever(), "heartbeat")
         self.log.info("ready", model=self.settings.model)
@@ -121,8 +124,11 @@ class Service:
             self.fail(error)
 
     async def _beat_forever(self) -> None:
+        ready_file = Path(self.settings.ready_file) if self.settings.ready_file else None
         while True:
             self.beat_now()
+            if ready_file is not None and self.ready and self.bus.connected_for > 0:
+                ready_file.touch()
             await asyncio.sleep(self.settings.heartbeat_interval)
 
     def _answer_ps(self, message: Message) -> None:
