@@ -60,9 +60,9 @@ class Ticket:
                 continue
             width = part.ids.shape[1]
             chosen, top, top_ids = (tensor.tolist() for tensor in part.logprobs)
-            for first, sequence in enumerate(self.plan.sampled[len(logprobs) : len(ids)]):
+            for row, sequence in enumerate(self.plan.sampled[len(logprobs) : len(ids)]):
                 wanted = sequence.request.params.logprobs
-                entries = range(first * width, first * width + len(ids[len(logprobs)]))
+                entries = range(row * width, row * width + len(ids[len(logprobs)]))
                 logprobs.append(
                     None
                     if wanted is None

@@ -47,13 +47,19 @@ class EngineDied(RuntimeError):
 
 @dataclass(slots=True)
 class ActiveRun:
-    """A request that this worker holds. `lengths` is the number of generated tokens of each choice, `open` the choices that go on."""
+    """A request that this worker holds.
+
+    lengths    number of generated tokens of each choice
+    open       choices that go on
+    unproven   choices of an isolated request that have not come one token further yet
+    """
 
     key: str
     epoch: int
     partition: int
     lengths: list[int]
     open: set[int]
+    unproven: set[int]
 
 
 class EndedRuns:
@@ -183,6 +189,7 @@ class WorkerService(Service):
             limits.max_model_len,
             limits.vocab_size,
             self._suspects,
+            tuple(run.key for run in self._runs.values() if run.unproven),
         )
 
     async def _watch_engine(self) -> None:
@@ -235,7 +242,9 @@ class WorkerService(Service):
         for request in requests:
             lengths[request.choice] = len(request.generated_ids)
         partition = subjects.partition_of(run.key, self.settings.partitions)
-        self._runs[run.key] = ActiveRun(run.key, run.epoch, partition, lengths, {r.choice for r in requests})
+        choices = {request.choice for request in requests}
+        unproven = set(choices) if run.isolated else set()
+        self._runs[run.key] = ActiveRun(run.key, run.epoch, partition, lengths, choices, unproven)
         self.log.info("run", key=run.key, epoch=run.epoch, prompt=len(run.prompt_ids) // 4, prefix=sum(lengths))
         return m.RunReply(True)
 
@@ -305,6 +314,7 @@ class WorkerService(Service):
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
         run.lengths[output.choice] = output.position + len(output.ids)
+        run.unproven.discard(output.choice)
         failure = logprobs = None
         finish = output.finish
         if finish is not None:

@@ -16,7 +16,7 @@ from services.model_worker.models.decoder import Decoder
 from services.model_worker.speculation.medusa import MedusaHeads, tied_output
 
 _BLOCK = 16
-_LOGITS_BYTES = 256 << 20  # logits of a slice of rows, all heads, in f32
+_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of a slice of rows, all heads, in f32
 
 
 class Backbone:
@@ -57,7 +57,7 @@ class Backbone:
 
 def rows_per_slice(heads: MedusaHeads, model_head: Tensor) -> int:
     """How many rows' logits of all heads fit into the memory set aside for them."""
-    return max(64, _LOGITS_BYTES // (4 * heads.num_heads * model_head.shape[0]))
+    return max(64, _LOGITS_BYTES[model_head.device.type] // (4 * heads.num_heads * model_head.shape[0]))
 
 
 def head_targets(ids: Tensor, heads: int, first: int = 0) -> Tensor:

@@ -56,17 +56,17 @@ class Tree:
     def size(self) -> int:
         return len(self.nodes)
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """The longest path: how many guessed tokens a step can accept."""
         return len(self.nodes[-1])
 
-    @property
+    @cached_property
     def width(self) -> int:
         """How many candidates of a head are wanted at most."""
         return 1 + max((node[-1] for node in self.nodes[1:]), default=-1)
 
-    @property
+    @cached_property
     def expected_extra(self) -> float:
         """Guessed tokens that a step is expected to accept, beside the one that it samples anyway."""
         return sum(self.gains[1:])
