@@ -140,14 +140,14 @@ def _check_kernel(
     chunk = tl.program_id(1)
     parts = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
-    top_k, top_p, min_p = _filters(top_k_ptr, top_p_ptr, min_p_ptr, row, V)
+    top_k, top_p, _min_p = _filters(top_k_ptr, top_p_ptr, min_p_ptr, row, V)
     if (temperature > 0) & (top_k == 0) & (top_p < 1):
         row_ptr = logits_ptr + row * V
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         logits = tl.load(row_ptr + token, mask=token < V, other=-float("inf")).to(tl.float32)
-        score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
+        _score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
         pivot = tl.load(row_ptr + chosen).to(tl.float32)
-        part_best, best = _row_best(maxima_ptr, row, parts, PARTS, CHUNK // GROUP)
+        _part_best, best = _row_best(maxima_ptr, row, parts, PARTS, CHUNK // GROUP)
         above = tl.where(logits > pivot, _mass(logits, pivot, best, inverse_temperature(temperature)), 0.0)
         tl.store(above_ptr + row * parts + chunk, tl.sum(above, 0))
 
@@ -171,15 +171,17 @@ def _scan_best(row_ptr, V, lowest, above, scale, seed, position, choice, BLOCK: 
     for start in range(0, V, BLOCK):
         quad = start // 4 + tl.arange(0, BLOCK // 4)
         logits_0, logits_1, logits_2, logits_3 = load_quads(row_ptr, quad, V)
-        logits_0 = tl.where(logits_0 > above, logits_0, -float("inf"))
-        logits_1 = tl.where(logits_1 > above, logits_1, -float("inf"))
-        logits_2 = tl.where(logits_2 > above, logits_2, -float("inf"))
-        logits_3 = tl.where(logits_3 > above, logits_3, -float("inf"))
-        score, candidate = noisy_best(
-            quad, logits_0, logits_1, logits_2, logits_3, lowest, scale, seed, position, choice, V
-        )
-        token = tl.where(score > best, candidate, token)
-        best = tl.maximum(best, score)
+        greatest = tl.max(tl.maximum(tl.maximum(logits_0, logits_1), tl.maximum(logits_2, logits_3)), 0)
+        if (greatest >= lowest) & (greatest > above):  # else the noise would be for nothing
+            logits_0 = tl.where(logits_0 > above, logits_0, -float("inf"))
+            logits_1 = tl.where(logits_1 > above, logits_1, -float("inf"))
+            logits_2 = tl.where(logits_2 > above, logits_2, -float("inf"))
+            logits_3 = tl.where(logits_3 > above, logits_3, -float("inf"))
+            score, candidate = noisy_best(
+                quad, logits_0, logits_1, logits_2, logits_3, lowest, scale, seed, position, choice, V
+            )
+            token = tl.where(score > best, candidate, token)
+            best = tl.maximum(best, score)
     return token
 
 
@@ -303,7 +305,7 @@ def _resolve_kernel(
         if min_p > 0:
             lowest = tl.minimum(best + tl.log(min_p) * temperature, best)
         if top_k == 0:
-            score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
+            _score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
             part = tl.arange(0, PARTS)
             inside = part < parts
             mass = tl.load(mass_ptr + row * parts + part, mask=inside, other=0.0)
@@ -383,11 +385,11 @@ def _resolve_kernel(
                 logits_1 = tl.where(key_1 >= low, logits_1, -float("inf"))
                 logits_2 = tl.where(key_2 >= low, logits_2, -float("inf"))
                 logits_3 = tl.where(key_3 >= low, logits_3, -float("inf"))
-                score, chosen = noisy_best(
+                _score, chosen = noisy_best(
                     quad, logits_0, logits_1, logits_2, logits_3, lowest, scale, seed, position, choice, V
                 )
     else:
-        score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
+        _score, chosen = best_of_parts(best_ptr + row * parts, token_ptr + row * parts, parts, PARTS)
     tl.store(out_ptr + row, chosen.to(tl.int64))
 
 

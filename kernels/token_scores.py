@@ -20,14 +20,29 @@ def load_quads(row_ptr, quad, V):
     return first, second, third, fourth
 
 
+# The interpreter has no assembly.
+HARDWARE_LOGARITHM = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _log2(x):
+    """To 2^-22 of the result, between 0.5 and 2 to an absolute 2^-22: a sixth of the instructions of `tl.log2`."""
+    if HARDWARE_LOGARITHM:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
 @triton.jit
 def _gumbel(word):
     """-log(-log1p(-v)) of v = (word + 0.5) × 2^-32; word uint32."""
     v = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     # Near 0 the logarithm of 1 - v has lost v's digits: its series has them, to 2e-7 of the value.
     series = v * (1.0 + v * (0.5 + v * (0.33333333 + v * (0.25 + v * 0.2))))
-    exponential = tl.where(v < 0.0625, series, -0.6931471805599453 * tl.log2(1.0 - v))
-    return -0.6931471805599453 * tl.log2(exponential)
+    exponential = tl.where(v < 0.0625, series, -0.6931471805599453 * _log2(1.0 - v))
+    return -0.6931471805599453 * _log2(exponential)
 
 
 @triton.jit
