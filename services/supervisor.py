@@ -105,7 +105,10 @@ class Child:
 
 @dataclass
 class Plan:
-    """What to run: copies of each stage, further flags by stage, the environment of all, and where the server keeps its data."""
+    """What to run: copies of each stage, further flags by stage, the environment of all, and where the server keeps its data.
+
+    modules   what is run as a stage (`python -m`) where that is not services.<stage>
+    """
 
     data: Path
     model: str = "demo"
@@ -114,6 +117,7 @@ class Plan:
     copies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 1))
     flags: dict[str, list[str]] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
 
     @property
     def nats_url(self) -> str:
@@ -137,7 +141,7 @@ class Supervisor:
                 command = [
                     sys.executable,
                     "-m",
-                    f"services.{stage}",
+                    plan.modules.get(stage, f"services.{stage}"),
                     "--nats-url",
                     plan.nats_url,
                     "--model",

@@ -1,0 +1,101 @@
+"""A deployment to be harmed: two of each stage, and what must hold when it has been left alone for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.supervisor import STAGES, Plan, Supervisor
+from shared import presence
+from shared.broker import free_port
+from shared.config import StageSettings
+from shared.messages import Heartbeat, WorkerHeartbeat
+from shared.nats_bus import NatsBus
+from tests.chaos.faults import Injector
+from tests.pipeline.harness import complaints
+
+COPIES = 2
+MODEL = "chaos"
+READY = 60.0
+# A request of a scheduler that died before it could ack is delivered again after ack_wait.
+QUIET = 40.0
+
+
+@dataclass
+class Deployment:
+    supervisor: Supervisor
+    bus: NatsBus
+    injector: Injector
+
+    @property
+    def url(self) -> str:
+        return self.supervisor.plan.nats_url
+
+    async def until_ready(self) -> None:
+        await presence.wait_for_stages(self.bus, self.supervisor.plan.copies, MODEL, READY)
+
+    async def unrest(self) -> list[str]:
+        """What is not as it must be some time after the last fault and the last stream's end; empty as soon as all is well."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + QUIET
+        while True:
+            wrong = self.injector.unexplained()
+            if not self.injector.settled:
+                wrong.append("a process has not come back")
+            else:
+                await self.until_ready()
+                beats = await presence.gather(self.bus, 1.0, lambda beats: len(beats) >= len(self.supervisor.stages))
+                wrong += [complaint for beat in beats for complaint in complaints(beat) + _further_complaints(beat)]
+            if not wrong or loop.time() > until:
+                return wrong
+            await asyncio.sleep(0.2)
+
+
+def _further_complaints(beat: Heartbeat | WorkerHeartbeat) -> list[str]:
+    base = presence.base_of(beat)
+    counts = ("waiting", "live", "unplaced") if base.stage == "scheduler" else ("waiting",)
+    return [f"{base.instance}: {base.detail[name]} {name}" for name in counts if base.detail.get(name)]
+
+
+@asynccontextmanager
+async def deployed(
+    data: Path,
+    model_path: Path,
+    worker_flags: list[str],
+    modules: dict[str, str] | None = None,
+    copies: dict[str, int] | None = None,
+) -> AsyncIterator[Deployment]:
+    plan = Plan(
+        data,
+        MODEL,
+        model_path,
+        free_port(),
+        dict.fromkeys(STAGES, COPIES) | (copies or {}),
+        {"model_worker": worker_flags},
+        modules=modules or {},
+    )
+    supervisor = Supervisor(plan)
+    bus: NatsBus | None = None
+    try:
+        await supervisor.start()
+        bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
+        await presence.wait_for_stages(bus, plan.copies, MODEL, READY)
+        yield Deployment(supervisor, bus, Injector(supervisor))
+    except BaseException:
+        for child in supervisor.children():
+            tail = child.log_path.read_text().splitlines()[-15:] if child.log_path.exists() else []
+            print(f"---- {child.name}, restarted {child.restarts} times", *tail, sep="\n", file=sys.stderr)
+        raise
+    finally:
+        for child in supervisor.children():  # whoever stands still would not hear that it is to stop
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGCONT)
+        if bus is not None:
+            await bus.close()
+        await supervisor.stop()

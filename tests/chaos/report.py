@@ -1,0 +1,65 @@
+"""A run of streams under faults, and its verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from tests.chaos.checker import Record
+from tests.chaos.deployment import MODEL, Deployment
+from tests.chaos.faults import Fault
+from tests.chaos.workload import RecordingClient, Workload
+
+
+@dataclass
+class Report:
+    """`broken`: complaints by stream."""
+
+    records: list[Record]
+    broken: dict[str, list[str]]
+    faults: Counter[tuple[str, str]]
+
+    def __str__(self) -> str:
+        ends = Counter((record.kind, record.end) for record in self.records)
+        tokens = sum(len(ids) for record in self.records for ids in record.ids.values())
+        lines = [
+            f"{len(self.records)} streams ({tokens} tokens), {sum(self.faults.values())} faults, {len(self.broken)} broken",
+            "  ends:   " + ", ".join(f"{kind} {end} {count}" for (kind, end), count in sorted(ends.items())),
+            "  faults: " + ", ".join(f"{kind} {stage} {count}" for (stage, kind), count in sorted(self.faults.items())),
+        ]
+        for name, complaints in list(self.broken.items())[:20]:
+            lines.append(f"  {name}: " + "; ".join(complaints[:4]))
+        return "\n".join(lines)
+
+
+async def disturb(
+    deployment: Deployment,
+    workload: Workload,
+    check: Callable[[Record], list[str]],
+    plan: Sequence[Fault],
+    *,
+    seed: int,
+    streams: int,
+    seconds: float,
+) -> Report:
+    """Runs the streams while the plan is carried out; the last streams end in peace."""
+    print(f"seed {seed}, {len(plan)} faults planned:", *plan, sep="\n  ")
+    await asyncio.gather(
+        workload.keep_running(seed, streams, seconds),
+        deployment.injector.carry_out(plan),
+    )
+    checked = {f"{r.id} ({r.kind}, {r.request})": check(r) for r in workload.records}
+    broken = {name: complaints for name, complaints in checked.items() if complaints}
+    report = Report(workload.records, broken, deployment.injector.done)
+    print(report)
+    return report
+
+
+async def clients(
+    stack: AsyncExitStack, deployment: Deployment, kind: type[RecordingClient] = RecordingClient, count: int = 2
+) -> list[RecordingClient]:
+    """On a connection each."""
+    return [await stack.enter_async_context(kind(deployment.url, MODEL)) for _ in range(count)]
