@@ -88,7 +88,7 @@ _REBUILD: dict[type[Any], dict[str, Any]] = {
     m.End: {"failure": lambda r: _make(m.Failure, r)},
     m.Run: {"sampling": _sampling, "generated": tuple, "done": tuple},
     m.PrefixReply: {"generated": tuple, "done": tuple},
-    m.WorkerHeartbeat: {"base": lambda r: _make(m.Heartbeat, r), "suspects": tuple},
+    m.WorkerHeartbeat: {"base": lambda r: _make(m.Heartbeat, r), "suspects": tuple, "isolated": tuple},
 }
 _REBUILD_AT: dict[type[Any], tuple[tuple[int, Any], ...]] = {
     cls: tuple((cls._fields.index(name), rebuild) for name, rebuild in by_name.items())

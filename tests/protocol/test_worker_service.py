@@ -409,10 +409,19 @@ async def test_a_failing_step_names_its_requests_and_ends_the_process() -> None:
 
 
 @virtual
-async def test_an_isolated_request_shares_no_step() -> None:
-    world = World(Fault(kind="raise", position=3))
+async def test_an_isolated_request_shares_no_step_until_it_has_come_further() -> None:
+    world = World(Fault(kind="raise", position=0))
     worker = await world.start()
-    await world.order(order_for("t.a", tokens=100))
+    other = order_for("t.a", tokens=100)
+    await world.open(other)
+    await world.order(other)
+    await world.order(order_for("t.harmless", tokens=100, n=2, isolated=True))
+    assert worker.heartbeat().isolated == ("t.harmless",)  # type: ignore[union-attr]
+    await until(lambda: len(world.tokens_of("t.harmless")) >= 4)
+    assert worker.heartbeat().isolated == ()  # type: ignore[union-attr]
+    before = len(world.tokens_of("t.a"))
+    await asyncio.sleep(5 * STEP)
+    assert len(world.tokens_of("t.a")) > before, "they share steps again"
     await world.order(order_for("t.suspect", prompt=(1, POISON), isolated=True))
     assert worker.failed is not None
     with pytest.raises(EngineDied):
