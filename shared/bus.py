@@ -222,8 +222,12 @@ class Bus(Protocol):
     async def backlog(self, stream: str, durable: str) -> int:
         """Messages of the durable consumer that nobody has taken yet (0 if it does not exist)."""
 
-    async def trim(self, stream: str, below_seq: int) -> None:
-        """Deletes every message with a smaller sequence. `below_seq` is at most one above the newest."""
+    async def acked_below(self, stream: str, durable: str) -> int:
+        """A sequence below which the durable consumer has nothing left to be acked (1 if it does not exist)."""
+
+    async def trim(self, stream: str, below_seq: int, subject: str = "") -> None:
+        """Deletes every message (of the subject, if one is given) with a smaller sequence. `below_seq` is at most one above the
+        newest."""
 
     async def ensure_stream(self, spec: StreamSpec) -> None:
         """Creates the stream, or brings one that exists to the spec. Raises IncompatibleStream."""

@@ -136,9 +136,10 @@ class Stream:
             seqs = self._by_subject[message.subject]
             del seqs[bisect_left(seqs, seq)]
 
-    def trim(self, below_seq: int) -> None:
-        while self.messages and (first := next(iter(self.messages))) < below_seq:
-            self.delete(first)
+    def trim(self, below_seq: int, pattern: str = ">") -> None:
+        for seqs in list(self._seqs(pattern)):
+            for seq in seqs[: bisect_left(seqs, below_seq)]:
+                self.delete(seq)
 
     def expire(self, now: float) -> None:
         """Forgets what is older than the stream's limits."""

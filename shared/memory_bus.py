@@ -542,8 +542,13 @@ class MemoryBus:
         consumer = state.consumers.get(durable)
         return state.count(consumer.subject, consumer.next_seq) if consumer is not None else 0
 
-    async def trim(self, stream: str, below_seq: int) -> None:
-        await self.write_to_broker(lambda: self.broker.stream(stream).trim(below_seq), 2.0)
+    async def acked_below(self, stream: str, durable: str) -> int:
+        state = await self.read_from_broker(lambda: self.broker.stream(stream))
+        consumer = state.consumers.get(durable)
+        return min(consumer.unacked, default=consumer.next_seq) if consumer is not None else 1
+
+    async def trim(self, stream: str, below_seq: int, subject: str = ">") -> None:
+        await self.write_to_broker(lambda: self.broker.stream(stream).trim(below_seq, subject), 2.0)
 
     async def ensure_stream(self, spec: StreamSpec) -> None:
         await self.write_to_broker(lambda: self.broker.ensure_stream(spec), 2.0)

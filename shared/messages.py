@@ -203,8 +203,10 @@ class Assignment(NamedTuple):
     epoch: int
     worker: str
     body_hash: bytes
-    suspect: int = 0  # deaths in a row without progress (services/scheduler/recovery.py)
+    suspect: int = 0  # deaths in a row without progress (services/scheduler/suspicion.py)
     died_at: int = -1  # committed tokens at the last of them
+    choices: int = 1
+    model: str = ""  # the bucket is shared by all
 
 
 class Tombstone(NamedTuple):

@@ -472,9 +472,18 @@ class NatsBus:
             raise
         return pending
 
-    async def trim(self, stream: str, below_seq: int) -> None:
+    async def acked_below(self, stream: str, durable: str) -> int:
+        try:
+            floor: int = (await self.api(f"CONSUMER.INFO.{stream}.{durable}"))["ack_floor"]["stream_seq"]
+        except ApiError as error:
+            if error.code == NO_CONSUMER:
+                return 1
+            raise
+        return floor + 1
+
+    async def trim(self, stream: str, below_seq: int, subject: str = "") -> None:
         if below_seq > 1:
-            await self.api(f"STREAM.PURGE.{stream}", {"seq": below_seq})
+            await self.api(f"STREAM.PURGE.{stream}", {"seq": below_seq} | ({"filter": subject} if subject else {}))
 
     async def ensure_stream(self, spec: StreamSpec) -> None:
         window = min(spec.duplicate_window, spec.max_age) if spec.max_age else spec.duplicate_window

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.fairness import FairQueue
+from services.scheduler.fairness import Charge, FairQueue
 from services.scheduler.fleet import Fleet, Worker
 from services.scheduler.ledger import Ledger
-from services.scheduler.placement import PrefixIndex, choose, prefix_chunks
+from services.scheduler.placement import Need, PrefixIndex, choose, prefix_chunks
 from shared import messages as m
 from shared.subjects import split_request_key
 
@@ -28,19 +28,14 @@ class Draining(Exception):
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """`expires` is in loop time; `migrated` requests go first; `isolated` ones need a worker without another such request."""
+    """`expires` is in loop time."""
 
     key: str
     request: m.Request
+    need: Need
     turn: asyncio.Future[Worker]
     expires: float | None = None
-    migrated: bool = False
-    isolated: bool = False
     chunks: list[bytes] = field(default_factory=list)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt_ids) // 4
 
 
 class Dispatcher:
@@ -50,70 +45,103 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, ledger: Ledger, weights: Mapping[str, float]) -> None:
         self._fleet = fleet
         self._ledger = ledger
-        self.index = PrefixIndex()
-        self.queue: FairQueue[Waiting] = FairQueue(weights)
-        self.migrated: list[Waiting] = []
-        self._guesses: dict[str, tuple[str, float]] = {}  # key: (tenant, output tokens charged in advance)
+        self._draining = False
+        self._index = PrefixIndex()
+        self._queue: FairQueue[Waiting] = FairQueue(weights)
+        self._migrated: dict[Waiting, None] = {}
+        self._by_key: dict[str, dict[Waiting, None]] = {}
+        self._charges: dict[str, Charge] = {}  # by key
+
+    @property
+    def waiting(self) -> int:
+        """New requests without a worker."""
+        return len(self._queue)
+
+    @property
+    def unplaced(self) -> int:
+        """Migrated requests without a worker."""
+        return len(self._migrated)
+
+    def check_idle(self) -> list[str]:
+        """Complaints if, with no live request, something is left here."""
+        left = dict(waiting=self.waiting, unplaced=self.unplaced, keys=len(self._by_key), charges=len(self._charges))
+        left |= {w.instance: w.reserved + w.isolated_reserved for w in self._fleet.workers.values()}
+        return [f"{name}: {count}" for name, count in left.items() if count]
 
     async def worker_for(
-        self, request: m.Request, *, expires: float | None, migrated: bool = False, isolated: bool = False
-    ) -> Worker:
-        """Raises Expired, Dropped, Draining."""
+        self, request: m.Request, *, expires: float | None, prefix: int | None = None, isolated: bool = False
+    ) -> tuple[Worker, Need]:
+        """`prefix`: committed tokens of a migrated request, None for a new one. Raises Expired, Dropped, Draining."""
+        if self._draining:
+            raise Draining
+        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), request.choices, isolated)
         turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-        chunks = prefix_chunks(request.prompt_ids)
-        item = Waiting(request.key, request, turn, expires, migrated, isolated, chunks)
-        if migrated:
-            self.migrated.append(item)
+        item = Waiting(request.key, request, need, turn, expires, prefix_chunks(request.prompt_ids))
+        if prefix is not None:
+            self._migrated[item] = None
         else:
-            self.queue.put(split_request_key(request.key)[0], request.priority, item)
+            self._queue.put(split_request_key(request.key)[0], request.priority, item)
+        self._by_key.setdefault(item.key, {})[item] = None
         self.dispatch()
         try:
-            return await turn
+            return await turn, need
         finally:
-            self._remove(item)
+            self._forget(item)
 
     def dispatch(self) -> None:
         """Gives out all turns that there is room for."""
-        for item in list(self.migrated):
+        for item in list(self._migrated):
             if self._grant(item):
-                self.migrated.remove(item)
+                del self._migrated[item]
         progress = True
         while progress:
             progress = False
-            for tenant, item in self.queue.candidates():
+            for tenant, item in self._queue.candidates():
                 if self._grant(item):
-                    self.queue.pop(tenant)
-                    guess = self.queue.charge(tenant, item.prompt_tokens, item.request.sampling.max_tokens)
-                    self._guesses[item.key] = (tenant, guess)
+                    self._queue.pop(tenant)
+                    self.refund(item.key)  # of an earlier request with this id: only one of them will run
+                    self._charges[item.key] = self._queue.charge(
+                        tenant, item.need.tokens, item.request.sampling.max_tokens
+                    )
                     progress = True
                     break
 
     def _grant(self, item: Waiting) -> bool:
         if item.turn.done():
-            return True
-        worker = choose(
-            self._fleet.available(), self._ledger, self.index, item.prompt_tokens, item.chunks, item.isolated
-        )
+            return False  # dropped or expired: it leaves by itself
+        length = item.need.tokens + 1
+        workers = self._fleet.available(lambda beat: length <= min(beat.max_model_len, beat.kv_tokens_total))
+        worker = choose(workers, self._ledger, self._index, item.need, item.chunks)
         if worker is None:
             return False
-        worker.reserved += 1
-        worker.reserved_tokens += item.prompt_tokens
-        self.index.placed(worker.instance, item.chunks)
+        worker.reserved += item.need.choices
+        worker.reserved_tokens += item.need.tokens
+        worker.isolated_reserved += item.need.isolated
+        self._index.placed(worker.instance, item.chunks)
         item.turn.set_result(worker)
         return True
 
-    def release(self, worker: Worker) -> None:
-        worker.reserved -= 1
+    def waiting_of(self, tenant: str) -> int:
+        return self._queue.waiting(tenant)
+
+    def release(self, worker: Worker, need: Need) -> None:
+        worker.reserved -= need.choices
+        worker.isolated_reserved -= need.isolated
 
     def ended(self, key: str, output_tokens: int) -> None:
         """The request is over: corrects its tenant's counter, and drops it if it still waits."""
-        if (guess := self._guesses.pop(key, None)) is not None:
-            self.queue.correct(*guess, output_tokens)
+        if (charge := self._charges.pop(key, None)) is not None:
+            self._queue.correct(charge, output_tokens)
         self.drop(key)
 
+    def refund(self, key: str) -> None:
+        """The request was not started after all."""
+        if (charge := self._charges.pop(key, None)) is not None:
+            self._queue.refund(charge)
+
     def drop(self, key: str) -> None:
-        for item in self._all():
-            if item.key == key and not item.turn.done():
+        for item in self._by_key.get(key, ()):
+            if not item.turn.done():
                 item.turn.set_exception(Dropped(key))
 
     def expire(self, now: float) -> None:
@@ -122,14 +150,26 @@ class Dispatcher:
                 item.turn.set_exception(Expired(item.key))
 
     def drain(self) -> None:
+        """Nobody waits here any more."""
+        self._draining = True
         for item in self._all():
             if not item.turn.done():
                 item.turn.set_exception(Draining())
 
-    def _all(self) -> list[Waiting]:
-        return [*self.migrated, *self.queue]
+    def forget_worker(self, instance: str) -> None:
+        self._index.forget(instance)
 
-    def _remove(self, item: Waiting) -> None:
-        if item in self.migrated:
-            self.migrated.remove(item)
-        self.queue.remove(item)
+    def _all(self) -> list[Waiting]:
+        return [item for items in self._by_key.values() for item in items]
+
+    def _forget(self, item: Waiting) -> None:
+        items = self._by_key[item.key]
+        del items[item]
+        if not items:
+            del self._by_key[item.key]
+        granted = not item.turn.cancelled() and item.turn.exception() is None
+        if not granted:
+            if item in self._migrated:
+                del self._migrated[item]
+            else:
+                self._queue.remove(split_request_key(item.key)[0], item)

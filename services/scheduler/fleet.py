@@ -1,110 +1,147 @@
-"""Which workers live, judged by progress and not by pings. Pure: time is passed in.
+"""Which workers and schedulers live, judged by progress and not by pings. Pure: heartbeats and times are passed in.
 
-Silence proves something only while one's own link works. The proof that it does is the echo of one's own heartbeats through NATS:
-when NATS stalls, everybody falls silent, the echo too, and nobody is declared lost.
+Silence proves something only while one's own link works, and only the echo of one's own heartbeats proves that it does. So silence
+is measured in *proven time*, which advances with each echo, by no more than echoes are apart when all is well. While NATS, the link
+or this very process stands still, proven time does too, and nobody is declared lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.messages import WorkerHeartbeat
 
+LONGEST_STEP = 1.5  # of proven time, in intervals between echoes
+LOST_LINK = 3.5  # intervals without an echo: the link was lost, and the others' may have been, too
+SILENT_BEATS = 4.5  # intervals of silence that are never too short: four beats were missed, and nothing came in between
+LONGEST_CLOSURE = 16  # heartbeats for which a worker that refuses orders is given none
+BLACKOUT = 2.5  # missed heartbeats: more is no longer chance
+PEER_PATIENCE = 2.0  # schedulers, who have more to do between two heartbeats, are given so much more time than workers
+
 
 class Link:
-    """Whether this process hears what is said. `trusted_since` is when silence of others began to count."""
+    """Proven time. `interval`: seconds between own heartbeats; `grace`: seconds that others may take to come back after a loss."""
 
-    def __init__(self, patience: float, reconnect_grace: float) -> None:
-        self._patience = patience
-        self._grace = reconnect_grace
+    def __init__(self, interval: float, grace: float) -> None:
+        self.proven = 0.0
+        self._interval = interval
+        self._grace = grace
         self._echo: float | None = None
-        self.trusted_since: float | None = None
+        self._counts_from = 0.0
 
     def echoed(self, now: float) -> None:
+        """An own heartbeat has come back."""
         gap = None if self._echo is None else now - self._echo
         self._echo = now
-        if gap is None or gap > self._grace:
-            self.trusted_since = now + self._grace  # others need time to come back, too
-        elif gap > self._patience:
-            self.trusted_since = max(now, self.trusted_since or now)
-
-    def silence_of(self, heard: float, now: float) -> float:
-        """Seconds of silence that count, since a sign of life at `heard`."""
-        if self._echo is None or now - self._echo > self._patience or self.trusted_since is None:
-            return 0.0
-        return now - max(heard, self.trusted_since)
+        if gap is None or gap > LOST_LINK * self._interval:
+            self._counts_from = now + self._grace
+        elif now > self._counts_from:
+            self.proven += min(gap, LONGEST_STEP * self._interval)
 
 
 @dataclass(slots=True)
 class Worker:
-    """One incarnation and its last heartbeat. `reserved` counts requests on their way to it that the ledger does not show yet."""
+    """One incarnation and its last heartbeat, `heard` at that proven time.
+
+    reserved   sequences on their way to it that the ledger does not show yet;  reserved_tokens: KV tokens promised since the heartbeat
+    refusals   orders in a row that it has refused;  closed_for: heartbeats until it is asked again
+    isolated_reserved   suspects among the reserved
+    """
 
     instance: str
     beat: WorkerHeartbeat
     heard: float
     reserved: int = 0
-    reserved_tokens: int = 0  # KV tokens promised since the last heartbeat
+    reserved_tokens: int = 0
+    refusals: int = 0
+    closed_for: int = 0
+    isolated_reserved: int = 0
+
+    def is_hung(self, margin: float) -> bool:
+        return self.beat.step_age > self.beat.step_bound * margin
 
 
 @dataclass
 class Fleet:
+    """silence      seconds of a worker's silence (at least 4.5 of its intervals) after which it is lost
+    step_margin  a step that has taken this many times its declared bound hangs
+    """
+
     link: Link
     silence: float
     step_margin: float
     workers: dict[str, Worker] = field(default_factory=dict)
-    peers: dict[str, float] = field(default_factory=dict)  # schedulers, this one included
-    first_missed: dict[str, float] = field(default_factory=dict)
+    peers: dict[str, float] = field(default_factory=dict)  # schedulers, and the proven time at which they were heard
 
-    def heard(self, beat: WorkerHeartbeat, now: float) -> bool:
+    def silence_of(self, since: float) -> float:
+        """Seconds of silence that count, since a sign of life at the proven time `since`."""
+        return self.link.proven - since
+
+    def heard(self, beat: WorkerHeartbeat) -> bool:
         """Takes a heartbeat; True if this worker is new (or back)."""
         worker = self.workers.get(beat.base.instance)
-        self.first_missed.pop(beat.base.instance, None)
         if worker is None:
-            self.workers[beat.base.instance] = Worker(beat.base.instance, beat, now)
+            self.workers[beat.base.instance] = Worker(beat.base.instance, beat, self.link.proven)
             return True
-        worker.beat, worker.heard, worker.reserved_tokens = beat, now, 0
+        if self.is_blacked_out():  # it was not their fault: the others get the time to be heard, too
+            for other in self.workers.values():
+                other.heard = self.link.proven
+        worker.beat, worker.heard, worker.reserved_tokens = beat, self.link.proven, 0
+        worker.closed_for = max(0, worker.closed_for - 1)
         return False
 
-    def heard_peer(self, instance: str, draining: bool, now: float) -> None:
+    def heard_peer(self, instance: str, draining: bool) -> None:
         if draining:
             self.peers.pop(instance, None)
         else:
-            self.peers[instance] = now
+            self.peers[instance] = self.link.proven
 
-    def live_peers(self, now: float) -> list[str]:
-        return [name for name, heard in self.peers.items() if self.link.silence_of(heard, now) <= 3 * self.silence]
+    def live_peers(self) -> list[str]:
+        silent = [name for name, heard in self.peers.items() if self.silence_of(heard) > PEER_PATIENCE * self.silence]
+        for name in silent:
+            del self.peers[name]
+        return list(self.peers)
 
-    def judge(self, now: float) -> dict[str, str]:
+    def is_blacked_out(self) -> bool:
+        """Several workers, and all of them silent at once: rather NATS's fault than theirs. Nor is there anywhere to migrate to."""
+        return len(self.workers) > 1 and all(
+            self.silence_of(w.heard) > BLACKOUT * w.beat.base.interval for w in self.workers.values()
+        )
+
+    def judge(self) -> dict[str, str]:
         """Workers that cannot go on, with the reason: "lost" (silent), "hung" (a step beyond its bound), "died" (said so)."""
         verdicts = {}
+        blacked_out = self.is_blacked_out()
         for worker in self.workers.values():
             beat = worker.beat
-            age = beat.step_age + (now - worker.heard if beat.step_age else 0.0)
             if beat.suspects:
                 verdicts[worker.instance] = "died"
-            elif self.link.silence_of(worker.heard, now) > max(self.silence, 3 * beat.base.interval):
+            elif (
+                self.silence_of(worker.heard) > max(self.silence, SILENT_BEATS * beat.base.interval) and not blacked_out
+            ):
                 verdicts[worker.instance] = "lost"
-            elif beat.step_age and beat.step_age > beat.step_bound * self.step_margin and age > beat.step_bound:
+            elif worker.is_hung(self.step_margin):
                 verdicts[worker.instance] = "hung"
         return verdicts
-
-    def is_missing(self, instance: str, now: float, grace: float) -> bool:
-        """Whether a worker that the ledger names is known to nobody: it died before this scheduler began to listen."""
-        if instance in self.workers or self.link.silence_of(now, now) < 0 or self.link.trusted_since is None:
-            self.first_missed.pop(instance, None)
-            return False
-        since = self.first_missed.setdefault(instance, now)
-        return self.link.silence_of(since, now) > grace
 
     def remove(self, instance: str) -> None:
         self.workers.pop(instance, None)
 
-    def available(self) -> list[Worker]:
-        """Workers that take new requests, hung ones excluded."""
-        return [
+    def answered(self, instance: str, accepted: bool) -> None:
+        """A worker has accepted an order, or refused it (or said nothing): then it is left alone for a while, longer each time."""
+        if (worker := self.workers.get(instance)) is not None:
+            worker.refusals = 0 if accepted else worker.refusals + 1
+            worker.closed_for = 0 if accepted else min(LONGEST_CLOSURE, 2**worker.refusals)
+
+    def available(self, fits: Callable[[WorkerHeartbeat], bool] = lambda _: True) -> list[Worker]:
+        """Workers that take new requests. Those that never can (`fits`) only if all are like that: one of them says why."""
+        takes = [
             w
             for w in self.workers.values()
-            if not w.beat.base.draining
-            and not w.beat.suspects
-            and w.beat.step_age <= w.beat.step_bound * self.step_margin
+            if not (w.beat.base.draining or w.beat.suspects or w.closed_for or w.is_hung(self.step_margin))
         ]
+        return [w for w in takes if fits(w.beat)] or ([] if any(map(fits, self._beats())) else takes)
+
+    def _beats(self) -> list[WorkerHeartbeat]:
+        return [worker.beat for worker in self.workers.values()]

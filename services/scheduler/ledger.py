@@ -16,8 +16,8 @@ REMEMBER_ENDED = 20_000
 
 @dataclass(slots=True)
 class LiveRequest:
-    """`since`: loop time at which this scheduler learnt of the present assignment; `reported`: of its worker's last heartbeat that
-    named it in the present epoch (None: not yet)."""
+    """`since`: proven time (fleet.py) at which this scheduler learnt of the present assignment; `reported`: of its worker's last
+    heartbeat that named it in the present epoch (None: not yet)."""
 
     key: str
     assignment: Assignment
@@ -30,49 +30,43 @@ class Ledger:
     def __init__(self) -> None:
         self.live: dict[str, LiveRequest] = {}
         self._ended: OrderedDict[str, tuple[int, int]] = OrderedDict()  # key: (epoch, revision)
-        self._by_worker: dict[str, set[str]] = {}
+        self._by_worker: dict[str, dict[str, None]] = {}
+        self._sequences: dict[str, int] = {}
 
-    def apply(self, key: str, value: Assignment | Tombstone | None, revision: int, now: float) -> Tombstone | None:
-        """Takes a key's new value; None: it was deleted or has expired. Returns the tombstone if this ended a live request."""
+    def apply(self, key: str, value: Assignment | Tombstone | None, revision: int, proven: float) -> LiveRequest | None:
+        """Takes a key's new value; None: it was deleted or has expired. Returns the request if it lived and this ended it."""
         present = self.live.get(key)
         known = present.revision if present is not None else self._ended.get(key, (0, 0))[1]
-        if revision <= known and value is not None:
-            return None
-        if isinstance(value, Assignment):
-            self._drop(key)
-            self._ended.pop(key, None)
-            self.live[key] = LiveRequest(key, value, revision, now)
-            self._by_worker.setdefault(value.worker, set()).add(key)
+        if revision <= known:
             return None
         self._drop(key)
-        if value is None:
-            self._ended.pop(key, None)
+        self._ended.pop(key, None)
+        if isinstance(value, Assignment):
+            self.live[key] = LiveRequest(key, value, revision, proven)
+            self._by_worker.setdefault(value.worker, {})[key] = None
+            self._sequences[value.worker] = self._sequences.get(value.worker, 0) + value.choices
             return None
-        self._ended[key] = (value.epoch, revision)
-        self._ended.move_to_end(key)
-        if len(self._ended) > REMEMBER_ENDED:
-            self._ended.popitem(last=False)
-        return value if present is not None else None
+        if value is not None:
+            self._ended[key] = (value.epoch, revision)
+            if len(self._ended) > REMEMBER_ENDED:
+                self._ended.popitem(last=False)
+        return present
 
     def _drop(self, key: str) -> None:
         if (present := self.live.pop(key, None)) is not None:
-            keys = self._by_worker[present.assignment.worker]
-            keys.discard(key)
+            worker = present.assignment.worker
+            keys = self._by_worker[worker]
+            del keys[key]
+            self._sequences[worker] -= present.assignment.choices
             if not keys:
-                del self._by_worker[present.assignment.worker]
+                del self._by_worker[worker], self._sequences[worker]
 
-    def on_worker(self, worker: str) -> frozenset[str]:
-        return frozenset(self._by_worker.get(worker, ()))
+    def on_worker(self, worker: str) -> list[str]:
+        """Keys, in the order in which they came to it; of worker "": those that wait for one."""
+        return list(self._by_worker.get(worker, ()))
 
-    def count(self, worker: str) -> int:
-        return len(self._by_worker.get(worker, ()))
-
-    def workers(self) -> list[str]:
-        """Workers that have requests; "" among them if some wait for one."""
-        return list(self._by_worker)
-
-    def suspects_on(self, worker: str) -> int:
-        return sum(self.live[key].assignment.suspect > 1 for key in self._by_worker.get(worker, ()))
+    def sequences_on(self, worker: str) -> int:
+        return self._sequences.get(worker, 0)
 
     def ended_epoch(self, key: str) -> int | None:
         """The epoch in which a request ended, None if it is not known to have ended."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from services.scheduler.fleet import Worker
 from services.scheduler.ledger import Ledger
+from services.scheduler.suspicion import is_isolated
 
 CHUNK_BYTES = 4 * 64  # 64 token ids: a multiple of every block size in use
 MAX_CHUNKS = 64
@@ -54,29 +56,46 @@ class PrefixIndex:
         self._seen.pop(worker, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request takes: `tokens` of prompt (and committed prefix), `choices` sequences, and a worker without another suspect."""
+
+    tokens: int
+    choices: int = 1
+    isolated: bool = False
+
+
 def in_use(worker: Worker, ledger: Ledger) -> int:
-    return ledger.count(worker.instance) + worker.reserved
+    """Sequences that the worker has or is about to get."""
+    return ledger.sequences_on(worker.instance) + worker.reserved
 
 
-def has_room(worker: Worker, ledger: Ledger, prompt_tokens: int, isolated: bool) -> bool:
+def has_suspect(worker: Worker, ledger: Ledger) -> bool:
+    """Whether the worker has a suspect that has not proven harmless: one whose epoch it reports, but not as isolated any more, has."""
+    for key in ledger.on_worker(worker.instance):
+        assignment = ledger.live[key].assignment
+        proven = worker.beat.running.get(key) == assignment.epoch and key not in worker.beat.isolated
+        if is_isolated(assignment) and not proven:
+            return True
+    return False
+
+
+def has_room(worker: Worker, ledger: Ledger, need: Need) -> bool:
     used, slots = in_use(worker, ledger), worker.beat.max_seqs
-    if used >= slots + int(slots * BACKLOG):
+    if used == 0:
+        return True  # what does not even fit into an empty worker goes there all the same: the worker says why it cannot be
+    if need.isolated and (worker.isolated_reserved or has_suspect(worker, ledger)):
         return False
-    if isolated and ledger.suspects_on(worker.instance):
+    if used + need.choices > slots + int(slots * BACKLOG):
         return False
-    return used == 0 or worker.beat.kv_tokens_free - worker.reserved_tokens >= prompt_tokens
+    return worker.beat.kv_tokens_free - worker.reserved_tokens >= need.tokens
 
 
 def choose(
-    workers: Sequence[Worker],
-    ledger: Ledger,
-    index: PrefixIndex,
-    prompt_tokens: int,
-    chunks: list[bytes],
-    isolated: bool = False,
+    workers: Sequence[Worker], ledger: Ledger, index: PrefixIndex, need: Need, chunks: list[bytes]
 ) -> Worker | None:
     """The worker for a request, None if all are full."""
-    free = [w for w in workers if has_room(w, ledger, prompt_tokens, isolated)]
+    free = [w for w in workers if has_room(w, ledger, need)]
     if not free:
         return None
 

@@ -1,52 +1,31 @@
-"""What is wrong with a live request, and what a death says about the requests that took part in it. Pure.
-
-Poison. A request whose worker died is suspected more with every death in which it made no progress: `suspect` counts the deaths in a
-row at one and the same committed length. From ISOLATE on it runs in steps of its own, one such request a worker, so that from then
-on a death is its own doing; at QUARANTINE it has killed alone, twice, at the same token. A kill from outside would have to hit the
-same request at the same token four times in a row.
-"""
+"""What is wrong with a live request, and with what a worker runs. Pure."""
 
 from __future__ import annotations
 
 from services.scheduler.fleet import Fleet
 from services.scheduler.ledger import Ledger, LiveRequest
-from shared.messages import Assignment
 
-ISOLATE = 2
-QUARANTINE = 4
-
+# Reasons for a migration that are the death of a worker.
 DEATHS = frozenset({"lost", "died", "hung", "missing"})
 
 
-def after_death(assignment: Assignment, committed: int) -> Assignment:
-    """The assignment of a request whose worker died when `committed` of its tokens were in the log."""
-    suspect = assignment.suspect + 1 if committed == assignment.died_at else 1
-    return assignment._replace(suspect=suspect, died_at=committed)
+def diagnose(request: LiveRequest, fleet: Fleet, *, report_grace: float, stuck_grace: float) -> str | None:
+    """Why a live request needs a new worker, None if it does not: "missing", "draining", "unreported" or "stuck".
 
-
-def is_isolated(assignment: Assignment) -> bool:
-    return assignment.suspect >= ISOLATE
-
-
-def is_quarantined(assignment: Assignment) -> bool:
-    return assignment.suspect >= QUARANTINE
-
-
-def diagnose(request: LiveRequest, fleet: Fleet, now: float, *, report_grace: float, stuck_grace: float) -> str | None:
-    """Why a live request needs a new worker, None if it does not: "missing", "draining", "unreported" or "stuck"."""
+    The loss of a worker is not found here (Fleet.judge tells), but what was left over then: "missing".
+    """
     worker = request.assignment.worker
     if worker == "":
-        return "stuck" if fleet.link.silence_of(request.since, now) > stuck_grace else None
+        return "stuck" if fleet.silence_of(request.since) > stuck_grace else None
     if (known := fleet.workers.get(worker)) is None:
-        return "missing" if fleet.is_missing(worker, now, report_grace) else None
-    reported = known.beat.running.get(request.key) == request.assignment.epoch
-    if reported:
-        request.reported = now
+        return "missing" if fleet.silence_of(request.since) > report_grace else None
+    if known.beat.running.get(request.key) == request.assignment.epoch:
+        request.reported = known.heard
         return None
     if known.beat.base.draining:
         return "draining"
     last = request.since if request.reported is None else max(request.reported, request.since)
-    return "unreported" if fleet.link.silence_of(last, now) > report_grace else None
+    return "unreported" if fleet.silence_of(last) > report_grace else None
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:

@@ -7,23 +7,17 @@ of KV `assign`), and each looks after the part that rendezvous hashing gives it.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
-from dataclasses import dataclass
 
 import msgpack
 
 from services.scheduler.dispatch import Dispatcher, Draining, Dropped, Expired
 from services.scheduler.fleet import Fleet, Link, Worker
 from services.scheduler.ledger import Ledger
-from services.scheduler.recovery import (
-    DEATHS,
-    after_death,
-    diagnose,
-    is_isolated,
-    is_quarantined,
-    stale_runs,
-)
+from services.scheduler.placement import Need
+from services.scheduler.recovery import DEATHS, diagnose, stale_runs
+from services.scheduler.requests import Known, Requests
 from services.scheduler.settings import SchedulerSettings
+from services.scheduler.suspicion import after_death, is_guilty, is_isolated
 from shared import api, codec, subjects
 from shared import messages as m
 from shared.bus import Bucket, Bus, BusError, Consumer, Delivery, Entry, Message, PayloadTooLarge, WrongRevision
@@ -34,20 +28,11 @@ from shared.service import Service
 
 TICK = 0.05
 SCAN = 0.2
-LINK_PATIENCE = 0.35
-REMEMBER_REQUESTS = 4096
+CLOCK_INTERVAL = 60.0
 TRY_ELSEWHERE = frozenset({"overloaded", "draining"})
+# A tenant that fills this share of the places of its class is asked to come again later, so that others of the class are not kept out.
+TENANT_SHARE, COME_AGAIN = 0.75, 1.0
 RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)
-
-
-@dataclass(slots=True)
-class Known:
-    """A request as REQ stores it. `opened`: this process has seen its OPEN acknowledged."""
-
-    request: m.Request
-    seq: int
-    stamp: float
-    opened: bool = False
 
 
 class SchedulerService(Service):
@@ -57,42 +42,42 @@ class SchedulerService(Service):
     def __init__(self, bus: Bus, settings: SchedulerSettings) -> None:
         super().__init__(bus, settings)
         self.ledger = Ledger()
-        link = Link(LINK_PATIENCE, settings.reconnect_grace)
+        link = Link(settings.heartbeat_interval, settings.reconnect_grace)
         self.fleet = Fleet(link, settings.silence, settings.step_margin)
         self.dispatcher = Dispatcher(self.fleet, self.ledger, settings.tenant_weights)
         self._assign: Bucket
         self._consumers: list[Consumer] = []
         self._holding: dict[int, Delivery] = {}  # by REQ sequence: delivered to this process and not acknowledged
+        self._class_limit = max(1, settings.max_waiting // settings.tenant_classes)
         self._busy: set[str] = set()  # keys that an assignment or a migration of this process is about
-        self._requests: OrderedDict[int, Known] = OrderedDict()  # by REQ sequence; saves a read at most migrations
-        self._clock: float | None = None  # loop time - server time: the smallest difference seen
-        self._trim_bounds: deque[tuple[float, int | None]] = deque()
+        self._requests = Requests(bus)
+        self._acked_before: dict[str, int] = {}  # by intake subject: all below was acked a round of trimming ago
         self._migrations = 0
 
     # ------------------------------------------------ life
 
     async def on_start(self) -> None:
-        model = self.settings.model
         self._assign = await self.bus.bucket(subjects.BUCKET_ASSIGN)
         listed = asyncio.Event()
         await self._assign.watch(self._on_assignment, listed.set)
         await listed.wait()
+        model = self.settings.model
         await self.bus.subscribe(subjects.heartbeats("model_worker", model), self._on_worker_beat)
         await self.bus.subscribe(subjects.heartbeats(self.stage, model), self._on_scheduler_beat)
         await self.bus.subscribe(subjects.cancel(model), self._on_cancel, queue=subjects.SCHEDULERS)
         await self.bus.subscribe(subjects.cancel(model), self._on_any_cancel)
-        classes = self.settings.tenant_classes
-        for tenant_class in range(classes):
+        for subject, durable in self._intakes():
             consumer = await self.bus.consume(
                 subjects.STREAM_REQ,
-                subjects.consumer_req(model, tenant_class),
-                subjects.req(model, tenant_class),
+                durable,
+                subject,
                 self._on_delivery,
-                limit=max(1, self.settings.max_waiting // classes),
+                limit=self._class_limit,
                 ack_wait=self.settings.ack_wait,
             )
             self._consumers.append(consumer)
         self.spawn(self._tick_forever(), "tick")
+        self.spawn(self._watch_clock(), "clock")
         self.spawn(self._keep_deliveries(), "keep_deliveries")
         self.spawn(self._trim_forever(), "trim")
 
@@ -109,17 +94,21 @@ class SchedulerService(Service):
             await consumer.stop()
 
     def heartbeat(self) -> m.Heartbeat:
-        waiting = len(self.dispatcher.queue)
         slots = sum(w.beat.max_seqs for w in self.fleet.workers.values())
         return self.base_heartbeat(
             load=min(1.0, len(self.ledger.live) / slots) if slots else 0.0,
             in_flight=len(self._holding),
-            waiting=waiting,
+            waiting=self.dispatcher.waiting,
             live=len(self.ledger.live),
-            unplaced=len(self.dispatcher.migrated),
+            unplaced=self.dispatcher.unplaced,
             workers=len(self.fleet.workers),
             migrations=self._migrations,
         )
+
+    def check_idle(self) -> list[str]:
+        """Complaints if, with no live request, something is left here."""
+        left = [f"{name}: {len(what)}" for name, what in (("holding", self._holding), ("busy", self._busy)) if what]
+        return left + self.dispatcher.check_idle()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -128,6 +117,9 @@ class SchedulerService(Service):
 
     async def _on_delivery(self, delivery: Delivery) -> None:
         seq = delivery.message.seq
+        if self.draining:
+            await delivery.nak()
+            return
         self._holding[seq] = delivery
         try:
             await self._admit(delivery)
@@ -136,24 +128,31 @@ class SchedulerService(Service):
         except BusError as error:
             self.log.warning("admission_failed", seq=seq, error=repr(error))
             await delivery.nak(1.0)
+        except Exception as error:
+            known = self._requests.take(delivery.message)
+            self.log.exception("request_failed", request_id=known.request.key, error=repr(error))
+            await self._end_unstarted(known, delivery, _our_fault(known.request.key))
         finally:
             self._holding.pop(seq, None)
 
     async def _admit(self, delivery: Delivery) -> None:
         stored = delivery.message
         try:
-            request = codec.decode_as(m.Request, stored.data)
+            known = self._requests.take(stored)
         except codec.CodecError as error:
             self.log.error("unreadable_request", seq=stored.seq, error=str(error))
             await delivery.ack()
             return
-        known = self._remember(Known(request, stored.seq, stored.stamp))
-        self._observe_clock(stored.stamp)
+        request = known.request
         if delivery.attempt > 1 and (entry := await self._assign.get(request.key)) is not None:
             await self._settle_duplicate(known, entry, delivery)
             return
+        tenant = subjects.split_request_key(request.key)[0]
+        if self.dispatcher.waiting_of(tenant) >= TENANT_SHARE * self._class_limit:
+            await delivery.nak(COME_AGAIN)
+            return
         try:
-            worker = await self.dispatcher.worker_for(request, expires=self._expires(known))
+            worker, need = await self.dispatcher.worker_for(request, expires=self._requests.expires(known))
         except Expired:
             failure = m.Failure(
                 ErrorCode.DEADLINE_EXCEEDED, "the deadline passed while the request waited for a worker"
@@ -163,9 +162,9 @@ class SchedulerService(Service):
         except Dropped:
             await self._end_unstarted(known, delivery, m.End(request.key, "cancelled"))
             return
-        await self._start(known, worker, delivery)
+        await self._start(known, worker, need, delivery)
 
-    async def _start(self, known: Known, worker: Worker, delivery: Delivery) -> None:
+    async def _start(self, known: Known, worker: Worker, need: Need, delivery: Delivery) -> None:
         """Assign, OPEN, run, ack: from the first of these on, the request survives this process."""
         request = known.request
         self._busy.add(request.key)
@@ -173,14 +172,15 @@ class SchedulerService(Service):
         try:
             try:
                 await self._create(known, worker.instance)
-            except WrongRevision:
-                entry = await self._assign.get(request.key)
-                if entry is not None:
-                    await self._settle_duplicate(known, entry, delivery)
-                    return
-                raise
+            except BusError as error:
+                self.dispatcher.refund(request.key)
+                entry = await self._assign.get(request.key) if isinstance(error, WrongRevision) else None
+                if entry is None:
+                    raise
+                await self._settle_duplicate(known, entry, delivery)
+                return
             finally:
-                self.dispatcher.release(worker)
+                self.dispatcher.release(worker, need)
             await self._open(known)
             accepted = await self._run(known, 1, worker.instance)
             await delivery.ack()
@@ -203,10 +203,10 @@ class SchedulerService(Service):
         await delivery.ack()
 
     async def _create(self, known: Known, worker: str) -> None:
-        key = known.request.key
-        assignment = m.Assignment(known.seq, 1, worker, known.request.body_hash)
+        request, key = known.request, known.request.key
+        assignment = m.Assignment(known.seq, 1, worker, request.body_hash, choices=request.choices, model=request.model)
         revision = await self._assign.create(key, codec.encode(assignment))
-        self.ledger.apply(key, assignment, revision, self._now())
+        self.ledger.apply(key, assignment, revision, self.fleet.link.proven)
         self.log.debug("assigned", request_id=key, epoch=1, worker=worker)
 
     async def _settle_duplicate(self, known: Known, entry: Entry, delivery: Delivery) -> None:
@@ -214,10 +214,8 @@ class SchedulerService(Service):
         request = known.request
         present = codec.decode(entry.value or b"")
         if present.req_seq == known.seq:
-            # Whether OPEN and the run got through is unknown; recovery looks after every live request, this one included.
-            if isinstance(present, m.Assignment) and request.key not in self._busy:
-                self.ledger.apply(request.key, present, entry.revision, self._now())
-                self._begin_migration(request.key, "redelivered")
+            # Only the acknowledgement was lost, or OPEN and the run, too: recovery looks after every live request, this one included.
+            self._on_assignment(entry)
         elif present.body_hash == request.body_hash:
             if not request.durable:
                 await self._append(m.Attach(request.key, request.reply))
@@ -248,15 +246,16 @@ class SchedulerService(Service):
 
     # ------------------------------------------------ migration
 
-    def _begin_migration(self, key: str, reason: str) -> None:
+    def _begin_migration(self, key: str, reason: str, suspects: tuple[str, ...] = ()) -> None:
+        """`suspects`: the requests that a worker named when it died."""
         if key not in self._busy and not self.draining:
             self._busy.add(key)
-            self.spawn(self._migrate(key, reason), f"migrate.{key}")
+            self.spawn(self._migrate(key, reason, suspects), f"migrate.{key}")
 
-    async def _migrate(self, key: str, reason: str) -> None:
+    async def _migrate(self, key: str, reason: str, suspects: tuple[str, ...]) -> None:
         try:
             pauses = iter(RETRY_PAUSES)
-            while not await self._retarget(key, reason):
+            while not await self._retarget(key, reason, suspects):
                 reason = "refused"
                 await asyncio.sleep(next(pauses, RETRY_PAUSES[-1]))
         except WrongRevision:
@@ -265,21 +264,24 @@ class SchedulerService(Service):
             pass
         except BusError as error:
             self.log.warning("migration_failed", request_id=key, error=repr(error))  # found again by the next scan
+        except Exception as error:
+            self.log.exception("request_failed", request_id=key, error=repr(error))
+            await self._append(_our_fault(key))
         finally:
             self._busy.discard(key)
 
-    async def _retarget(self, key: str, reason: str) -> bool:
+    async def _retarget(self, key: str, reason: str, suspects: tuple[str, ...]) -> bool:
         """One attempt: CAS epoch+1, FENCE, prefix, CAS worker, run. False: to be tried again with a further epoch."""
         live = self.ledger.live.get(key)
         if live is None:
             return True
-        died = reason in DEATHS and live.reported is not None
+        died = reason in DEATHS and (not suspects or key in suspects)
         assignment = live.assignment._replace(epoch=live.assignment.epoch + 1, worker="")
         epoch = assignment.epoch
         self._migrations += 1
         self.log.info("migrating", request_id=key, epoch=epoch, reason=reason, worker=live.assignment.worker)
         revision = await self._update(key, assignment, live.revision)
-        known = await self._known(assignment.req_seq)
+        known = await self._requests.read(assignment.req_seq)
         if known is None:
             failure = m.Failure(ErrorCode.INTERNAL, "the request is no longer stored")
             await self._append(m.End(key, "error", failure=failure))
@@ -291,13 +293,14 @@ class SchedulerService(Service):
         if prefix is None:
             return True
         if died:
-            assignment = after_death(assignment, sum(map(len, prefix.generated)) // 4)
-            if is_quarantined(assignment):
+            assignment = after_death(assignment, sum(map(len, prefix.generated)) // 4, named=bool(suspects))
+            if is_guilty(assignment):
                 await self._quarantine(known, assignment, prefix)
                 return True
+        isolated, length = is_isolated(assignment), sum(map(len, prefix.generated)) // 4
         try:
-            worker = await self.dispatcher.worker_for(
-                known.request, expires=self._expires(known), migrated=True, isolated=is_isolated(assignment)
+            worker, need = await self.dispatcher.worker_for(
+                known.request, expires=self._requests.expires(known), prefix=length, isolated=isolated
             )
         except Expired:
             failure = m.Failure(
@@ -308,8 +311,8 @@ class SchedulerService(Service):
         try:
             await self._update(key, assignment._replace(worker=worker.instance), revision)
         finally:
-            self.dispatcher.release(worker)
-        return await self._run(known, epoch, worker.instance, prefix, is_isolated(assignment))
+            self.dispatcher.release(worker, need)
+        return await self._run(known, epoch, worker.instance, prefix, isolated)
 
     async def _prefix(self, key: str, epoch: int) -> m.PrefixReply | None:
         """What the fence fixed. None if the request ended, or a higher epoch is in force."""
@@ -317,7 +320,7 @@ class SchedulerService(Service):
         subject = subjects.prefix(self.settings.model, partition)
         question = codec.encode(m.PrefixQuery(key, epoch))
         pauses = iter(RETRY_PAUSES)
-        while key in self.ledger.live:
+        while (live := self.ledger.live.get(key)) is not None and live.assignment.epoch == epoch:
             try:
                 answer = await self.bus.request(subject, question, self.settings.prefix_timeout)
                 reply = codec.decode_as(m.PrefixReply, answer.data)
@@ -325,7 +328,7 @@ class SchedulerService(Service):
                     return reply
                 if reply.state in ("ended", "superseded"):
                     return None
-            except BusError as error:
+            except (BusError, codec.CodecError) as error:
                 self.log.info("prefix_unknown", request_id=key, epoch=epoch, error=repr(error))
             await asyncio.sleep(next(pauses, RETRY_PAUSES[-1]))
         return None
@@ -335,7 +338,7 @@ class SchedulerService(Service):
     ) -> bool:
         """Orders the run. True: it is under way, or nothing more is to be done; False: another target is needed, after a fence."""
         request = known.request
-        expires = self._expires(known)
+        expires = self._requests.expires(known)
         order = m.Run(
             request.key,
             epoch,
@@ -354,11 +357,14 @@ class SchedulerService(Service):
             reply = codec.decode_as(m.RunReply, answer.data)
         except PayloadTooLarge as error:
             reply = m.RunReply(False, ErrorCode.PAYLOAD_TOO_LARGE, str(error))
-        except BusError as error:
+        except (BusError, codec.CodecError) as error:
+            self.fleet.answered(worker, accepted=False)
             self.log.warning("run_unanswered", request_id=request.key, epoch=epoch, worker=worker, error=repr(error))
             return False
         if reply.accepted or reply.code == "stale_epoch":
+            self.fleet.answered(worker, accepted=True)
             return True
+        self.fleet.answered(worker, accepted=False)
         self.log.warning(
             "run_refused", request_id=request.key, epoch=epoch, worker=worker, code=reply.code, error=reply.message
         )
@@ -395,13 +401,16 @@ class SchedulerService(Service):
         except codec.CodecError as error:
             self.log.error("unreadable_assignment", request_id=entry.key, error=str(error))
             return
-        before = self.ledger.live.get(entry.key)
-        ended = self.ledger.apply(entry.key, value, entry.revision, self._now())
-        if ended is None or before is None:
+        if isinstance(value, m.Assignment) and value.model != self.settings.model:
             return
-        self.dispatcher.ended(entry.key, ended.completion_tokens)
-        if ended.reason != "finished" and before.assignment.worker and self._responsible(entry.key):
-            self._abort(before.assignment.worker, entry.key, ended.epoch)
+        ended = self.ledger.apply(entry.key, value, entry.revision, self.fleet.link.proven)
+        if not isinstance(value, m.Tombstone):
+            return
+        self.dispatcher.ended(entry.key, value.completion_tokens)
+        # What ends by a stop string is aborted at the worker's next heartbeat.
+        worker = ended.assignment.worker if ended is not None else ""
+        if worker and value.reason != "finished" and self._responsible(entry.key):
+            self._abort(worker, entry.key, value.epoch)
         self.dispatcher.dispatch()
 
     def _on_worker_beat(self, message: Message) -> None:
@@ -409,14 +418,14 @@ class SchedulerService(Service):
         if not isinstance(beat, m.WorkerHeartbeat):
             return  # it is still loading
         instance = beat.base.instance
-        if self.fleet.heard(beat, self._now()):
+        if self.fleet.heard(beat):
             self.log.info("worker_found", worker=instance, max_seqs=beat.max_seqs)
         for key, epoch in stale_runs(beat.running, instance, self.ledger):
             if self._responsible(key):
                 self._abort(instance, key, epoch)
         if beat.base.draining:
-            for key in self.ledger.on_worker(instance) - beat.running.keys():
-                if self._responsible(key):
+            for key in self.ledger.on_worker(instance):
+                if key not in beat.running and self._responsible(key):
                     self._begin_migration(key, "draining")
         else:
             self.dispatcher.dispatch()
@@ -425,7 +434,7 @@ class SchedulerService(Service):
         beat = codec.decode_as(m.Heartbeat, message.data)
         if beat.instance == self.instance:
             self.fleet.link.echoed(self._now())
-        self.fleet.heard_peer(beat.instance, beat.draining, self._now())
+        self.fleet.heard_peer(beat.instance, beat.draining)
 
     def _on_any_cancel(self, message: Message) -> None:
         """Every scheduler hears a cancel: the one that holds the request in its queue ends it there."""
@@ -444,8 +453,11 @@ class SchedulerService(Service):
         self.spawn(self._cancel(key, encoding, message.reply), f"cancel.{key}")
 
     async def _cancel(self, key: str, encoding: str, reply: str) -> None:
-        await self._append(m.End(key, "cancelled"))
-        self.log.info("cancelled", request_id=key)
+        """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
+        entry = await until_done("assign", key, lambda: self._assign.get(key))
+        if entry is None or not isinstance(codec.decode(entry.value or b""), m.Tombstone):
+            await self._append(m.End(key, "cancelled"))
+            self.log.info("cancelled", request_id=key)
         if reply:
             self.bus.publish(reply, api.encode_event({"ok": True}, encoding))
 
@@ -456,35 +468,35 @@ class SchedulerService(Service):
         while True:
             await asyncio.sleep(TICK)
             now = self._now()
-            for instance, verdict in self.fleet.judge(now).items():
+            for instance, verdict in self.fleet.judge().items():
                 self._worker_gone(instance, verdict)
             if now - scanned >= SCAN:
                 scanned = now
-                self._scan(now)
+                self._scan()
             self.dispatcher.expire(now)
             self.dispatcher.dispatch()
 
     def _worker_gone(self, instance: str, verdict: str) -> None:
-        keys = self.ledger.on_worker(instance)
+        keys, suspects = self.ledger.on_worker(instance), self.fleet.workers[instance].beat.suspects
         if verdict != "hung":
             self.fleet.remove(instance)
-            self.dispatcher.index.forget(instance)
+            self.dispatcher.forget_worker(instance)
         if keys or verdict != "hung":
             self.log.warning("worker_gone", worker=instance, verdict=verdict, requests=len(keys))
         for key in keys:
             if self._responsible(key):
-                self._begin_migration(key, verdict)
+                self._begin_migration(key, verdict, suspects)
 
-    def _scan(self, now: float) -> None:
+    def _scan(self) -> None:
         for request in list(self.ledger.live.values()):
             reason = diagnose(
-                request, self.fleet, now, report_grace=self.settings.report_grace, stuck_grace=self.settings.stuck_grace
+                request, self.fleet, report_grace=self.settings.report_grace, stuck_grace=self.settings.stuck_grace
             )
             if reason is not None and self._responsible(request.key):
                 self._begin_migration(request.key, reason)
 
     def _responsible(self, key: str) -> bool:
-        peers = self.fleet.live_peers(self._now())
+        peers = self.fleet.live_peers()
         return not self.draining and owner(key, {*peers, self.instance}) == self.instance
 
     def _abort(self, worker: str, key: str, epoch: int) -> None:
@@ -517,7 +529,7 @@ class SchedulerService(Service):
                 request.metadata,
                 request.trace,
                 request.tokenize_ms,
-                max(0.0, self._server_now() - known.stamp) * 1e3,
+                self._requests.age(known) * 1e3,
             )
         )
         known.opened = True
@@ -534,43 +546,22 @@ class SchedulerService(Service):
             if entry is None or entry.value != data:
                 raise
             new = entry.revision
-        self.ledger.apply(key, assignment, new, self._now())
+        self.ledger.apply(key, assignment, new, self.fleet.link.proven)
         return new
 
-    def _remember(self, known: Known) -> Known:
-        present = self._requests.setdefault(known.seq, known)
-        self._requests.move_to_end(known.seq)
-        if len(self._requests) > REMEMBER_REQUESTS:
-            self._requests.popitem(last=False)
-        return present
+    # ------------------------------------------------ the server's clock, trimming REQ
 
-    async def _known(self, seq: int) -> Known | None:
-        if (known := self._requests.get(seq)) is not None:
-            return known
-        stored = await until_done("read", str(seq), lambda: self.bus.read(subjects.STREAM_REQ, seq))
-        if stored is None:
-            return None
-        return self._remember(Known(codec.decode_as(m.Request, stored.data), seq, stored.stamp))
-
-    def _observe_clock(self, stamp: float) -> None:
-        """Deadlines count from REQ's store time, by the server's clock. The smallest difference of the clocks seen is the true one
-        and the shortest way of a message; an older message cannot make it smaller."""
-        difference = self._now() - stamp
-        if self._clock is None or difference < self._clock:
-            self._clock = difference
-
-    def _server_now(self) -> float:
-        return self._now() - (self._clock or 0.0)
-
-    def _expires(self, known: Known) -> float | None:
-        """Loop time of the request's deadline."""
-        if known.request.deadline is None:
-            return None
-        self._observe_clock(known.stamp)
-        assert self._clock is not None
-        return known.stamp + self._clock + known.request.deadline
-
-    # ------------------------------------------------ trimming REQ
+    async def _watch_clock(self) -> None:
+        """An entry without tokens shows the time at which the server stored it."""
+        subject, nothing = subjects.tok(self.settings.model, 0), codec.encode(m.StepTokens("", 0, ()))
+        while True:
+            try:
+                appended = await self.bus.append(subject, nothing)
+                if (stored := await self.bus.read(subjects.STREAM_TOK, appended.seq)) is not None:
+                    self._requests.observe_clock(stored.stamp)
+            except BusError as error:
+                self.log.warning("clock_unknown", error=repr(error))
+            await asyncio.sleep(CLOCK_INTERVAL)
 
     async def _trim_forever(self) -> None:
         while True:
@@ -581,30 +572,27 @@ class SchedulerService(Service):
                 self.log.warning("trim_failed", error=repr(error))
 
     async def _trim(self) -> None:
-        """Trims below the smallest bound of the last `trim_age` seconds: what a dying scheduler held when a bound was taken has been
-        redelivered since, and lowers a later one. A moment with undelivered requests, or with another live scheduler's, gives none."""
-        now = self._now()
-        self._trim_bounds.append((now, await self._trim_bound()))
-        while len(self._trim_bounds) > 1 and self._trim_bounds[1][0] <= now - self.settings.trim_age:
-            self._trim_bounds.popleft()
-        bounds = [bound for _, bound in self._trim_bounds]
-        if self._trim_bounds[0][0] <= now - self.settings.trim_age and None not in bounds:
-            await self.bus.trim(subjects.STREAM_REQ, min(b for b in bounds if b is not None))
-
-    async def _trim_bound(self) -> int | None:
-        """The smallest REQ sequence that is needed now, None if that cannot be told. REQ is shared by all models, so only a
-        deployment's only scheduler trims; several leave it to the stream's limits."""
-        if len(self.fleet.live_peers(self._now())) != 1 or self._holding:
-            return None
+        """Deletes the model's requests below the oldest that lives. What had been acknowledged one round ago has its assignment since,
+        and that has reached the ledger, so everything older that is not there has ended."""
         model = self.settings.model
-        for tenant_class in range(self.settings.tenant_classes):
-            if await self.bus.backlog(subjects.STREAM_REQ, subjects.consumer_req(model, tenant_class)):
-                return None
-        newest = 0
-        for tenant_class in range(self.settings.tenant_classes):
-            newest = max(newest, await self.bus.last_seq(subjects.STREAM_REQ, subjects.req(model, tenant_class)))
+        acked = {}
+        for subject, consumer in self._intakes():
+            acked[subject] = await self.bus.acked_below(subjects.STREAM_REQ, consumer)
+        before, self._acked_before = self._acked_before, acked
+        if self.bus.connected_for < self.settings.trim_interval or not self._responsible(f"trim.{model}"):
+            return
         oldest = self.ledger.oldest()
-        return newest if oldest is None else min(oldest, newest)
+        for subject, below in before.items():
+            await self.bus.trim(subjects.STREAM_REQ, below if oldest is None else min(below, oldest), subject)
+
+    def _intakes(self) -> list[tuple[str, str]]:
+        """(subject, durable consumer) of each class of tenants."""
+        model = self.settings.model
+        return [(subjects.req(model, c), subjects.consumer_req(model, c)) for c in range(self.settings.tenant_classes)]
+
+
+def _our_fault(key: str) -> m.End:
+    return m.End(key, "error", failure=m.Failure(ErrorCode.INTERNAL, "the scheduler failed at this request"))
 
 
 def _cancelled_key(data: bytes) -> tuple[str, str]:

@@ -14,7 +14,7 @@ class SchedulerSettings(StageSettings):
 
     max_waiting: int = Field(1024, ge=1, description="requests that wait in this process; the rest waits in REQ")
     ack_wait: float = Field(10.0, gt=0, description="after which REQ hands a dead scheduler's requests to another")
-    silence: float = Field(0.4, gt=0, description="silence after which a worker counts as lost")
+    silence: float = Field(0.45, gt=0, description="silence after which a worker counts as lost")
     reconnect_grace: float = Field(
         1.5, gt=0, description="nobody counts as silent before this, after a loss of the link"
     )
@@ -28,5 +28,4 @@ class SchedulerSettings(StageSettings):
     run_timeout: float = Field(0.5, gt=0, description="for a worker's answer to a run order")
     prefix_timeout: float = Field(1.2, gt=0, description="for an owner's answer to a prefix query")
     trim_interval: float = Field(10.0, gt=0, description="between trims of REQ")
-    trim_age: float = Field(60.0, gt=0, description="REQ is trimmed only below what was needless for this long")
     tenant_weights: dict[str, float] = Field(default_factory=dict, description="shares of tenants; others have 1.0")

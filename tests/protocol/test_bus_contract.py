@@ -221,6 +221,33 @@ async def test_a_full_stream_refuses_and_keeps_what_it_has(bus: Bus) -> None:
     await bus.append("small.1", bytes(500))
 
 
+async def test_trimming_one_subject_below_what_is_acked(bus: Bus) -> None:
+    for i in range(6):
+        await bus.append(f"s.{i % 2}", b"%d" % i)
+    assert await bus.acked_below("S", "nobody") == 1
+    taken: list[Delivery] = []
+
+    async def take(delivery: Delivery) -> None:
+        taken.append(delivery)
+
+    await bus.consume("S", "durable", "s.1", take, limit=10, ack_wait=30)
+    await until(lambda: len(taken) == 3)
+    assert await bus.acked_below("S", "durable") <= 2
+    first, second, third = sorted(taken, key=lambda delivery: delivery.message.seq)
+    await third.ack()
+    await first.ack()
+
+    async def all_acked_below(seq: int) -> bool:
+        return await bus.acked_below("S", "durable") > seq
+
+    await until_equal(lambda: all_acked_below(first.message.seq), True)
+    assert await bus.acked_below("S", "durable") <= second.message.seq
+    await second.ack()
+    await until_equal(lambda: all_acked_below(third.message.seq), True)
+    await bus.trim("S", 5, "s.1")
+    assert [await bus.read("S", seq) is not None for seq in range(1, 7)] == [True, False, True, False, True, True]
+
+
 async def test_messages_grow_too_old(bus: Bus) -> None:
     await bus.ensure_stream(StreamSpec("OLD", "old.*", max_age=0.5))
     await bus.append("old.1", b"")

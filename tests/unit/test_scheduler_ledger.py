@@ -1,0 +1,90 @@
+"""The ledger: own writes and the watch's echo of them in any order."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from services.scheduler.ledger import Ledger
+from services.scheduler.recovery import diagnose, stale_runs
+from shared.messages import Assignment, Tombstone
+from tests.unit.test_scheduler_fleet import beat, ready
+
+
+def assigned(worker: str = "w", epoch: int = 1, seq: int = 1, **rest: Any) -> Assignment:
+    return Assignment(seq, epoch, worker, b"h", **rest)
+
+
+def tombstone(epoch: int = 1) -> Tombstone:
+    return Tombstone(1, epoch, "finished", b"h", 5)
+
+
+def test_the_order_in_which_changes_come_does_not_matter() -> None:
+    changes = [(1, assigned("a")), (2, assigned("", 2)), (3, assigned("b", 2)), (4, tombstone(2))]
+    for count in range(1, 5):
+        for order in itertools.permutations(changes[:count]):
+            ledger = Ledger()
+            for revision, value in order + order:
+                ledger.apply("t.x", value, revision, 0.0)
+            newest = changes[count - 1][1]
+            if isinstance(newest, Tombstone):
+                assert not ledger.live and ledger.ended_epoch("t.x") == 2
+            else:
+                assert ledger.live["t.x"].assignment == newest
+                assert ledger.on_worker(newest.worker) == ["t.x"] and ledger.sequences_on(newest.worker) == 1
+            assert sum(ledger.sequences_on(w) for w in ("a", "b", "")) == len(ledger.live)
+
+
+def test_an_end_is_told_once_and_only_of_what_lived() -> None:
+    ledger = Ledger()
+    assert ledger.apply("t.x", assigned(choices=3), 1, 0.0) is None
+    assert ledger.sequences_on("w") == 3
+    ended = ledger.apply("t.x", tombstone(), 2, 0.0)
+    assert ended is not None and ended.assignment.worker == "w"
+    assert ledger.apply("t.x", tombstone(), 2, 0.0) is None
+    assert ledger.apply("t.y", tombstone(), 3, 0.0) is None
+    assert ledger.sequences_on("w") == 0 and ledger.on_worker("w") == []
+    ledger.apply("t.x", None, 4, 0.0)
+    assert ledger.ended_epoch("t.x") is None
+
+
+def test_the_oldest_prompt_that_is_needed() -> None:
+    ledger = Ledger()
+    assert ledger.oldest() is None
+    ledger.apply("t.x", assigned(seq=7), 1, 0.0)
+    ledger.apply("t.y", assigned(seq=5), 2, 0.0)
+    assert ledger.oldest() == 5
+
+
+def test_stale_runs() -> None:
+    ledger = Ledger()
+    ledger.apply("t.fenced", assigned("", 3), 1, 0.0)
+    ledger.apply("t.moved", assigned("other", 2), 2, 0.0)
+    ledger.apply("t.mine", assigned("w", 2), 3, 0.0)
+    ledger.apply("t.ended", tombstone(), 4, 0.0)
+    running = {"t.fenced": 2, "t.moved": 2, "t.mine": 2, "t.ended": 1, "t.news": 1}
+    assert stale_runs(running, "w", ledger) == [("t.fenced", 2), ("t.moved", 2), ("t.ended", 1)]
+    assert stale_runs({"t.mine": 3}, "w", ledger) == [], "the ledger is behind"
+
+
+def test_diagnosis() -> None:
+    clock, ledger = ready(), Ledger()
+    fleet, start = clock.fleet, clock.fleet.link.proven
+    for revision, (key, worker) in enumerate(
+        [("t.ok", "a"), ("t.mute", "a"), ("t.gone", "z"), ("t.stuck", ""), ("t.drained", "b")], 1
+    ):
+        ledger.apply(key, assigned(worker), revision, start)
+
+    def problems() -> dict[str, str | None]:
+        fleet.heard(beat("a", running={"t.ok": 1, "t.mute": 9}))
+        fleet.heard(beat("b", draining=True))
+        return {key: diagnose(live, fleet, report_grace=1.0, stuck_grace=3.0) for key, live in ledger.live.items()}
+
+    nothing = dict.fromkeys(ledger.live)
+    assert problems() == nothing | {"t.drained": "draining"}
+    clock.run(1.2, "a", "b")
+    assert problems() == nothing | {"t.drained": "draining", "t.mute": "unreported", "t.gone": "missing"}
+    clock.run(9, echo=False)
+    assert problems()["t.stuck"] is None, "time that our link does not prove does not count"
+    clock.run(5, "a", "b")
+    assert problems()["t.stuck"] == "stuck"
