@@ -2,7 +2,7 @@
 
 A process that is killed does not say why, so a death alone proves nothing. It counts against a request together with the one before
 only if the request has not come one token further in between: what kills does so at the same position each time. After the second
-such death the request is *isolated*: it runs in steps of its own, one such request a worker, until it has come some tokens further,
+such death the request is *isolated*: it runs in steps of its own, one such request a worker, until it has come a token further,
 which proves it harmless. Two deaths while isolated are its own doing: it is quarantined. A worker that dies of an exception names the
 requests of its last step; they alone are suspected, and isolated at once.
 
