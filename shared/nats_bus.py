@@ -83,6 +83,16 @@ def api_error(error: Mapping[str, Any]) -> BusError:
     return ApiError(code, description)
 
 
+class Connection(Client):
+    """nats-py's, but a pong for somebody who has given up waiting does not end its reading loop (seen in 2.16): the connection
+    would be deaf from then on, and nobody told."""
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+
 class CoreSubscription:
     """A subscription of a plain handler."""
 
@@ -113,7 +123,7 @@ class NatsBus:
         self.overflowed = 0  # received, but not handled in time
         self.handler_errors = 0
         self._loop = asyncio.get_running_loop()
-        self._nc = Client()
+        self._nc = Connection()
         self._inbox = f"_INBOX.{self._nc._nuid.next().decode()}."
         self._tokens = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[Msg]] = {}

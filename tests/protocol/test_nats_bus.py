@@ -66,6 +66,26 @@ async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: Nat
     await reader.close()
 
 
+async def test_a_late_pong_that_nobody_waits_for_harms_nothing(
+    nats_server: Broker, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that begins anew drains its old subscription with a ping; the server stands still for longer than that waits."""
+    monkeypatch.setattr(nats_bus, "DRAIN_TIMEOUT", 0.2)
+    heard: list[bytes] = []
+    subscription = await bus.subscribe("x", lambda m: heard.append(m.data))
+    assert isinstance(subscription, nats_bus.CoreSubscription)
+    await bus.subscribe("y", lambda m: heard.append(m.data))
+    os.kill(nats_server.pid, signal.SIGSTOP)
+    try:
+        await subscription.drain()
+    finally:
+        os.kill(nats_server.pid, signal.SIGCONT)
+    began = asyncio.get_running_loop().time()
+    bus.publish("y", b"heard")
+    await until(lambda: heard == [b"heard"], 2.0)
+    assert bus.connected_for > asyncio.get_running_loop().time() - began, "it was not connected anew"
+
+
 async def test_a_server_that_never_answers_again_is_given_up(
     nats_server: Broker, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
