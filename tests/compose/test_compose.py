@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,15 @@ def kill_inside(stage: str) -> None:
             f"[os.kill(p, signal.SIGKILL) for p in pids if b'services.{stage}' in open(f'/proc/{{p}}/cmdline', 'rb').read()]"
         )
     )
-    subprocess.run(["docker", "exec", name, "python", "-c", script], check=True, capture_output=True, timeout=60)
+    # The container ends with its process, and the exec with the container: its status tells nothing.
+    subprocess.run(["docker", "exec", name, "python", "-c", script], check=False, capture_output=True, timeout=60)
+    inspect = ["docker", "inspect", "-f", "{{.RestartCount}} {{.State.Status}}", name]
+    for _ in range(300):
+        count, state = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.split()
+        if int(count) > 0 and state == "running":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{name} was not restarted: {count} restarts, {state}")
 
 
 async def test_up_scaled_killed_and_answered(deployment: None) -> None:
