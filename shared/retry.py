@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import structlog
 
-from shared.bus import BusError, PayloadTooLarge, WrongRevision
+from shared.bus import BusError, PayloadTooLarge
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -18,12 +18,12 @@ LONGEST_PAUSE = 2.0
 
 
 async def until_done(what: str, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Repeats `attempt` until the bus has done it. Raises PayloadTooLarge and WrongRevision, which no repetition mends."""
+    """Repeats `attempt` until the bus has done it. Raises PayloadTooLarge, which no repetition mends."""
     pause = FIRST_PAUSE
     while True:
         try:
             return await attempt()
-        except (PayloadTooLarge, WrongRevision):
+        except PayloadTooLarge:
             raise
         except BusError as error:
             log.warning("retrying", what=what, request_id=key, error=repr(error), after=pause)

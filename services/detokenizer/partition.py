@@ -14,7 +14,6 @@ from services.detokenizer.core import PartitionCore
 from services.detokenizer.decoding import Decoding
 from services.detokenizer.queries import Replay, parse_replay, prefix_reply
 from services.detokenizer.results import ResultsWriter
-from services.detokenizer.retry import until_done
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
 from shared import codec, subjects
@@ -22,6 +21,7 @@ from shared.api import encode_event, encode_for, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
+from shared.retry import until_done
 
 log = structlog.get_logger()
 

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from services.detokenizer.decoding import Decoding, decoder_for
 from services.detokenizer.ownership import Fleet, partitions_of
 from services.detokenizer.partition import Partition
-from services.detokenizer.retry import until_done
 from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
 from shared.bus import Bus, BusError, Message, Subscription
 from shared.messages import Heartbeat
+from shared.retry import until_done
 from shared.service import Service
 
 TICK = 0.05  # how often ownership is looked at, seconds
