@@ -53,6 +53,7 @@ class TrainConfig:
     init                    folder of heads to go on from; None: new ones
     heads, layers           number of new heads, residual blocks in each
     tied                    new heads share the model's output matrix; otherwise each trains its own, which begins as a copy
+    vocabulary              new heads know only so many tokens, the data's most frequent (0: all): smaller and faster when not tied
     rows, length            sequences of a step, tokens of each
     steps, minutes          how long; with minutes the learning rate follows the clock
     distil                  tokens to generate with the model itself and to train on instead of the text; its texts are the prompts.
@@ -69,6 +70,7 @@ class TrainConfig:
     heads: int = 4
     layers: int = 1
     tied: bool = True
+    vocabulary: int = 0
     rows: int = 16
     length: int = 512
     steps: int = 1000
@@ -266,8 +268,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.init is not None:
         heads = load_heads(config.init, backbone.config)
     else:
-        shape = config.heads, config.layers, backbone.config.hidden_size
-        heads = MedusaHeads.initial(*shape, None if config.tied else model_head)
+        heads = new_heads(config, model_head, material)
     heads = heads.to(device, torch.float32)
     parameters = [tensor.requires_grad_() for name, tensor in heads.tensors().items() if name != "token_map"]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
@@ -279,7 +280,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         console.print(f"resumed at step {trainer.step}")
     _run_steps(trainer, config, backbone, material, checkpoint, console)
     report = evaluate(heads, backbone, material, console)
-    effort = {
+    effort: dict[str, Any] = {
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
         "tokens": trainer.step * config.rows * config.length,
@@ -290,6 +291,18 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     (config.out / "accuracies.json").write_text(json.dumps(report, indent=2) + "\n")
     TreeSet(design(observed(ranks), heads.num_heads, TREE_WIDTH, MAX_NODES)).save(config.out / "trees.json")
     return report
+
+
+def new_heads(config: TrainConfig, model_head: Tensor, material: Material) -> MedusaHeads:
+    token_map = None
+    if 0 < config.vocabulary < len(model_head):
+        source = material.tokens if material.tokens is not None else material.rows[:, material.first :].numpy()  # type: ignore[index]
+        counts = np.bincount(source.ravel(), minlength=len(model_head))
+        token_map = torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[: config.vocabulary]))
+    known = model_head if token_map is None else model_head[token_map.to(model_head.device)]
+    heads = MedusaHeads.initial(config.heads, config.layers, model_head.shape[1], None if config.tied else known)
+    heads.token_map = token_map
+    return heads
 
 
 def _run_steps(
@@ -423,7 +436,15 @@ def main(arguments: list[str]) -> int:
     training.add_argument("--held-out", type=Path, nargs="+", default=[], help="text files to measure on")
     training.add_argument("--init", type=Path, help="folder of heads to go on from")
     training.add_argument("--untied", dest="tied", action="store_false", help="each head trains an output matrix")
-    for name, kind in (("heads", int), ("layers", int), ("rows", int), ("length", int), ("steps", int), ("seed", int)):
+    for name, kind in (
+        ("heads", int),
+        ("layers", int),
+        ("rows", int),
+        ("length", int),
+        ("steps", int),
+        ("seed", int),
+        ("vocabulary", int),
+    ):
         training.add_argument(f"--{name}", type=kind, default=getattr(TrainConfig, name))
     training.add_argument("--minutes", type=float, help="train for so long instead of a number of steps")
     training.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)

@@ -190,7 +190,7 @@ def test_the_backbone_is_the_model() -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize("own", ["tied", "untied", "distilled"])
+@pytest.mark.parametrize("own", ["tied", "untied", "distilled", "few tokens"])
 def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
     """The heads of a tiny model on a text of one sentence: they learn it by heart, in one go or in two."""
     text = tmp_path / "text.txt"
@@ -199,7 +199,8 @@ def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
 
     def config(out: str, steps: int) -> train_heads.TrainConfig:
         return train_heads.TrainConfig(
-            weights("stories260K"), (text,), tmp_path / out, heads=2, tied=own != "untied", rows=4, length=48,
+            weights("stories260K"), (text,), tmp_path / out, heads=2, tied=own in ("tied", "distilled"), rows=4, length=48,
+            vocabulary=40 if own == "few tokens" else 0,
             steps=steps, learning_rate=1e-2, distil=400 if own == "distilled" else 0, device="cpu", temperature=0.0,
         )  # fmt: skip
 
@@ -208,7 +209,12 @@ def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
     written = {file.name for file in (tmp_path / "whole").iterdir()}
     assert {"heads.safetensors", "config.json", "accuracies.json", "trees.json"} <= written
     loaded = load_heads(tmp_path / "whole", load_config(weights("stories260K")))
-    assert loaded.num_heads == 2 and loaded.weights.abs().max() > 0 and (loaded.outputs is None) == (own != "untied")
+    assert (
+        loaded.num_heads == 2
+        and loaded.weights.abs().max() > 0
+        and (loaded.outputs is None) == (own in ("tied", "distilled"))
+    )
+    assert (loaded.token_map is not None) == (own == "few tokens")
     with pytest.raises(ModelError, match="checkpoint_mismatch"):
         train_heads.train(dataclasses.replace(config("whole", 40), rows=5), quiet)
 
