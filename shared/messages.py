@@ -259,4 +259,4 @@ class WorkerHeartbeat(NamedTuple):
     max_model_len: int
     vocab_size: int
     suspects: tuple[str, ...] = ()  # requests in the step that just failed, when the worker dies of an exception
-    isolated: tuple[str, ...] = ()  # requests that run in steps of their own, a choice of theirs not one token further yet
+    isolated: tuple[str, ...] = ()  # requests in steps of their own, not one token further yet
