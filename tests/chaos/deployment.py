@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import presence
 from shared.broker import free_port
+from shared.bus import BusError
 from shared.config import StageSettings
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.nats_bus import NatsBus
@@ -39,6 +40,16 @@ class Deployment:
 
     async def until_ready(self) -> None:
         await presence.wait_for_stages(self.bus, self.supervisor.plan.copies, MODEL, READY)
+
+    async def until_every_stage_serves(self) -> None:
+        def served(beats: list[Heartbeat | WorkerHeartbeat]) -> bool:
+            return {base.stage for beat in beats if not (base := presence.base_of(beat)).draining} == set(STAGES)
+
+        beats: list[Heartbeat | WorkerHeartbeat] = []
+        while not served(beats):
+            with suppress(BusError):
+                beats = await presence.gather(self.bus, 0.3, served)
+            await asyncio.sleep(0.02)
 
     async def unrest(self) -> list[str]:
         """What is not as it must be some time after the last fault and the last stream's end; empty as soon as all is well."""

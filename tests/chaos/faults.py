@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.supervisor import Child, Supervisor
@@ -19,21 +19,25 @@ USUAL: Mapping[tuple[str, str], float] = {
     ("nats", "kill"): 1.5,
     ("nats", "stop"): 1.5,
 }
+FIRST = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "mute": signal.SIGUSR1}
+LAST = {"stop": signal.SIGCONT, "mute": signal.SIGKILL}  # after some seconds
 AT_ONCE = 0.25  # of the faults come with a second one
 
 
 @dataclass(frozen=True)
 class Fault:
-    """At `at` seconds: "kill" (SIGKILL), "term" (SIGTERM), or "stop" (SIGSTOP, and SIGCONT after `seconds`), "mute"
-    (the worker of tests.chaos.mutants only: SIGUSR1, and SIGKILL after `seconds`)."""
+    """`after` seconds from the one before (0: at once with it): "kill" (SIGKILL), "term" (SIGTERM), "stop" (SIGSTOP, and SIGCONT
+    after `seconds`) or "mute" (for the worker of tests.chaos.mutants only: SIGUSR1, and SIGKILL after `seconds`)."""
 
-    at: float
+    after: float
     target: str
     kind: str
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.at:7.2f} s  {self.kind} {self.target}" + (f" {self.seconds:.2f} s" if self.seconds else "")
+        return f"after {self.after:5.2f} s  {self.kind} {self.target}" + (
+            f" {self.seconds:.2f} s" if self.seconds else ""
+        )
 
 
 def make_plan(
@@ -46,13 +50,13 @@ def make_plan(
 ) -> list[Fault]:
     """Faults of about one in `every` seconds, two at once included."""
     plan: list[Fault] = []
-    at = draw.uniform(0, every)
-    while at < seconds:
-        for _ in range(2 if draw.random() < AT_ONCE else 1):
+    at = 0.0
+    while (at := at + (after := draw.expovariate(1 / (every * (1 + AT_ONCE))))) < seconds:
+        for number in range(2 if draw.random() < AT_ONCE else 1):
             ((stage, kind),) = draw.choices(list(weights), list(weights.values()))
             target = stage if stage == "nats" else f"{stage}-{draw.randint(1, copies)}"
-            plan.append(Fault(at, target, kind, draw.uniform(*lasting) if kind in ("stop", "mute") else 0.0))
-        at += draw.expovariate(1 / (every * (1 + AT_ONCE)))
+            lasts = draw.uniform(*lasting) if kind in LAST else 0.0
+            plan.append(Fault(0.0 if number else after, target, kind, lasts))
     return plan
 
 
@@ -64,35 +68,38 @@ class Injector:
         self.ended: dict[str, set[int]] = {}
         self._children = {child.name: child for child in supervisor.children()}
 
-    async def carry_out(self, plan: Sequence[Fault]) -> None:
-        await asyncio.gather(*(self._later(fault) for fault in plan))
-
-    async def _later(self, fault: Fault) -> None:
-        await asyncio.sleep(fault.at)
-        await self.inject(fault)
+    async def carry_out(
+        self, plan: Sequence[Fault], seconds: float, all_stages_serve: Callable[[], Awaitable[None]]
+    ) -> None:
+        """What has not come to pass after `seconds` is left out. Each fault (or pair) waits until somebody serves in every stage:
+        on a slow machine a worker would otherwise be killed each time before it has loaded, and nothing be tested but patience."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        async with asyncio.TaskGroup() as under_way:
+            for fault in plan:
+                if fault.after:
+                    await asyncio.sleep(fault.after)
+                    await all_stages_serve()
+                if loop.time() > until:
+                    break
+                under_way.create_task(self.inject(fault))
 
     async def inject(self, fault: Fault) -> bool:
         """False if there was no process to harm: it had died a moment ago."""
         child = self._children[fault.target]
-        if (pid := child.pid) is None:
+        pid = child.pid
+        if pid is None or not _signal(pid, FIRST[fault.kind]):
             return False
         self.done[child.name.rsplit("-", 1)[0], fault.kind] += 1
-        if fault.kind == "stop":
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                await asyncio.sleep(fault.seconds)
-            finally:
-                if child.pid == pid:
-                    os.kill(pid, signal.SIGCONT)
-        elif fault.kind == "mute":
-            os.kill(pid, signal.SIGUSR1)
-            await asyncio.sleep(fault.seconds)
-            if child.pid == pid:
-                self.ended.setdefault(child.name, set()).add(pid)
-                os.kill(pid, signal.SIGKILL)
-        else:
+        if fault.kind in ("kill", "term"):
             self.ended.setdefault(child.name, set()).add(pid)
-            os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
+            return True
+        try:
+            await asyncio.sleep(fault.seconds)
+        finally:
+            # The process may have died meanwhile of another fault; a number is not given to a new process so soon.
+            if _signal(pid, LAST[fault.kind]) and LAST[fault.kind] is signal.SIGKILL:
+                self.ended.setdefault(child.name, set()).add(pid)
         return True
 
     def unexplained(self) -> list[str]:
@@ -107,6 +114,15 @@ class Injector:
     def settled(self) -> bool:
         """Everybody who was to die has, and lives again."""
         return all(_lives_anew(child, self.ended.get(child.name, set())) for child in self._children.values())
+
+
+def _signal(pid: int, number: signal.Signals) -> bool:
+    """False if the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _lives_anew(child: Child, ended: set[int]) -> bool:

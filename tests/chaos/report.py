@@ -49,7 +49,7 @@ async def disturb(
     print(f"seed {seed}, {len(plan)} faults planned:", *plan, sep="\n  ")
     await asyncio.gather(
         workload.keep_running(seed, streams, seconds),
-        deployment.injector.carry_out(plan),
+        deployment.injector.carry_out(plan, seconds, deployment.until_every_stage_serves),
     )
     checked = {f"{r.id} ({r.kind}, {r.request})": check(r) for r in workload.records}
     broken = {name: complaints for name, complaints in checked.items() if complaints}

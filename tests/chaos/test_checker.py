@@ -114,4 +114,4 @@ def test_a_plan_is_its_seed() -> None:
     assert plan == make_plan(random.Random(5), 300, 0.8, 2)
     assert len(plan) > 300
     assert {(f.target.rsplit("-", 1)[0], f.kind) for f in plan} == set(USUAL)
-    assert len({f.at for f in plan}) < len(plan), "two at once"
+    assert sum(not f.after for f in plan) > 30, "two at once"
