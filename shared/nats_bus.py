@@ -300,12 +300,15 @@ class NatsBus:
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self._nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
-        if not self.is_up() or self._nc._pending_data_size > MAX_UNSENT:
-            if self.dropped & (self.dropped - 1) == 0:  # 0, 1, 2, 4, 8 ...
-                log.warning("publish_dropped", subject=subject, count=self.dropped + 1)
-            self.dropped += 1
-            return
-        self._send(subject, data, reply)
+        if self.is_up() and self._nc._pending_data_size <= MAX_UNSENT:
+            try:
+                self._send(subject, data, reply)
+                return
+            except BusError as error:
+                log.debug("publish_failed", subject=subject, error=repr(error))
+        if self.dropped & (self.dropped - 1) == 0:  # 0, 1, 2, 4, 8 ...
+            log.warning("publish_dropped", subject=subject, count=self.dropped + 1)
+        self.dropped += 1
 
     def _send(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         """nats-py's publish is a coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is
@@ -315,7 +318,8 @@ class NatsBus:
             sending.send(None)
         except StopIteration:
             return
-        except errors.Error as error:
+        except (errors.Error, OSError, RuntimeError) as error:
+            # RuntimeError: uvloop has closed the transport, and nats-py's reading loop is yet to notice.
             raise BusError(f"{subject}: {error!r}") from error
         sending.close()
 

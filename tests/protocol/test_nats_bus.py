@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 
 from shared import nats_bus, nats_pull
 from shared.broker import Broker, free_port
-from shared.bus import BusTimeout, Message, Stored, StreamSpec
+from shared.bus import BusError, BusTimeout, Message, Stored, StreamSpec
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 from shared.nats_pull import OrderedReader, Place
@@ -204,3 +204,24 @@ async def test_a_flood_that_is_handled_slowly_is_no_silence(
     await until(lambda: len(heard) == 60, 20.0)
     assert reconnects == []
     await reader.close()
+
+
+async def test_a_transport_that_is_closed_before_anybody_has_noticed(bus: NatsBus) -> None:
+    """uvloop raises RuntimeError then, which ends nats-py's flusher: a core message is dropped, the rest gets a BusError."""
+    transport, flusher = bus._nc._transport, bus._nc._flusher_task
+    assert transport is not None
+    assert flusher is not None
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "writelines", refuse)
+        bus.publish("x", b"the flusher finds out")
+        await asyncio.wait([flusher], timeout=5)
+        dropped = bus.dropped
+        bus.publish("x", b"")
+        assert bus.dropped == dropped + 1
+        with pytest.raises(BusError):
+            await bus.append("s.1", b"", timeout=0.5)
+    await bus.append("s.1", b"and on", timeout=10.0)
