@@ -79,7 +79,8 @@ async def test_another_model_with_its_golden_ids(tmp_path: Path) -> None:
 async def test_text_prompt_without_streaming(client: RawClient) -> None:
     streamed = await client.ask(STORY)
     whole = await client.ask(STORY | dict(stream=False))
-    assert sorted(whole.names) == ["accepted", "finished"]
+    # On a slow machine, an empty `tokens` event may ask whether the client is still there.
+    assert not any(whole.ids.values()) and set(whole.names) - {"tokens"} == {"accepted", "finished"}
     assert whole.end is not None
     (choice,) = whole.end["choices"]
     assert (choice["text"], choice["ids"]) == (streamed.text[0], streamed.ids[0])
