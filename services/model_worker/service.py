@@ -112,6 +112,9 @@ class WorkerService(Service):
         self.outbox = Outbox(bus, limit=settings.outbox_limit, on_full=self._pause)
         self._runs: dict[str, ActiveRun] = {}
         self._ended = EndedRuns(settings.remember_ended)
+        self._lately: dict[
+            str, tuple[int, int]
+        ] = {}  # epochs of completed runs, and the beat that reports them for the last time
         self._loaded = False
         self._loading = ("starting", 0.0)
         self._paused = False
@@ -182,7 +185,7 @@ class WorkerService(Service):
             stats.step,
             0.0 if started is None else max(0.0, asyncio.get_running_loop().time() - started),
             stats.step_bound,
-            {run.key: run.epoch for run in self._runs.values()},
+            self._reported(),
             limits.max_seqs,
             stats.blocks_total * limits.block_size,
             stats.blocks_free * limits.block_size,
@@ -191,6 +194,13 @@ class WorkerService(Service):
             self._suspects,
             tuple(run.key for run in self._runs.values() if run.unproven),
         )
+
+    def _reported(self) -> dict[str, int]:
+        """What is running, and what was between two heartbeats: a scheduler that has never heard of a run takes it for lost."""
+        self._lately = {
+            key: ended for key, ended in self._lately.items() if self._beat <= ended[1] and not self.draining
+        }
+        return {key: epoch for key, (epoch, _) in self._lately.items()} | {r.key: r.epoch for r in self._runs.values()}
 
     async def _watch_engine(self) -> None:
         """A step that never ends: other workers take its requests over at its bound; this process, some time after, starts anew."""
@@ -286,6 +296,8 @@ class WorkerService(Service):
         if self._runs.get(run.key) is run:
             del self._runs[run.key]
             self._ended.add(run.key, run.epoch, completed)
+            if completed:
+                self._lately[run.key] = run.epoch, self._beat + 1
 
     # ------------------------------------------------ what the engine generates
 

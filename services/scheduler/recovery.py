@@ -9,7 +9,9 @@ from services.scheduler.ledger import Ledger, LiveRequest
 DEATHS = frozenset({"lost", "died", "hung", "missing"})
 
 
-def diagnose(request: LiveRequest, fleet: Fleet, *, report_grace: float, stuck_grace: float) -> str | None:
+def diagnose(
+    request: LiveRequest, fleet: Fleet, *, report_grace: float, finish_grace: float, stuck_grace: float
+) -> str | None:
     """Why a live request needs a new worker, None if it does not: "missing", "draining", "unreported" or "stuck".
 
     The loss of a worker is not found here (Fleet.judge tells), but what was left over then: "missing".
@@ -24,8 +26,11 @@ def diagnose(request: LiveRequest, fleet: Fleet, *, report_grace: float, stuck_g
         return None
     if known.beat.base.draining:
         return "draining"
-    last = request.since if request.reported is None else max(request.reported, request.since)
-    return "unreported" if fleet.silence_of(last) > report_grace else None
+    if request.reported is None or request.reported < request.since:
+        return "unreported" if fleet.silence_of(request.since) > report_grace else None
+    # It has ended there and its finish is in the log. The tombstone is late because the partition's owner is behind, which a storm of
+    # fences would only make worse.
+    return "unreported" if fleet.silence_of(request.reported) > finish_grace else None
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:

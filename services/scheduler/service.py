@@ -490,7 +490,11 @@ class SchedulerService(Service):
     def _scan(self) -> None:
         for request in list(self.ledger.live.values()):
             reason = diagnose(
-                request, self.fleet, report_grace=self.settings.report_grace, stuck_grace=self.settings.stuck_grace
+                request,
+                self.fleet,
+                report_grace=self.settings.report_grace,
+                finish_grace=self.settings.finish_grace,
+                stuck_grace=self.settings.stuck_grace,
             )
             if reason is not None and self._responsible(request.key):
                 self._begin_migration(request.key, reason)

@@ -289,6 +289,21 @@ async def test_a_request_is_reported_until_its_finish_is_stored() -> None:
 
 
 @virtual
+async def test_a_run_between_two_heartbeats_is_reported_once() -> None:
+    world = World(heartbeat_interval=1.0)
+    worker = await world.start()
+    await asyncio.sleep(0.1)
+    run = order_for("t.a", tokens=3)
+    await world.open(run)
+    await world.order(run)
+    await world.ended("t.a", within=0.5)
+    await asyncio.sleep(5.0)
+    assert [beat.running for beat in world.beats] == [{}, {"t.a": 1}, *[{}] * (len(world.beats) - 2)]
+    assert [beat.base.in_flight for beat in world.beats] == [0] * len(world.beats)
+    await worker.stop()
+
+
+@virtual
 async def test_drain_puts_everything_generated_into_the_log_and_reports_nothing_more() -> None:
     world = World(faults=Faults(latency=0.003))
     worker = await world.start()

@@ -71,20 +71,22 @@ def test_diagnosis() -> None:
     clock, ledger = ready(), Ledger()
     fleet, start = clock.fleet, clock.fleet.link.proven
     for revision, (key, worker) in enumerate(
-        [("t.ok", "a"), ("t.mute", "a"), ("t.gone", "z"), ("t.stuck", ""), ("t.drained", "b")], 1
+        [("t.ok", "a"), ("t.mute", "a"), ("t.gone", "z"), ("t.stuck", ""), ("t.drained", "b"), ("t.ended", "a")], 1
     ):
         ledger.apply(key, assigned(worker), revision, start)
 
-    def problems() -> dict[str, str | None]:
-        fleet.heard(beat("a", running={"t.ok": 1, "t.mute": 9}))
+    def problems(**ended: int) -> dict[str, str | None]:
+        fleet.heard(beat("a", running={"t.ok": 1, "t.mute": 9} | {f"t.{key}": epoch for key, epoch in ended.items()}))
         fleet.heard(beat("b", draining=True))
-        return {key: diagnose(live, fleet, report_grace=1.0, stuck_grace=3.0) for key, live in ledger.live.items()}
+        graces = dict(report_grace=1.0, finish_grace=4.0, stuck_grace=3.0)
+        return {key: diagnose(live, fleet, **graces) for key, live in ledger.live.items()}
 
     nothing = dict.fromkeys(ledger.live)
-    assert problems() == nothing | {"t.drained": "draining"}
+    assert problems(ended=1) == nothing | {"t.drained": "draining"}
     clock.run(1.2, "a", "b")
     assert problems() == nothing | {"t.drained": "draining", "t.mute": "unreported", "t.gone": "missing"}
     clock.run(9, echo=False)
     assert problems()["t.stuck"] is None, "time that our link does not prove does not count"
     clock.run(5, "a", "b")
     assert problems()["t.stuck"] == "stuck"
+    assert problems()["t.ended"] == "unreported", "in the end: its tombstone should have come long ago"
