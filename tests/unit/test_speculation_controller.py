@@ -75,7 +75,9 @@ def simulate(
 
 def best(cost: Cost, batch: int, quality: list[float]) -> float:
     usable = [tree for tree in TREES if batch * tree.size <= 512]
-    return max(simulate(cost, batch, quality, fixed=tree, steps=60 if batch > 32 else 400).rate for tree in [None, *usable])
+    return max(
+        simulate(cost, batch, quality, fixed=tree, steps=60 if batch > 32 else 400).rate for tree in [None, *usable]
+    )
 
 
 @pytest.mark.parametrize("batch", SIZES)

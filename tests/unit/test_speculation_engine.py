@@ -293,3 +293,17 @@ def test_a_real_model(tmp_path: Path) -> None:
         stats = started.engine.stats().speculation
     assert stats is not None and sum(stats.accepted) > 20 and Counter(stats.steps).total() > 50
     assert [output.ids for output in outputs] == expected
+
+
+def test_the_demo_model_has_heads_and_they_change_nothing() -> None:
+    folder = Path(__file__).resolve().parents[2] / "models" / "demo"
+    requests = mixed_requests(12, 4096, 20)
+    with running(folder, max_seqs=6, speculate=False) as started:
+        expected = [output.ids for output in started.run(requests)]
+    with running(folder, max_seqs=6) as started:
+        assert len(started.engine.info.tree_sizes) >= 4
+        RandomPicks(started, 0.1)
+        outputs = started.run(requests)
+        stats = started.engine.stats().speculation
+    assert stats is not None and sum(stats.accepted) > 5
+    assert [output.ids for output in outputs] == expected
