@@ -25,7 +25,7 @@ class SchedulerSettings(StageSettings):
         1.5, gt=0, description="a worker may not report a request for this long after it took it"
     )
     finish_grace: float = Field(
-        10.0, gt=0, description="for the tombstone of a request that its worker does not report any more"
+        60.0, gt=0, description="for the tombstone of a request that its worker reported, and does not report any more"
     )
     stuck_grace: float = Field(3.0, gt=0, description="a migration that stands still for this long is taken over")
     run_timeout: float = Field(0.5, gt=0, description="for a worker's answer to a run order")
