@@ -8,7 +8,7 @@ VENV_ARGS ?=
 PROMPT ?= It was a dark night, and the old captain
 PYTEST_ARGS ?=
 
-.PHONY: run up test test-ci chaos compose-test lint bench clean
+.PHONY: run up test test-ci simulation chaos compose-test lint bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
@@ -41,7 +41,10 @@ chaos: $(VENV)/.ready-dev
 compose-test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m compose tests/compose $(PYTEST_ARGS)
 
-test-ci: chaos compose-test
+simulation: $(VENV)/.ready-dev
+	GORGON_FOLD_SEEDS=10000 GORGON_SIM_SEEDS=$${GORGON_SIM_SEEDS:-1000} $(BIN)/python -m pytest tests/protocol -k "tokenlog or simulation" --timeout 900
+
+test-ci: simulation chaos compose-test
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/pipeline.py

@@ -17,8 +17,14 @@ def select_ops(device: torch.device | str) -> Ops:
     if _torch.device(device).type == "cuda":
         from kernels.triton_ops import TritonOps
 
-        hopper = _torch.cuda.get_device_capability(device)[0] == 9
-        return TritonOps(hopper_prefill=hopper)
+        return TritonOps(hopper_prefill=_torch.cuda.get_device_capability(device)[0] == 9 and _gluon_fits())
     from kernels.reference import ReferenceOps
 
     return ReferenceOps()
+
+
+def _gluon_fits() -> bool:
+    """Gluon is experimental and its names change; without those that we use, the plain kernel does the work."""
+    from triton.experimental.gluon import language as gluon
+
+    return hasattr(gluon, "thread_barrier")
