@@ -233,9 +233,8 @@ class Stream:
             # It may be queued, or its partition's owner behind. If it was never accepted, sending it again is right and harmless.
             if self._missing_since is None:
                 self._missing_since = now
-            if self._error is not None and self._known:
-                self.fail(self._error)
-            elif (self._started or self.body is None) and now - self._missing_since >= FORGOTTEN_AFTER:
+            self._error = None  # what was refused was an attempt that was repeated with success, and waits for its turn
+            if (self._started or self.body is None) and now - self._missing_since >= FORGOTTEN_AFTER:
                 self.fail(error)
             elif not self._started and self.body is not None:
                 self._client.send(self)

@@ -12,6 +12,7 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ def matches(pattern: str, subject: str) -> bool:
     """Whether a subject matches a pattern with the wildcards `*` (one token) and `>` (the rest)."""
     if pattern == subject:
         return True
+    if "*" not in pattern and ">" not in pattern:
+        return False
     wanted, tokens = pattern.split("."), subject.split(".")
     for i, token in enumerate(wanted):
         if token == ">":
@@ -206,7 +209,7 @@ class DurableConsumer:
 
     def _postpone(self, seq: int, unacked: Unacked, due: float) -> None:
         unacked.due = due
-        asyncio.get_running_loop().call_at(due, self._redeliver, seq, due)
+        asyncio.get_running_loop().call_at(due, self._redeliver, seq, due, context=self.broker.context)
 
     def _redeliver(self, seq: int, due: float) -> None:
         unacked = self.unacked.get(seq)
@@ -281,6 +284,7 @@ class MemoryBroker:
         self.clients: list[MemoryBus] = []
         self.inboxes: dict[str, asyncio.Future[Message]] = {}
         self._ids = itertools.count(1)
+        self.context = copy_context()  # of what the broker does by itself, whoever caused it
         self._subscriptions: list[MemorySubscription] = []
         self._routes: dict[str, tuple[list[MemorySubscription], list[list[MemorySubscription]]]] = {}
 
@@ -325,12 +329,18 @@ class MemoryBroker:
 
     def add(self, subscription: MemorySubscription) -> None:
         self._subscriptions.append(subscription)
-        self._routes.clear()
+        self._forget_routes(subscription.subject)
 
     def remove(self, subscription: MemorySubscription) -> None:
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
+            self._forget_routes(subscription.subject)
+
+    def _forget_routes(self, pattern: str) -> None:
+        if "*" in pattern or ">" in pattern:
             self._routes.clear()
+        else:
+            self._routes.pop(pattern, None)
 
     def _route(self, subject: str) -> tuple[list[MemorySubscription], list[list[MemorySubscription]]]:
         if (route := self._routes.get(subject)) is None:
@@ -348,7 +358,7 @@ class MemoryBroker:
     def route(self, message: Message) -> int:
         """Sends a message on its way; returns how many it goes to."""
         if (inbox := self.inboxes.get(message.subject)) is not None:
-            self._carry(lambda: None if inbox.done() else inbox.set_result(message))
+            self._carry(lambda: None if inbox.done() else inbox.set_result(message), self.context)
             return 1
         plain, groups = self._route(message.subject)
         targets = [s for s in plain if s.bus.connected]
@@ -356,25 +366,26 @@ class MemoryBroker:
             if members := [s for s in group if s.bus.connected]:
                 targets.append(members[0] if len(members) == 1 else self.random.choice(members))
         for target in targets:
-            self._carry(target.carrier(message))
+            self._carry(target.carrier(message), target.bus.context)
         return len(targets)
 
-    def _carry(self, arrive: Callable[[], None]) -> None:
+    def _carry(self, arrive: Callable[[], None], context: Context) -> None:
         faults = self.faults
         if self.chance(faults.drop):
             return
-        self.hop(arrive, self.random.random() * faults.max_delay if self.chance(faults.delay) else 0.0)
+        self.hop(arrive, context, self.random.random() * faults.max_delay if self.chance(faults.delay) else 0.0)
         if self.chance(faults.duplicate):
-            self.hop(arrive, self.random.random() * faults.max_delay)
+            self.hop(arrive, context, self.random.random() * faults.max_delay)
 
-    def hop(self, arrive: Callable[[], None], delay: float = 0.0) -> None:
-        """Calls `arrive` after the latency. Hops without extra delay arrive in the order in which they were sent."""
+    def hop(self, arrive: Callable[[], None], context: Context, delay: float = 0.0) -> None:
+        """Calls `arrive` after the latency, in the receiver's context. Hops without extra delay arrive in the order in which they were
+        sent."""
         loop = asyncio.get_running_loop()
         delay += self.faults.latency
         if delay > 0:
-            loop.call_later(delay, arrive)
+            loop.call_later(delay, arrive, context=context)
         else:
-            loop.call_soon(arrive)
+            loop.call_soon(arrive, context=context)
 
     # ------------------------------------------------ streams and buckets
 
@@ -423,5 +434,5 @@ class MemoryBroker:
             loop = asyncio.get_running_loop()
             bucket.expire_at(key, loop.time() + ttl)
             # While the broker is down nothing expires: `restart` makes up for it.
-            loop.call_later(ttl, lambda: bucket.expire(loop.time()) if self.up else None)
+            loop.call_later(ttl, lambda: bucket.expire(loop.time()) if self.up else None, context=self.context)
         return revision

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import structlog
@@ -145,7 +146,7 @@ class MemoryConsumer:
         delivery = MemoryDelivery(self, message, attempt)
         self._expect(delivery)
         connection = self._bus.connection
-        self._bus.broker.hop(lambda: self._arrive(delivery, connection))
+        self._bus.broker.hop(lambda: self._arrive(delivery, connection), self._bus.context)
 
     def _arrive(self, delivery: MemoryDelivery, connection: int) -> None:
         if self._bus.connection == connection and not self._stopped:
@@ -161,7 +162,8 @@ class MemoryConsumer:
 
     def _expect(self, delivery: MemoryDelivery) -> None:
         loop = asyncio.get_running_loop()
-        self._open[delivery] = loop.call_later(self._durable.ack_wait, self._settled, delivery)
+        wait = self._durable.ack_wait
+        self._open[delivery] = loop.call_later(wait, self._settled, delivery, context=self._bus.context)
 
     def _settled(self, delivery: MemoryDelivery) -> None:
         if (timer := self._open.pop(delivery, None)) is not None:
@@ -182,7 +184,7 @@ class MemoryConsumer:
     def _tell(self, tell: Callable[[DurableConsumer], None]) -> None:
         broker = self._bus.broker
         if self._bus.connected and not broker.chance(broker.faults.drop):
-            broker.hop(lambda: tell(self._durable) if broker.up else None)
+            broker.hop(lambda: tell(self._durable) if broker.up else None, broker.context)
 
     def lose_connection(self) -> None:
         for timer in self._open.values():
@@ -222,7 +224,7 @@ class MemoryWatch:
         connection = self._bus.connection
         present = {key: Entry(key, value, revision) for key, (value, revision) in self._state.values.items()}
         gone = [Entry(key, None, self._state.revision) for key in self._known if key not in present]
-        self._bus.broker.hop(lambda: self._listed([*gone, *present.values()], connection))
+        self._bus.broker.hop(lambda: self._listed([*gone, *present.values()], connection), self._bus.context)
 
     def _listed(self, entries: list[Entry], connection: int) -> None:
         if not self._active or self._bus.connection != connection:
@@ -236,7 +238,9 @@ class MemoryWatch:
     def _changed(self, entry: Entry) -> None:
         if self._bus.connected:
             connection = self._bus.connection
-            self._bus.broker.hop(lambda: self._tell(entry) if self._bus.connection == connection else None)
+            self._bus.broker.hop(
+                lambda: self._tell(entry) if self._bus.connection == connection else None, self._bus.context
+            )
 
     def _tell(self, entry: Entry) -> None:
         if not self._active or self._known.get(entry.key, 0) >= entry.revision:
@@ -308,6 +312,7 @@ class MemoryBus:
 
     def __init__(self, broker: MemoryBroker) -> None:
         self.broker = broker
+        self.context = copy_context()  # in which everything is done that comes in here
         self.connection = 1  # grows with each connection lost: what travels on an older one is lost with it
         self.partitioned = False
         self.watches: dict[MemoryWatch, None] = {}
@@ -349,7 +354,7 @@ class MemoryBus:
 
     def reconnect_after(self, delay: float) -> None:
         connection = self.connection
-        self._loop.call_later(delay, self._reconnect, connection)
+        self._loop.call_later(delay, self._reconnect, connection, context=self.context)
 
     def _reconnect(self, connection: int) -> None:
         if self._closed or self.partitioned or self.connected or self.connection != connection or not self.broker.up:
@@ -436,7 +441,7 @@ class MemoryBus:
         timeout = await self._wait_for_connection(timeout)
         future: asyncio.Future[T] = self._loop.create_future()
         if not self.broker.chance(self.broker.faults.drop):
-            self.broker.hop(lambda: _resolve(future, read))
+            self.broker.hop(lambda: _resolve(future, read), self.broker.context)
         answer = await self._answer(future, timeout)
         await self.hop()
         return answer
@@ -448,12 +453,12 @@ class MemoryBus:
         future: asyncio.Future[T] = self._loop.create_future()
         if broker.chance(faults.late_append):
             late = timeout + broker.random.random() * faults.max_delay
-            self._loop.call_later(late, lambda: _resolve(future, write) if broker.up else None)
+            self._loop.call_later(late, lambda: _resolve(future, write) if broker.up else None, context=broker.context)
         elif not broker.chance(faults.lose_append):
             outcome: asyncio.Future[T] = self._loop.create_future()
             _resolve(outcome, write)
             if not broker.chance(faults.lose_ack):
-                broker.hop(lambda: _resolve(future, outcome.result))
+                broker.hop(lambda: _resolve(future, outcome.result), broker.context)
             else:
                 outcome.exception()  # nobody will ask for it
         return await self._answer(future, timeout)

@@ -35,7 +35,7 @@ BLOCK_SIZE = 16
 _MASK = (1 << 64) - 1
 
 
-class _Sequence:
+class FixedSequence:
     """One choice of a request. `state` is a hash of everything that came before the next token."""
 
     __slots__ = ("fault", "generated", "limit", "order", "request", "state", "stop_ids")
@@ -54,7 +54,7 @@ class _Sequence:
         faults = [fault for token, fault in settings.faults.items() if token in request.prompt_ids]
         self.fault: Fault | None = min(faults, key=lambda fault: fault.position, default=None)
 
-    def __lt__(self, other: _Sequence) -> bool:
+    def __lt__(self, other: FixedSequence) -> bool:
         return self.order < other.order
 
     def _absorb(self, token: int) -> None:
@@ -80,7 +80,7 @@ class _Sequence:
 
 def expected_ids(request: EngineRequest, settings: FixedEngineSettings) -> list[int]:
     """What the engine generates for the request if nothing goes wrong, `generated_ids` not included."""
-    sequence = _Sequence(request, (0, 0), settings)
+    sequence = FixedSequence(request, (0, 0), settings)
     ids: list[int] = []
     while sequence.generated < sequence.limit and not (ids and sequence.finish_reason(ids[-1])):
         ids.append(sequence.next_token(settings))
@@ -88,7 +88,9 @@ def expected_ids(request: EngineRequest, settings: FixedEngineSettings) -> list[
 
 
 class FixedEngine:
-    """See engine_api.Engine."""
+    """See engine_api.Engine. `sequence` says what is generated."""
+
+    sequence: type[FixedSequence] = FixedSequence
 
     def __init__(
         self, settings: FixedEngineSettings, max_seqs: int, max_waiting: int, on_steps: OnSteps, on_fatal: OnFatal
@@ -98,8 +100,8 @@ class FixedEngine:
         self._max_waiting = max_waiting
         self._on_steps = on_steps
         self._on_fatal = on_fatal
-        self._running: dict[tuple[str, int], _Sequence] = {}  # (request id, choice)
-        self._waiting: list[_Sequence] = []  # a heap
+        self._running: dict[tuple[str, int], FixedSequence] = {}  # (request id, choice)
+        self._waiting: list[FixedSequence] = []  # a heap
         self._arrivals = count()
         self._paused = False
         self._stopped = False
@@ -129,7 +131,7 @@ class FixedEngine:
         if self._stopped or held + len(requests) > self._max_seqs + self._max_waiting:
             raise EngineOverloaded(f"{held} sequences are held already")
         for request in requests:
-            heappush(self._waiting, _Sequence(request, (-request.priority, next(self._arrivals)), self._settings))
+            heappush(self._waiting, self.sequence(request, (-request.priority, next(self._arrivals)), self._settings))
             self._prompt_tokens += len(request.prompt_ids)
         self._begin_step()
 
@@ -148,7 +150,7 @@ class FixedEngine:
         raise RequestRejected(RequestError(request.request_id, request.choice, request.epoch, code, message))
 
     def abort(self, request_id: str, epoch: int) -> None:
-        def ended(sequence: _Sequence) -> bool:
+        def ended(sequence: FixedSequence) -> bool:
             return sequence.request.request_id == request_id and sequence.request.epoch <= epoch
 
         self._running = {name: s for name, s in self._running.items() if not ended(s)}
@@ -206,14 +208,14 @@ class FixedEngine:
         else:
             self._timer = loop.call_soon(self._end_step, batch, end)
 
-    def _batch(self) -> list[_Sequence]:
+    def _batch(self) -> list[FixedSequence]:
         """All running sequences, or those of one request that must run apart."""
         for (request_id, _), sequence in self._running.items():
             if sequence.request.isolated and sequence.generated == len(sequence.request.generated_ids):
                 return [s for (other, _), s in self._running.items() if other == request_id]
         return list(self._running.values())
 
-    def _end_step(self, batch: list[_Sequence], planned: float) -> None:
+    def _end_step(self, batch: list[FixedSequence], planned: float) -> None:
         output = StepOutput(self._steps)
         now = asyncio.get_running_loop().time()
         live = self._running
@@ -233,7 +235,7 @@ class FixedEngine:
         self._begin_step(planned)
         self._on_steps([output])
 
-    def _generate(self, sequence: _Sequence, output: StepOutput) -> bool:
+    def _generate(self, sequence: FixedSequence, output: StepOutput) -> bool:
         """One token; True if it is the last."""
         request = sequence.request
         position = sequence.generated
@@ -265,11 +267,11 @@ class FixedEngine:
             )
             self.abort(request.request_id, request.epoch)
 
-    def _all(self) -> Iterable[_Sequence]:
+    def _all(self) -> Iterable[FixedSequence]:
         yield from self._running.values()
         yield from self._waiting
 
-    def _strike(self, fault: Fault, sequence: _Sequence, batch: list[_Sequence], output: StepOutput) -> bool:
+    def _strike(self, fault: Fault, sequence: FixedSequence, batch: list[FixedSequence], output: StepOutput) -> bool:
         """Lets the fault happen; False if the step does not survive it."""
         request = sequence.request
         match fault.kind:

@@ -26,11 +26,12 @@ def diagnose(
         return None
     if known.beat.base.draining:
         return "draining"
+    # Only what a heartbeat leaves out is unreported: a worker that is silent may be lost, and that is for Fleet.judge to say.
     if request.reported is None or request.reported < request.since:
-        return "unreported" if fleet.silence_of(request.since) > report_grace else None
+        return "unreported" if known.heard - request.since > report_grace else None
     # It has ended there and its finish is in the log. The tombstone is late because the partition's owner is behind, which a storm of
     # fences would only make worse.
-    return "unreported" if fleet.silence_of(request.reported) > finish_grace else None
+    return "unreported" if known.heard - request.reported > finish_grace else None
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:
