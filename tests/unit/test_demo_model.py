@@ -49,11 +49,16 @@ def nats_per_token(model: transformers.PreTrainedModel, ids: torch.Tensor) -> fl
 
 
 def test_folder_is_complete_and_small() -> None:
-    files = {path.name: path.stat().st_size for path in DEMO.iterdir()}
+    files = {str(path.relative_to(DEMO)): path.stat().st_size for path in DEMO.rglob("*") if path.is_file()}
     assert set(files) == {
         "README.md",
         "config.json",
         "generation_config.json",
+        "medusa/README.md",
+        "medusa/accuracies.json",
+        "medusa/config.json",
+        "medusa/heads.safetensors",
+        "medusa/trees.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -89,6 +89,7 @@ def save_heads(heads: MedusaHeads, folder: Path, dtype: torch.dtype, notes: Mapp
         for name, tensor in heads.tensors().items()
     }
     save_file(tensors, folder / HEADS_FILE)
+    (folder / HEADS_FILE).chmod(0o644)  # as any other file of a model: the worker may run as another user
     layers, number, hidden = heads.biases.shape
     config = {"drafter": "medusa", "num_heads": number, "num_layers": layers, "hidden_size": hidden}
     config |= {"tied": heads.outputs is None, **notes}
