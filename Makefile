@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 VENV_ARGS ?=
 PROMPT ?= It was a dark night, and the old captain
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 .PHONY: run up test test-ci simulation chaos compose-test lint bench clean
 
@@ -36,10 +36,10 @@ test: $(VENV)/.ready-dev lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 chaos: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m chaos tests/chaos $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m chaos tests/chaos
 
 compose-test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m compose tests/compose $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m compose tests/compose
 
 simulation: $(VENV)/.ready-dev
 	GORGON_FOLD_SEEDS=10000 GORGON_SIM_SEEDS=$${GORGON_SIM_SEEDS:-1000} $(BIN)/python -m pytest tests/protocol -k "tokenlog or simulation" --timeout 900
