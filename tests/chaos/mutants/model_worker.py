@@ -24,12 +24,12 @@ from shared.service import run_stage
 HIGHEST_EPOCH = 40
 
 
-class EpochSequence(fixed_engine._Sequence):
+class EpochSequence(fixed_engine.FixedSequence):
     __slots__ = ()
 
     def next_token(self, settings: FixedEngineSettings) -> int:
         token = self.token_of(self.request.epoch, settings)
-        self._absorb(token)
+        self.absorb(token)
         self.generated += 1
         return token
 
@@ -38,7 +38,7 @@ class EpochSequence(fixed_engine._Sequence):
         return settings.first_id + digest % (settings.vocab_size - settings.first_id)
 
     def absorb(self, token: int) -> None:
-        self._absorb(token)
+        self.absorb(token)
 
 
 class SilentableWorker(ModelWorker):
@@ -71,5 +71,5 @@ def mixed_at(prompt_ids: Sequence[int], seed: int, ids: Sequence[int], settings:
 
 
 if __name__ == "__main__":
-    fixed_engine._Sequence = EpochSequence  # type: ignore[misc]
+    fixed_engine.FixedSequence = EpochSequence  # type: ignore[misc]
     run_stage(SilentableWorker, WorkerSettings)
