@@ -29,7 +29,7 @@ class EpochSequence(fixed_engine.FixedSequence):
 
     def next_token(self, settings: FixedEngineSettings) -> int:
         token = self.token_of(self.request.epoch, settings)
-        self.absorb(token)
+        self._absorb(token)
         self.generated += 1
         return token
 
@@ -38,7 +38,7 @@ class EpochSequence(fixed_engine.FixedSequence):
         return settings.first_id + digest % (settings.vocab_size - settings.first_id)
 
     def absorb(self, token: int) -> None:
-        self.absorb(token)
+        self._absorb(token)
 
 
 class SilentableWorker(ModelWorker):
