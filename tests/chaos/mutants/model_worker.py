@@ -71,5 +71,5 @@ def mixed_at(prompt_ids: Sequence[int], seed: int, ids: Sequence[int], settings:
 
 
 if __name__ == "__main__":
-    fixed_engine.FixedSequence = EpochSequence  # type: ignore[misc]
+    fixed_engine.FixedEngine.sequence = EpochSequence
     run_stage(SilentableWorker, WorkerSettings)
