@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from shared.json_stream import JsonScanner, Malformed
@@ -48,7 +49,8 @@ class ToolCall(NamedTuple):
     error: str | None = None
 
 
-class ToolCallDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
     """What is new of the call number `index`. `name` comes with its first delta only, `error` with its last if it broke."""
 
     index: int
@@ -160,7 +162,7 @@ class ToolCallParser:
             merged[delta.index] = (
                 delta
                 if first is None
-                else first._replace(arguments=first.arguments + delta.arguments, error=delta.error)
+                else replace(first, arguments=first.arguments + delta.arguments, error=delta.error)
             )
         return Parsed(content, tuple(merged.values()))
 
