@@ -229,7 +229,7 @@ def _search(row_ptr, V, scale, best, low, low_count, target, WEIGHED: tl.constex
 
 
 @triton.jit
-def _search_row(row_ptr, V, scale, best, top_k, top_p, BLOCK: tl.constexpr):
+def search_row(row_ptr, V, scale, best, top_k, top_p, BLOCK: tl.constexpr):
     """The threshold of a row's top_k (> 0) and top_p, whatever they are, by passes over the row."""
     least = tl.full([BLOCK], float("inf"), tl.float32)
     finite = tl.zeros([BLOCK], tl.int32)
@@ -345,7 +345,7 @@ def _resolve_kernel(
             reaching = maxima >= low
             count = tl.sum(reaching.to(tl.int32), 0)
             if (top_k > MAX_GROUPS) | (count > MAX_GROUPS):
-                threshold = _search_row(row_ptr, V, scale, best, top_k, top_p, BLOCK)
+                threshold = search_row(row_ptr, V, scale, best, top_k, top_p, BLOCK)
                 lowest = tl.minimum(tl.maximum(threshold, lowest), best)
                 chosen = _scan_best(row_ptr, V, lowest, -float("inf"), scale, seed, position, choice, BLOCK)
             else:

@@ -57,8 +57,9 @@ class SamplingBatch:
 
     temperature f32 (0: greedy) · top_k int32 (0: all) · top_p f32 · min_p f32 · seed int64 · choice int32
     position int32: index of the token to be chosen among the *generated* ones (0 for the first) — the key of the noise
-    any_filter: host-side bound, some row uses top_k/top_p/min_p · any_random: some row has temperature > 0
-    Penalties are applied to the logits beforehand (`apply_penalties`).
+    any_filter: host-side bound, some row uses top_k/top_p/min_p/typical_p · any_random: some row has temperature > 0
+    typical_p f32 (1: off), or None: no row has any
+    Penalties and edits are applied to the logits beforehand (`apply_penalties`, `edit_logits`).
     """
 
     temperature: Tensor
@@ -70,6 +71,24 @@ class SamplingBatch:
     position: Tensor
     any_random: bool = True
     any_filter: bool = True
+    typical_p: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LogitEdits:
+    """What sequences change of single tokens' logits, by slot; E, W and L are fixed, -1 fills up ids and words.
+
+    ids       int32 [slots, E], values f32 [slots, E]: added to the logits of these tokens; -inf bans
+    until     int32 [slots, E]: only while the token to be chosen stands before this position among the generated ones
+    words     int32 [slots, W]: tokens that are banned behind
+    prefixes  int32 [slots, W, L]: these tokens; the newest last, -1 stands for any or none. L is a power of two
+    """
+
+    ids: Tensor
+    values: Tensor
+    until: Tensor
+    words: Tensor
+    prefixes: Tensor
 
 
 class Ops(Protocol):
@@ -134,13 +153,24 @@ class Ops(Protocol):
         the row's slot, or -1 for "no penalties".
         """
 
+    def edit_logits(
+        self, logits: Tensor, edits: LogitEdits, edit_rows: Tensor, position: Tensor, recent: Tensor
+    ) -> Tensor:
+        """In place on f32 logits [R, V]; returns it. In the sense of transformers' SequenceBiasLogitsProcessor,
+        NoBadWordsLogitsProcessor and MinNewTokensLengthLogitsProcessor.
+
+        edit_rows int32 [R]: the row's slot, or -1 for "no edits"; position int32 [R] as in SamplingBatch; recent int32 [R, L]: the
+        newest tokens of each row's sequence, prompt included, the newest last, -1 before its beginning.
+        """
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """logits f32 or bf16 [R, V] → chosen ids int64 [R].
 
         Greedy rows: argmax, ties to the lowest id. Random rows: argmax over the kept tokens of logit / temperature + Gumbel noise
         (Gumbel-max), the noise from Philox4x32-10 (Salmon et al. 2011) with key = seed (low, high word) and counter =
         (token id // 4, position, choice, 0), output word token id % 4. With v = (word + 0.5) × 2^-32, at most 1 - 2^-24,
-        the noise is -log(-log1p(-v)). Filters in the order of transformers' warpers: temperature, top_k, top_p, min_p.
+        the noise is -log(-log1p(-v)). Filters in the order of transformers' warpers: temperature, top_k, top_p, min_p,
+        typical_p (Meister et al. 2022, arXiv 2202.00666).
         """
 
     def logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, SamplingBatch
+from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
 from kernels.philox import gumbel_noise
 
 
@@ -113,6 +113,20 @@ class ReferenceOps:
         changed = changed - frequency[:, None] * counts - presence[:, None] * (counts > 0)
         return logits.copy_(torch.where(penalised, changed, logits))
 
+    def edit_logits(
+        self, logits: Tensor, edits: LogitEdits, edit_rows: Tensor, position: Tensor, recent: Tensor
+    ) -> Tensor:
+        edited = (edit_rows >= 0)[:, None]
+        rows = edit_rows.long().clamp(min=0)
+        ids = edits.ids[rows]
+        active = edited & (ids >= 0) & (position[:, None] < edits.until[rows])
+        # Where nothing is to be added, 0 is; each token has one value, or is banned beside.
+        logits.scatter_add_(1, ids.long().clamp(min=0), torch.where(active, edits.values[rows], 0.0))
+        words, prefixes = edits.words[rows], edits.prefixes[rows]
+        behind = ((prefixes < 0) | (prefixes == recent[:, None])).all(dim=-1)
+        banned = torch.where(edited & (words >= 0) & behind, -torch.inf, 0.0)
+        return logits.scatter_add_(1, words.long().clamp(min=0), banned)
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         greedy = logits.argmax(dim=-1)
         if not batch.any_random:
@@ -121,6 +135,8 @@ class ReferenceOps:
         scores = logits[rows].float() / batch.temperature[rows, None]
         if batch.any_filter:
             scores = filter_scores(scores, batch.top_k[rows], batch.top_p[rows], batch.min_p[rows])
+            if batch.typical_p is not None:
+                scores = keep_typical(scores, batch.typical_p[rows])
         noise = gumbel_noise(batch.seed[rows], batch.position[rows], batch.choice[rows], logits.shape[1])
         greedy[rows] = (scores + noise).argmax(dim=-1)
         return greedy
@@ -157,6 +173,20 @@ def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     threshold = torch.where(top_p[:, None] < 1, ordered.gather(1, last_kept), threshold)
     threshold = torch.maximum(threshold, best + min_p[:, None].log())
     return scores.masked_fill(scores < torch.minimum(threshold, best), -torch.inf)
+
+
+def keep_typical(scores: Tensor, typical_p: Tensor) -> Tensor:
+    """Scores f32 [R, V], atypical ones at -inf, as transformers' TypicalLogitsWarper: of the tokens whose surprise is nearest to the
+    entropy, the fewest whose mass reaches typical_p f32 [R] (1: all). Ties with the last are kept."""
+    logprobs = scores.double().log_softmax(dim=-1)
+    mass = logprobs.exp()
+    entropy = -(logprobs * mass).nansum(dim=-1, keepdim=True)
+    distance = (-logprobs - entropy).abs()
+    ordered, order = distance.sort(dim=-1)
+    reached = mass.gather(1, order).cumsum(dim=-1)
+    last = (reached < typical_p[:, None].double()).sum(dim=-1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    dropped = (distance > ordered.gather(1, last)) & (typical_p[:, None] < 1)
+    return scores.masked_fill(dropped, -torch.inf)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

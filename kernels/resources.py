@@ -141,7 +141,7 @@ def _inspect(name: str, binary: Any) -> Resources:
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
     from kernels.gemm_choice import choose, invariant
-    from kernels.ops import AttentionBatch, SamplingBatch
+    from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
     from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
@@ -156,6 +156,15 @@ def production_calls() -> dict[str, Callable[[], object]]:
     sampling = SamplingBatch(floats, ints, floats, floats, long, ints, ints)
     unfiltered = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_filter=False)
     greedy = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_random=False)
+    typical = SamplingBatch(floats, ints, floats, floats, long, ints, ints, typical_p=floats)
+    edits = LogitEdits(
+        torch.zeros(1, 512, dtype=torch.int32),
+        torch.zeros(1, 512),
+        torch.zeros(1, 512, dtype=torch.int32),
+        torch.zeros(1, 256, dtype=torch.int32),
+        torch.zeros(1, 256, 16, dtype=torch.int32),
+    )
+    recent = torch.zeros(2, 16, dtype=torch.int32)
     qkv = torch.zeros(2, (q_heads + 2 * kv_heads) * head_dim, dtype=bf16)
     counts, mask = torch.zeros(1, vocabulary, dtype=torch.int32), torch.zeros(1, vocabulary, dtype=torch.bool)
 
@@ -206,6 +215,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "attention tree of 16": lambda: attend(2, 16, 64, tree=True),
         "attention tree of 64": lambda: attend(2, 64, 64, tree=True),
         "sample": lambda: ops.sample(logits, sampling),
+        "sample, typical": lambda: ops.sample(logits, typical),
+        "edit_logits": lambda: ops.edit_logits(logits, edits, ints[:2], ints[:2], recent),
         "sample, no filter": lambda: ops.sample(logits, unfiltered),
         "sample, greedy": lambda: ops.sample(logits, greedy),
         "apply_penalties": lambda: ops.apply_penalties(logits, counts, mask, ints[:2], floats, floats, floats),

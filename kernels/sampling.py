@@ -15,6 +15,7 @@ from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from kernels.filtered_sampling import sample_filtered
 from kernels.ops import SamplingBatch
 from kernels.token_scores import best_of_parts, best_of_quads, inverse_temperature, load_quads, noisy_best
+from kernels.typical_sampling import choose_typical
 
 PICK_CHUNK = 4096
 PENALTY_BLOCK = 1024
@@ -97,7 +98,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     logits = logits.contiguous()
     rows, vocabulary = logits.shape
     if rows and batch.any_random and batch.any_filter:
-        return sample_filtered(logits, batch)
+        chosen = sample_filtered(logits, batch)
+        if batch.typical_p is not None:
+            choose_typical(logits, batch, chosen)
+        return chosen
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out

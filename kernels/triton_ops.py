@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import activation, kv_move, norm, rope_cache, sampling
+from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling
 from kernels.attention_decode import decode_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
-from kernels.ops import AttentionBatch, SamplingBatch
+from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
 from kernels.skinny_gemm import fits, skinny_linear
 
 
@@ -88,6 +88,11 @@ class TritonOps:
         frequency: Tensor,
     ) -> Tensor:
         return sampling.apply_penalties(logits, token_counts, prompt_mask, count_rows, repetition, presence, frequency)
+
+    def edit_logits(
+        self, logits: Tensor, edits: LogitEdits, edit_rows: Tensor, position: Tensor, recent: Tensor
+    ) -> Tensor:
+        return logit_edits.edit_logits(logits, edits, edit_rows, position, recent)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sampling.sample(logits, batch)

@@ -25,7 +25,7 @@ from pydantic import (
 
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import Failure, ReplyTo
-from shared.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from shared.sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from shared.subjects import is_token
 
 DEFAULT_TENANT = "default"
@@ -34,11 +34,14 @@ MAX_STOP_CHARS = 256
 MAX_CHOICES = 16
 MAX_METADATA_BYTES = 4096
 MAX_TOKENS = 1_000_000
+MAX_BAD_WORD_STRINGS = MAX_BAD_WORDS // 2  # each is banned with and without a space before it
+MAX_BAD_WORD_CHARS = 256
 MAX_DEPTH = 64  # of nesting in a request
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Bias = Annotated[Finite, Field(ge=-100, le=100)]
 
 # What says only how the answer travels: it may differ when a request is sent again.
 _DELIVERY_FIELDS = frozenset({"id", "tenant", "stream", "batched", "traceparent"})
@@ -59,7 +62,7 @@ class ChatMessage(Strict):
 class GenerateRequest(Strict):
     """The body of a request. Exactly one of `prompt` and `messages`. Sampling fields: see shared/sampling.py.
 
-    None for temperature, top_p, top_k means the model's own default (generation_config.json), else 1.0, 1.0, 0.
+    None for a sampling field means the model's own default (generation_config.json), else the one of SamplingParams.
     """
 
     id: str | None = None  # the client's own, unique within its tenant; makes a retry safe. Default: a random one
@@ -75,6 +78,7 @@ class GenerateRequest(Strict):
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     seed: Seed | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
@@ -85,6 +89,15 @@ class GenerateRequest(Strict):
     repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, Bias] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)  # by token id
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+            Field(max_length=MAX_BAD_WORD_STRINGS),
+        ]
+        | None
+    ) = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
     deadline: Annotated[Finite, Field(gt=0, le=86_400)] | None = None  # seconds from acceptance
@@ -97,6 +110,14 @@ class GenerateRequest(Strict):
     @classmethod
     def _one_stop(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        for key in value:
+            if not (key.isascii() and key.isdecimal() and str(int(key[:11])) == key and int(key) < 2**31):
+                raise ValueError(f"{key!r:.20} is not a token id")
+        return value
 
     @field_validator("id", "tenant")
     @classmethod

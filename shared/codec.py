@@ -64,11 +64,19 @@ def _make(cls: type[Any], row: list[Any]) -> Any:
 
 
 def _sampling(row: list[Any]) -> SamplingParams:
-    row = list(row[: len(_SAMPLING_FIELDS)])
-    stops = _SAMPLING_FIELDS.index("stop_token_ids")
-    if len(row) > stops:
-        row[stops] = tuple(row[stops])
-    return SamplingParams(*row)
+    values = dict(zip(_SAMPLING_FIELDS, row, strict=False))
+    for name, rebuild in _REBUILD_SAMPLING.items():
+        if name in values:
+            values[name] = rebuild(values[name])
+    return SamplingParams(**values)
+
+
+def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, rows))
+
+
+# The fields that are tuples.
+_REBUILD_SAMPLING: dict[str, Any] = {"stop_token_ids": tuple, "logit_bias": _tuples, "bad_words": _tuples}
 
 
 def _tokens(row: list[Any]) -> m.Tokens:

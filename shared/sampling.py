@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
+# The tables on the device are of fixed size.
+MAX_LOGIT_BIAS = 384  # tokens
+MAX_BAD_WORDS = 256  # sequences of tokens
+MAX_BAD_WORD_TOKENS = 16  # of one sequence
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters of one request, validated at admission (services/tokenizer), never afterwards.
 
-    max_tokens          most tokens to generate, at least 1
+    max_tokens          most tokens to generate; 0 only where the prompt alone is wanted (prompt_logprobs, echo)
     temperature         0 means greedy (argmax; ties go to the lowest id)
     top_k               0 keeps all; otherwise the k most probable tokens (ties with the k-th are kept)
     top_p               nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), applied after top_k on renormalised probabilities
@@ -29,6 +33,15 @@ class SamplingParams:
     frequency_penalty   subtracted for each time the token has been generated
     logprobs            None: none. n ≥ 0: the chosen token's log-probability and those of the n likeliest, from the raw
                         logits (before temperature, penalties and filters)
+    typical_p           typical sampling (Meister et al. 2022, arXiv 2202.00666), the last of the filters; 1 keeps all
+    logit_bias          (token id, what is added to its logit), each id once, at most MAX_LOGIT_BIAS
+    bad_words           sequences of token ids whose last id is banned behind the others, at most MAX_BAD_WORDS of
+                        MAX_BAD_WORD_TOKENS ids; the others may be tokens of the prompt
+    min_tokens          ids that would end the sequence are banned until so many tokens are generated
+    prompt_logprobs     None: none. n ≥ 0: as logprobs, of the prompt's tokens but the first
+    ranked              log-probabilities of chosen tokens are wanted, though the client asked for none: to find the best choices
+
+    Order of processing, as in transformers: penalties; logit_bias, bad_words, min_tokens; temperature; top_k, top_p, min_p, typical_p.
     """
 
     max_tokens: int = 256
@@ -43,6 +56,12 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    typical_p: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    ranked: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -51,3 +70,13 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def has_edits(self) -> bool:
+        """Some logits are changed one by one."""
+        return bool(self.logit_bias or self.bad_words or self.min_tokens)
+
+    @property
+    def worker_logprobs(self) -> int | None:
+        """As `logprobs`, of what the worker must tell."""
+        return 0 if self.logprobs is None and self.ranked else self.logprobs

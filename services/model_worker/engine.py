@@ -30,6 +30,7 @@ from services.model_worker.interface import (
     TokenOutput,
 )
 from services.model_worker.loader import Progress
+from services.model_worker.logit_edits import edit_row, edited_ids
 from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner, Ticket
 from services.model_worker.models.config import ModelError
 from services.model_worker.sampler import SamplingMode
@@ -64,6 +65,7 @@ Key = tuple[str, int]  # (request id, choice)
 class _Submission:
     request: EngineRequest
     device_row: Any
+    edit_row: Any
     sampling_mode: SamplingMode
 
 
@@ -224,9 +226,11 @@ class Engine:
             )
             raise _rejected(request, "context_length_exceeded", message)
         try:
-            ids = np.concatenate([np.asarray(part, np.int64) for part in (request.prompt_ids, request.generated_ids)])
+            parts = (request.prompt_ids, request.generated_ids, edited_ids(params))
+            ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
             device_row = field_row(params, request.choice, len(request.prompt_ids))
             mode = SamplingMode.of(params)
+            changed = edit_row(params, self.info.eos_ids)
         except (TypeError, ValueError, OverflowError) as error:
             raise _rejected(request, "invalid_request", str(error)) from None
         # An id outside the embedding would take the whole device process down.
@@ -234,7 +238,7 @@ class Engine:
             raise _rejected(request, "invalid_token_id", f"token ids must be in 0 … {self.info.vocab_size - 1}")
         if params.max_tokens < 1 or not -1 <= mode.logprobs <= min(MAX_LOGPROBS, self.info.vocab_size):
             raise _rejected(request, "invalid_request", "max_tokens or logprobs is out of range")
-        return _Submission(request, device_row, mode)
+        return _Submission(request, device_row, changed, mode)
 
     # ---- the engine's thread
 
@@ -299,8 +303,12 @@ class Engine:
                 )
             )
             return
-        sequence.device_row, sequence.sampling_mode = item.device_row, item.sampling_mode
-        sequence.acceptance = Acceptance(able=not item.sampling_mode.penalties)
+        sequence.device_row, sequence.edit_row, sequence.sampling_mode = (
+            item.device_row,
+            item.edit_row,
+            item.sampling_mode,
+        )
+        sequence.acceptance = Acceptance(able=not (item.sampling_mode.penalties or item.sampling_mode.recent))
         self._sequences[request.request_id, request.choice] = sequence
         # A migrated sequence may have generated all it will before its old worker died.
         if (reason := sequence.finish_reason()) is not None:

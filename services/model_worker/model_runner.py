@@ -17,6 +17,7 @@ from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
 from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.interface import TokenLogprobs
 from services.model_worker.kv_cache import KVCache
+from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
 from services.model_worker.sampler import CAPTURED_MODES, Sampled, SamplingMode, sample
 from services.model_worker.sequence import Sequence
@@ -61,7 +62,7 @@ class Ticket:
             width = part.ids.shape[1]
             chosen, top, top_ids = (tensor.tolist() for tensor in part.logprobs)
             for row, sequence in enumerate(self.plan.sampled[len(logprobs) : len(ids)]):
-                wanted = sequence.request.params.logprobs
+                wanted = sequence.request.params.worker_logprobs
                 entries = range(row * width, row * width + len(ids[len(logprobs)]))
                 logprobs.append(
                     None
@@ -145,8 +146,9 @@ class ModelRunner:
         with self.context():
             self.state = StepState(limits, decoder.config.vocab_size, self.device)
             self._row_starts = torch.arange(limits.max_seqs + 1, dtype=torch.int32, device=self.device)
-            # Three arrays of rows, some of sequences, and at worst a whole block table for each new sequence.
-            words = 3 * limits.max_batched_tokens + limits.max_seqs * (32 + 2 * self.state.max_blocks) + 256
+            # Three arrays of rows, some of sequences, and at worst a whole block table and edits for each new sequence.
+            words = 3 * limits.max_batched_tokens + 256
+            words += limits.max_seqs * (64 + 2 * self.state.max_blocks + ROW_WORDS)
             self._staging = Staging(words, self.device, STEPS_IN_FLIGHT)
             self.verifier: Verifier | None = None
             if speculation is not None:
@@ -350,7 +352,7 @@ class ModelRunner:
             hidden = self.decoder.forward(
                 positions.long() * 0, positions, zeros(rows) - 1, batch, self.cache.layers, wanted
             )
-            everything = SamplingMode(random=True, filters=True, penalties=True, logprobs=MAX_LOGPROBS)
+            everything = SamplingMode(True, True, True, MAX_LOGPROBS, typical=True, edits=True, recent=True)
             self._sample(hidden, nobody, wanted, everything)
 
         def decode() -> None:

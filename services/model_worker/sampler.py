@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops, SamplingBatch
+from services.model_worker.logit_edits import remembers_tokens
 from services.model_worker.step_state import FIELDS, FLOAT_FIELDS, StepState
 from shared.sampling import SamplingParams
 
@@ -18,24 +19,32 @@ class SamplingMode:
     """What at least one row of a batch needs: bounds known to the host, so that the device does no work that nobody asked for.
 
     logprobs  the most top log-probabilities that a row wants, -1: no row wants any
+    typical   typical_p, which is among the filters too
+    edits     logit_bias, bad_words or min_tokens
+    recent    edits that depend on the newest tokens
     """
 
     random: bool = False
     filters: bool = False
     penalties: bool = False
     logprobs: int = -1
+    typical: bool = False
+    edits: bool = False
+    recent: bool = False
 
     @property
     def capturable(self) -> bool:
         """Common enough for a CUDA graph of its own."""
-        return not self.penalties and self.logprobs < 0
+        return not (self.penalties or self.typical or self.edits) and self.logprobs < 0
 
     @staticmethod
     def of(params: SamplingParams) -> SamplingMode:
         random = not params.greedy
-        filters = random and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
-        logprobs = -1 if params.logprobs is None else params.logprobs
-        return SamplingMode(random, filters, params.has_penalties, logprobs)
+        typical = random and params.typical_p < 1.0
+        filters = typical or (random and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0))
+        logprobs = -1 if params.worker_logprobs is None else params.worker_logprobs
+        recent = remembers_tokens(params)
+        return SamplingMode(random, filters, params.has_penalties, logprobs, typical, params.has_edits, recent)
 
     @staticmethod
     def union(modes: Iterable[SamplingMode]) -> SamplingMode:
@@ -47,6 +56,9 @@ class SamplingMode:
             any(mode.filters for mode in distinct),
             any(mode.penalties for mode in distinct),
             max((mode.logprobs for mode in distinct), default=-1),
+            any(mode.typical for mode in distinct),
+            any(mode.edits for mode in distinct),
+            any(mode.recent for mode in distinct),
         )
 
 
@@ -86,13 +98,19 @@ def choose(
     field = {name: row[:rows] for name, row in zip(FIELDS, values, strict=True)}
     slots = slots[:rows]
     scores = logits
-    if mode.penalties:
+    position = context_len - field["prompt_len"]
+    if mode.penalties or mode.edits:
         scores = logits.to(torch.float32, copy=mode.logprobs >= 0)
+    if mode.penalties:
         penalised = field["penalised"] > 0
         ops.apply_penalties(
             scores, state.token_counts, state.prompt_mask, torch.where(penalised, slots, -1).int(),
             field["repetition"], field["presence"], field["frequency"],
         )  # fmt: skip
+    if mode.edits:
+        edit_rows = torch.where(field["edited"] > 0, slots, -1).int()
+        recent = state.edits.recent.index_select(0, slots)
+        ops.edit_logits(scores, state.edits.tables, edit_rows, position, recent)
     ids = ops.sample(
         scores,
         SamplingBatch(
@@ -102,13 +120,16 @@ def choose(
             min_p=field["min_p"],
             seed=state.seed.index_select(0, slots),
             choice=field["choice"],
-            position=context_len - field["prompt_len"],
+            position=position,
             any_random=mode.random,
             any_filter=mode.filters,
+            typical_p=field["typical_p"] if mode.typical else None,
         ),
     )
     if mode.penalties:
         places = (slots, ids) if counted is None else (slots[counted], ids[counted])
         amounts = field["penalised"] if counted is None else field["penalised"][counted]
         state.token_counts.index_put_(places, amounts, accumulate=True)
+    if mode.recent:
+        state.edits.append(*((slots, ids) if counted is None else (slots[counted], ids[counted])))
     return ids

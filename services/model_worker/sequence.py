@@ -30,8 +30,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "acceptance", "block_hashes", "blocks", "computed", "device_row", "inflight", "limit", "order", "pending", "prompt_len",
-        "registered", "released", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens", "verified",
+        "acceptance", "block_hashes", "blocks", "computed", "device_row", "edit_row", "inflight", "limit", "order", "pending",
+        "prompt_len", "registered", "released", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens",
+        "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
@@ -54,6 +55,7 @@ class Sequence:
         self.slack = 0
         # What the model runner wants to know of the sequence, worked out once; nothing to the scheduler.
         self.device_row: Any = None
+        self.edit_row: Any = None
         self.sampling_mode: Any = None
         self.acceptance: Any = None  # of guessed tokens; only the tree controller looks at it
         self.reset(0)

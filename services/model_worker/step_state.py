@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.model_worker.batch_scheduler import SchedulerLimits
+from services.model_worker.logit_edits import EditState, recent_tokens, remembers_tokens
 from services.model_worker.sequence import Sequence
 from shared.sampling import SamplingParams
 
@@ -23,9 +24,10 @@ Words = NDArray[np.int32]
 
 # Rows of StepState.fields; the first FLOAT_FIELDS are f32, bit for bit.
 FIELDS = (
-    "temperature", "top_p", "min_p", "repetition", "presence", "frequency", "top_k", "choice", "prompt_len", "penalised",
+    "temperature", "top_p", "min_p", "repetition", "presence", "frequency", "typical_p", "top_k", "choice", "prompt_len",
+    "penalised", "edited", "rooted",
 )  # fmt: skip
-FLOAT_FIELDS = 6
+FLOAT_FIELDS = 7
 _ALIGN = 4  # words; kernels are compiled for pointers aligned to 16 bytes, and again for others
 
 
@@ -39,9 +41,10 @@ def field_row(params: SamplingParams, choice: int, prompt_len: int) -> Words:
     row = np.zeros(len(FIELDS) + 2, dtype=np.int32)
     row[:FLOAT_FIELDS].view(np.float32)[:] = (
         params.temperature, params.top_p, params.min_p, params.repetition_penalty, params.presence_penalty,
-        params.frequency_penalty,
+        params.frequency_penalty, params.typical_p,
     )  # fmt: skip
-    row[FLOAT_FIELDS : len(FIELDS)] = (params.top_k, choice, prompt_len, params.has_penalties)
+    rooted = params.has_penalties or remembers_tokens(params)
+    row[FLOAT_FIELDS : len(FIELDS)] = (params.top_k, choice, prompt_len, params.has_penalties, params.has_edits, rooted)
     row[len(FIELDS) :] = np.array([params.seed & (2**64 - 1)], dtype=np.uint64).view(np.int32)
     return row
 
@@ -94,7 +97,9 @@ class StepState:
     last_token    int64 [slots]            the newest token, not in the cache yet
     context       int32 [slots]            tokens in the cache
     block_table   int32 [slots, max_blocks]
-    fields        int32 [len(FIELDS), slots], seed int64 [slots]: sampling parameters
+    fields        int32 [len(FIELDS), slots], seed int64 [slots]: sampling parameters. `rooted`: what a token's logits are depends on
+                  the tokens before it otherwise than through the model
+    edits         bias and bans of single tokens, kept up only for sequences that are `edited`
     token_counts  int32 [slots, V], prompt_mask bool [slots, V]: for penalties, kept up only for sequences that have any
     """
 
@@ -110,10 +115,12 @@ class StepState:
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self.token_counts = torch.zeros(slots, vocab_size, dtype=torch.int32, device=device)
         self.prompt_mask = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
+        self.edits = EditState(slots, device)
 
     def stage_admissions(self, staging: Staging, sequences: list[Sequence]) -> tuple[Tensor, ...]:
         """Puts what `apply_admissions` needs. The context is set by the step itself: it has a chunk of each new sequence."""
         slots = [sequence.slot for sequence in sequences]
+        edited = [sequence for sequence in sequences if sequence.edit_row is not None]
         rows = np.stack([sequence.device_row for sequence in sequences], axis=1)
         seeds = np.ascontiguousarray(rows[len(FIELDS) :].T)
         return (
@@ -121,11 +128,26 @@ class StepState:
             staging.put([sequence.tokens[-1] for sequence in sequences]),
             staging.put(rows[: len(FIELDS)].ravel()).view(len(FIELDS), -1),
             staging.put(seeds.ravel()).view(torch.int64),
+            *self._stage_edits(staging, edited),
+        )
+
+    @staticmethod
+    def _stage_edits(staging: Staging, sequences: list[Sequence]) -> tuple[Tensor, ...]:
+        if not sequences:
+            return ()
+        recent = [recent_tokens(np.frombuffer(sequence.tokens, np.int32)) for sequence in sequences]
+        return (
+            staging.put([sequence.slot for sequence in sequences]),
+            staging.put(np.concatenate([sequence.edit_row for sequence in sequences])).view(len(sequences), -1),
+            staging.put(np.concatenate(recent)).view(len(sequences), -1),
         )
 
     def apply_admissions(self, staged: tuple[Tensor, ...]) -> None:
-        slots, tokens, fields, seeds = staged
+        slots, tokens, fields, seeds, *edits = staged
         slots = slots.long()
+        if edits:
+            edited, rows, recent = edits
+            self.edits.write(edited.long(), rows, recent)
         self.last_token.index_copy_(0, slots, tokens.long())
         self.fields.index_copy_(1, slots, fields)
         self.seed.index_copy_(0, slots, seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
+from services.model_worker.logit_edits import edit_row
 from services.model_worker.model_runner import ModelRunner
 from services.model_worker.sampler import SamplingMode
 from services.model_worker.speculation.controller import ENOUGH, TreeController
@@ -18,7 +19,15 @@ _KINDS = (
     SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0),
     SamplingParams(max_tokens=4, ignore_eos=True, temperature=1.0),
     SamplingParams(
-        max_tokens=4, ignore_eos=True, temperature=1.0, top_k=4, top_p=0.9, presence_penalty=1.0, logprobs=1
+        max_tokens=4,
+        ignore_eos=True,
+        temperature=1.0,
+        top_k=4,
+        top_p=0.9,
+        presence_penalty=1.0,
+        logprobs=1,
+        typical_p=0.9,
+        bad_words=((1, 2),),
     ),
 )
 _PROMPT = 20  # tokens
@@ -35,6 +44,7 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         length = min(_PROMPT, limits.max_model_len - 1)
         sequence = scheduler.add(EngineRequest("warm-up", 0, 0, [0] * length, params))
         sequence.device_row = field_row(params, 0, length)
+        sequence.edit_row = edit_row(params, ())
         sequence.sampling_mode = SamplingMode.of(params)
 
     def step(tree: Tree | None = None) -> bool:

@@ -15,10 +15,15 @@ from shared.api import DEFAULT_TENANT, GenerateRequest, decode_body, encoding_of
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import ReplyTo, Request
-from shared.sampling import SamplingParams
+from shared.sampling import MAX_BAD_WORD_TOKENS, SamplingParams
 from shared.subjects import is_token, request_key
 
 log = structlog.get_logger()
+
+# What generation_config.json may say where the request does not.
+_MODEL_DEFAULTS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens",
+)  # fmt: skip
 
 
 class Addressee(NamedTuple):
@@ -94,6 +99,7 @@ class Admission:
         ids = self._prompt_ids(asked, body, context)
         self._check_ids("prompt", ids)
         self._check_ids("stop_token_ids", asked.stop_token_ids)
+        self._check_ids("logit_bias", [int(token) for token in asked.logit_bias])
         request = Request(
             key=key,
             model=self._model,
@@ -144,14 +150,15 @@ class Admission:
         if room is not None and room < (asked.max_tokens or 1):
             wanted = f"{prompt_tokens} prompt tokens and {asked.max_tokens or 1} to generate"
             raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{wanted} exceed the context of {context} tokens")
-        given = {
-            name: value
-            for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if (value := getattr(asked, name)) is not None
-        }
+        given = {name: value for name in _MODEL_DEFAULTS if (value := getattr(asked, name)) is not None}
         chosen = self._defaults | given
         if room is not None:
             chosen["max_tokens"] = min(chosen["max_tokens"], room)
+        if chosen.get("min_tokens", 0) > chosen["max_tokens"]:
+            if asked.min_tokens is not None:
+                message = f"min_tokens: {asked.min_tokens} is above max_tokens, {chosen['max_tokens']}"
+                raise GorgonError(ErrorCode.INVALID_REQUEST, message)
+            chosen["min_tokens"] = chosen["max_tokens"]
         return SamplingParams(
             **chosen,
             seed=asked.seed if asked.seed is not None else _draw_seed(key, body_hash),
@@ -160,7 +167,21 @@ class Admission:
             presence_penalty=asked.presence_penalty,
             frequency_penalty=asked.frequency_penalty,
             logprobs=asked.logprobs,
+            logit_bias=tuple((int(token), bias) for token, bias in asked.logit_bias.items()),
+            bad_words=self._bad_words(asked),
         )
+
+    def _bad_words(self, asked: GenerateRequest) -> tuple[tuple[int, ...], ...]:
+        if asked.bad_words is None:
+            return self._files.bad_words
+        banned: dict[tuple[int, ...], None] = {}
+        for word in asked.bad_words:
+            for ids in self._files.encoder.bad_words(word):
+                if len(ids) > MAX_BAD_WORD_TOKENS:
+                    message = f"bad_words: {word!r:.40} has {len(ids)} tokens, more than {MAX_BAD_WORD_TOKENS}"
+                    raise GorgonError(ErrorCode.INVALID_REQUEST, message)
+                banned[ids] = None
+        return tuple(banned)
 
 
 def addressee_of(body: Mapping[str, Any], to: Addressee) -> Addressee:

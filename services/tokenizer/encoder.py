@@ -22,6 +22,13 @@ class Encoder:
         ids: list[int] = encoding.ids
         return ids
 
+    def bad_words(self, word: str) -> list[tuple[int, ...]]:
+        """The sequences of ids that spell a word at the beginning of a text and in the middle of one: with and without a space before
+        it, as transformers and vLLM tokenise bad words."""
+        bare = word.lstrip() or word
+        encoded = (tuple(self.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}"))
+        return list(dict.fromkeys(ids for ids in encoded if ids))
+
     def longest_text(self, tokens: int) -> int:
         """Characters that so many tokens can stand for at most: a longer text need not be encoded to know that it is too long."""
         return tokens * self._longest * _LARGEST_SHRINKAGE

@@ -13,11 +13,22 @@ from tokenizers import Tokenizer
 from services.tokenizer.chat_template import ChatTemplate, TemplateBroken
 from services.tokenizer.encoder import Encoder
 from shared.api import GenerateRequest
+from shared.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 # The named special tokens that transformers hands to chat templates.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Names in generation_config.json → fields of GenerateRequest.
+_SAMPLING_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
 
 
 class ModelFilesError(Exception):
@@ -31,6 +42,7 @@ class ModelFilesError(Exception):
 @dataclass(frozen=True)
 class ModelFiles:
     """defaults   of a request, from generation_config.json: fields of GenerateRequest, valid ones
+    bad_words  sequences of ids that generation_config.json bans
     context    tokens of prompt and completion that the model is made for, None if config.json does not say
     """
 
@@ -39,6 +51,7 @@ class ModelFiles:
     vocab_size: int
     context: int | None
     defaults: Mapping[str, Any]
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 def load_model_files(folder: Path) -> ModelFiles:
@@ -57,7 +70,15 @@ def load_model_files(folder: Path) -> ModelFiles:
         if value is not None and (type(value) is not int or value < 1):
             raise ModelFilesError("invalid_file", f"{folder / 'config.json'}: {name} is {value!r}")
     template = _load_template(folder, tokenizer_config, special)
-    return ModelFiles(Encoder(tokenizer), template, vocab_size, context, _defaults(folder / "generation_config.json"))
+    generation = folder / "generation_config.json"
+    return ModelFiles(
+        Encoder(tokenizer),
+        template,
+        vocab_size,
+        context,
+        _defaults(generation),
+        _bad_words(generation, config, vocab_size),
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -133,11 +154,25 @@ def _load_template(
 
 def _defaults(path: Path) -> dict[str, Any]:
     config = _read_json(path)
-    defaults = {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
-    if config.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = config["max_new_tokens"]
+    defaults = {field: config[name] for name, field in _SAMPLING_DEFAULTS.items() if config.get(name) is not None}
     try:
         request = GenerateRequest.model_validate({"prompt": "-"} | defaults)
     except ValueError as error:
         raise ModelFilesError("invalid_file", f"{path}: {error}") from None
     return {name: getattr(request, name) for name in defaults}
+
+
+def _bad_words(path: Path, model_config: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """`bad_words_ids`. As in transformers, an end-of-sequence id alone is not banned."""
+    config = _read_json(path)
+    words = config.get("bad_words_ids") or []
+    eos = config.get("eos_token_id", model_config.get("eos_token_id"))
+    ends = eos if isinstance(eos, list) else [eos]
+    try:
+        banned = tuple(tuple(word) for word in words if not (len(word) == 1 and word[0] in ends))
+        fits = len(banned) <= MAX_BAD_WORDS and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in banned)
+        if not fits or any(type(i) is not int or not 0 <= i < vocab_size for word in banned for i in word):
+            raise ValueError(f"not up to {MAX_BAD_WORDS} lists of 1 to {MAX_BAD_WORD_TOKENS} token ids")
+    except (TypeError, ValueError) as error:
+        raise ModelFilesError("invalid_file", f"{path}: bad_words_ids: {error}") from None
+    return banned

@@ -85,4 +85,7 @@ def sampling_batch(rows: int, *, device="cpu", **values) -> SamplingBatch:
     for name, (default, dtype) in fields.items():
         value = torch.as_tensor(values.pop(name, default), dtype=dtype, device=device)
         tensors[name] = value.expand(rows).contiguous()
+    if "typical_p" in values:
+        typical_p = torch.as_tensor(values.pop("typical_p"), dtype=torch.float32, device=device)
+        tensors["typical_p"] = typical_p.expand(rows).contiguous()
     return SamplingBatch(**tensors, **values)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.ops import LogitEdits
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import attention_batch, naive_attention, random_cache, sampling_batch
 
@@ -161,6 +162,58 @@ def test_sample(vocabulary, bounds):
     for seed in (3, -(1 << 62)):
         batch = sampling_batch(9, **ROWS, seed=seed + torch.arange(9), position=torch.arange(9), choice=2, **bounds)
         assert torch.equal(TRITON.sample(logits, batch), REFERENCE.sample(logits, batch))
+
+
+TYPICAL_ROWS = {
+    "temperature": [0, 1, 0.7, 1, 1, 1, 2, 1, 0.3],
+    "top_k": [0, 5, 0, 0, 40, 1, 0, 80, 3],
+    "top_p": [1, 1, 0.5, 0.9, 0.9, 1, 1, 1, 0.9],
+    "min_p": [0, 0, 0, 0.1, 0, 0, 0, 0.01, 0],
+    "typical_p": [0.5, 0.5, 0.9, 0.3, 0.7, 0.2, 0.8, 1, 0.95],
+}
+
+
+@pytest.mark.parametrize("vocabulary", [7, 5003])
+def test_sample_typical(vocabulary):
+    logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(6)) * 3
+    logits[4, ::2] = -torch.inf
+    logits[6] = logits[6].round()  # ties
+    for seed in (3, -(1 << 62)):
+        batch = sampling_batch(9, **TYPICAL_ROWS, seed=seed + torch.arange(9), position=torch.arange(9), choice=2)
+        assert torch.equal(TRITON.sample(logits, batch), REFERENCE.sample(logits, batch))
+    without = sampling_batch(9, **TYPICAL_ROWS | {"typical_p": 1.0}, seed=seed + torch.arange(9))
+    without.typical_p[:] = 1.0
+    off = sampling_batch(9, **{k: v for k, v in TYPICAL_ROWS.items() if k != "typical_p"}, seed=without.seed)
+    assert torch.equal(TRITON.sample(logits, without), TRITON.sample(logits, off))
+
+
+def random_edits(slots: int, vocabulary: int, words: int = 12) -> LogitEdits:
+    """Bias with distinct tokens, some until a position, and words of up to four tokens; the rest is filled up."""
+    ids = torch.stack([torch.randperm(vocabulary)[:20] for _ in range(slots)]).int()
+    ids[:, 15:] = -1
+    values = torch.randn(slots, 20) * 10
+    values[:, 3:5] = -torch.inf
+    until = torch.where(torch.arange(20) % 4 == 3, 5, 2**31 - 1).int().expand(slots, -1).contiguous()
+    prefixes = torch.randint(0, 3, (slots, words, 4), dtype=torch.int32)
+    for column in range(4):  # of all lengths, right-aligned
+        prefixes[:, column::4, :column] = -1
+    prefixes[:, 0] = -1
+    last = torch.randint(0, vocabulary, (slots, words), dtype=torch.int32)
+    last[:, -1] = -1
+    return LogitEdits(ids, values, until, last, prefixes)
+
+
+def test_logit_edits():
+    torch.manual_seed(10)
+    edits = random_edits(3, 1500)
+    logits = torch.randn(5, 1500)
+    rows = torch.tensor([0, 2, -1, 1, 1], dtype=torch.int32)
+    position = torch.tensor([0, 4, 0, 5, 9], dtype=torch.int32)
+    recent = torch.randint(0, 3, (5, 4), dtype=torch.int32)
+    recent[0, :2] = -1
+    expected, got = (ops.edit_logits(logits.clone(), edits, rows, position, recent) for ops in BOTH)
+    assert torch.equal(got, expected)
+    assert torch.equal(got[2], logits[2]) and torch.isinf(got[0]).any()
 
 
 def test_sampling_follows_the_reference_row_by_row():

@@ -27,6 +27,7 @@ def test_defaults_and_every_field():
         "min_p": 0.1, "seed": 2**63 - 1, "n": 16, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,
         "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": "00-a-b-01",
+        "typical_p": 0.5, "logit_bias": {"5": -100, "0": 2.5}, "bad_words": ["x y"], "min_tokens": 3,
     }  # fmt: skip
     assert set(body) | {"prompt"} == set(api.GenerateRequest.model_fields)
     request = api.parse_request(body)
@@ -46,7 +47,11 @@ def test_defaults_and_every_field():
         ("stop_token_ids", [-5]), ("stop_token_ids", list(range(65))), ("ignore_eos", 1), ("repetition_penalty", 0),
         ("presence_penalty", 3), ("frequency_penalty", -3), ("logprobs", 21), ("priority", 101), ("deadline", 0),
         ("stream", "yes"), ("batched", None), ("metadata", []), ("metadata", {"k": "v" * 5000}), ("metadata", {"k": 2**70}),
-        ("traceparent", "x" * 65),
+        ("traceparent", "x" * 65), ("typical_p", 0), ("typical_p", 1.5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"01": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": "1"}), ("logit_bias", [1]),
+        ("logit_bias", {str(2**31): 1}), ("logit_bias", {"1" * 100: 1}), ("logit_bias", {str(i): 1 for i in range(385)}),
+        ("logit_bias", {"²": 1}), ("bad_words", "x"), ("bad_words", [""]), ("bad_words", ["x"] * 129), ("bad_words", ["y" * 257]),
+        ("min_tokens", -1), ("min_tokens", 1.0),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field: str, value: object):

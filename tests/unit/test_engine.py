@@ -64,6 +64,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy, penalised": {"temperature": 0.0, "frequency_penalty": 1.5},
     "logprobs": {"temperature": 0.9, "logprobs": 4},
     "all": {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 1.0, "logprobs": 0},
+    "typical": {"temperature": 1.4, "typical_p": 0.4, "seed": 5},
+    "biased": {"temperature": 0.0, "logit_bias": ((3, 0.5), (17, -100.0), (40, 100.0))},
+    "words": {
+        "temperature": 0.0,
+        "bad_words": (*[(i, j) for i in range(20) for j in range(i, 96, 8)][:240], (60,)),
+    },
+    "late end": {"temperature": 1.0, "ignore_eos": False, "stop_token_ids": tuple(range(3, 50)), "min_tokens": 24},
 }
 
 
@@ -223,6 +230,12 @@ def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
         ("invalid_request", {"params": SamplingParams(top_k=2**40)}),
         ("invalid_request", {"params": SamplingParams(logprobs=97)}),
         ("invalid_request", {"params": SamplingParams(temperature="hot")}),  # type: ignore[arg-type]
+        ("invalid_token_id", {"params": SamplingParams(logit_bias=((96, 1.0),))}),
+        ("invalid_token_id", {"params": SamplingParams(bad_words=((1, 96),))}),
+        ("invalid_request", {"params": SamplingParams(bad_words=((1,) * 17,))}),
+        ("invalid_request", {"params": SamplingParams(bad_words=((),))}),
+        ("invalid_request", {"params": SamplingParams(bad_words=((1,),) * 257)}),
+        ("invalid_request", {"params": SamplingParams(logit_bias=tuple((1, 1.0) for _ in range(385)))}),
     ],
 )
 def test_a_bad_request_harms_itself_only(harness: Harness, code: str, changes: dict[str, Any]) -> None:

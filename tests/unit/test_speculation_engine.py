@@ -98,6 +98,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy, penalised": {"temperature": 0.0, "frequency_penalty": 1.5},
     "logprobs": {"temperature": 0.9, "logprobs": 4},
     "all": {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 1.0, "logprobs": 0},
+    "typical": {"temperature": 1.4, "typical_p": 0.6, "seed": 5},
+    "edited": {"temperature": 1.0, "logit_bias": ((3, 2.0), (9, -100.0)), "bad_words": ((11,), (13,)), "min_tokens": 6},
+    "pairs": {
+        "temperature": 1.1,
+        "bad_words": tuple((i, (i * k + 1) % VOCABULARY) for i in range(24) for k in range(8)),
+    },
 }
 
 

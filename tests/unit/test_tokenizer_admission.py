@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from services.tokenizer.admission import Admission, Admitted, Refused
-from services.tokenizer.model_files import ModelFiles, load_model_files
+from services.tokenizer.model_files import ModelFiles, ModelFilesError, load_model_files
 from shared import codec
 from shared.errors import ErrorCode
 from shared.messages import ReplyTo
@@ -62,6 +62,55 @@ def test_a_request_with_everything(admission: Admission, files: ModelFiles):
     assert (request.stop, request.priority, request.deadline, request.metadata) == (("x",), 4, 2.5, {"k": 1})
     assert (request.trace, request.durable) == ("00-1-2-01", False)
     assert 0 < request.tokenize_ms < 1000
+
+
+def test_what_changes_single_logits(admission: Admission, files: ModelFiles) -> None:
+    body = {
+        "prompt": "Once",
+        "logit_bias": {"5": -100, "9": 1.5},
+        "bad_words": ["sea", " sea", "the old man"],
+        "min_tokens": 7,
+    }
+    body |= {"typical_p": 0.5}
+    request = admit(admission, body).request
+    assert codec.decode(codec.encode(request)) == request
+    sampling = request.sampling
+    assert (sampling.logit_bias, sampling.min_tokens, sampling.typical_p) == (((5, -100.0), (9, 1.5)), 7, 0.5)
+    encoded = [files.encoder.encode(text, False) for text in ("sea", " sea", "the old man", " the old man")]
+    assert sampling.bad_words == tuple(dict.fromkeys(map(tuple, encoded)))
+    assert len(sampling.bad_words) == 4 and max(map(len, sampling.bad_words)) > 1
+
+    for field, value in (("logit_bias", {"1000000": 1}), ("bad_words", ["zq" * 100]), ("min_tokens", 300)):
+        error = refuse(admission, {"prompt": "Once", field: value}).error
+        assert error.code == ErrorCode.INVALID_REQUEST and error.message.startswith(f"{field}: "), error.message
+
+
+def test_generation_config(tmp_path: Path) -> None:
+    """Every default that is taken from it, and that the request's own values go before."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / file).write_bytes((Path(__file__).parents[2] / "models/demo" / file).read_bytes())
+    eos = json.loads((tmp_path / "config.json").read_text())["eos_token_id"]
+    config = {
+        "temperature": 0.7, "top_k": 11, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.8, "repetition_penalty": 1.1,
+        "max_new_tokens": 99, "min_new_tokens": 2, "bad_words_ids": [[7], [8, 9], [eos], [77]], "eos_token_id": [eos, 77],
+    }  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    admission = Admission(load_model_files(tmp_path), "demo", 256)
+    sampling = admit(admission, {"prompt": "Once"}).request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.7, 11, 0.9, 0.05)
+    assert (sampling.typical_p, sampling.repetition_penalty, sampling.max_tokens, sampling.min_tokens) == (
+        0.8,
+        1.1,
+        99,
+        2,
+    )
+    assert sampling.bad_words == ((7,), (8, 9))
+    own = admit(admission, {"prompt": "Once", "bad_words": [], "typical_p": 1, "max_tokens": 1}).request.sampling
+    assert (own.bad_words, own.typical_p, own.min_tokens, own.temperature) == ((), 1.0, 1, 0.7)
+    for wrong in ([["x"]], [[]], 5, [[1] * 17], [[10**6]]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
+        with pytest.raises(ModelFilesError, match="bad_words_ids"):
+            load_model_files(tmp_path)
 
 
 def test_defaults_of_the_model(admission: Admission):

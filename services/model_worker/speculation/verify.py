@@ -139,7 +139,7 @@ class Verifier:
             heated = torch.where(temperature > 0, temperature, 1.0)
             typical = typical_match(rows.tree, rows.tokens, logits.view(*chosen.shape, -1), heated, *self._typical)
             match = torch.where((temperature > 0)[:, None], typical, match)
-        if mode.penalties:
-            # Beyond the root the counts of a path's own tokens would be missing.
-            match = match & (self._state.field("penalised", slots) == 0)[:, None]
+        if mode.penalties or mode.recent:
+            # Beyond the root a path's own tokens would be missing: in the counts, and before bad words.
+            match = match & (self._state.field("rooted", slots) == 0)[:, None]
         return match
