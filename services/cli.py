@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from services.supervisor import STAGES, Plan, Supervisor
+from services.supervisor import GATEWAY, IN_ORDER, STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.bus import Bus, Message
 from shared.client import Client, Stream
@@ -114,9 +114,10 @@ async def _up(plan: Plan) -> int:
         await asyncio.wait([ready, stopped], return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             ready.result()
-            err.print(
-                f"[green]ready[/green]: model [bold]{plan.model}[/bold] at {plan.nats_url}, logs in {plan.data / 'logs'}"
-            )
+            doors = plan.nats_url
+            if plan.copies.get(GATEWAY):
+                doors += f" and http://127.0.0.1:{plan.http_port} (OpenAI's API at /v1, a page at /)"
+            err.print(f"[green]ready[/green]: model [bold]{plan.model}[/bold] at {doors}, logs in {plan.data / 'logs'}")
             await stopped
         else:
             ready.cancel()
@@ -137,6 +138,8 @@ def up(
     schedulers: int = 1,
     workers: int = 1,
     detokenizers: int = 1,
+    gateway: Annotated[int, typer.Option(min=0, help="HTTP gateways; 0 for none")] = 1,
+    http_port: Annotated[int, typer.Option(help="of the first gateway; the others get the next ones")] = 8000,
 ) -> None:
     """Serve a model on this machine until Ctrl-C: the embedded NATS server and every stage, restarted when they die.
 
@@ -147,8 +150,11 @@ def up(
             Path(model),
             "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(model).resolve().name),
         )
-    copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True))
-    _run(_up(_plan(data, model, model_path, port, copies)))
+    copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True)) | {GATEWAY: gateway}
+    plan = _plan(data, model, model_path, port, copies)
+    plan.http_port = http_port
+    plan.flags[GATEWAY] = ["--dev-kill", "true"]  # one's own machine, and the gateway listens on loopback only
+    _run(_up(plan))
 
 
 @app.command()
@@ -307,7 +313,7 @@ def cancel(request_id: str, model: ModelName = "demo", nats: Url = DEFAULT_URL, 
 
 def _stages_table(beats: list[Heartbeat | WorkerHeartbeat]) -> Table:
     table = Table("stage", "instance", "model", "state", "load", "in flight", "detail", box=None, header_style="bold")
-    order = {stage: n for n, stage in enumerate(STAGES)}
+    order = {stage: n for n, stage in enumerate(IN_ORDER)}
     for beat in sorted(beats, key=lambda b: (order.get(presence.base_of(b).stage, 9), presence.base_of(b).instance)):
         base = presence.base_of(beat)
         detail = dict(base.detail)

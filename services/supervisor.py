@@ -18,8 +18,10 @@ import structlog
 
 log = structlog.get_logger()
 
-# Stopped in this order: first who takes work in, last who delivers it.
+# What a model needs. Stopped in this order: first who takes work in, last who delivers it.
 STAGES = ("tokenizer", "scheduler", "model_worker", "detokenizer")
+GATEWAY = "gateway"  # beside them, if wanted: HTTP
+IN_ORDER = (GATEWAY, *STAGES)
 BACKOFF = (0.05, 5.0)  # seconds before a restart: after a first death, and at most
 HEALTHY_AFTER = 10.0  # seconds of life after which a death counts as a first one again
 STOP_TIMEOUT = 15.0
@@ -107,7 +109,8 @@ class Child:
 class Plan:
     """What to run: copies of each stage, further flags by stage, the environment of all, and where the server keeps its data.
 
-    modules   what is run as a stage (`python -m`) where that is not services.<stage>
+    http_port  of the first gateway; the next ones get the ports after it
+    modules    what is run as a stage (`python -m`) where that is not services.<stage>
     """
 
     data: Path
@@ -117,6 +120,7 @@ class Plan:
     copies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 1))
     flags: dict[str, list[str]] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    http_port: int = 8000
     modules: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -135,7 +139,7 @@ class Supervisor:
         self.broker = Child("nats", server_command(plan.data / "nats", plan.port), logs / "nats.log")
         env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"} | plan.env
         self.stages: dict[str, Child] = {}
-        for stage in STAGES:
+        for stage in IN_ORDER:
             for number in range(1, plan.copies.get(stage, 0) + 1):
                 name = f"{stage}-{number}"
                 command = [
@@ -147,7 +151,10 @@ class Supervisor:
                     "--model",
                     plan.model,
                 ]
-                command += ["--model-path", str(plan.model_path), "--name", name, *plan.flags.get(stage, [])]
+                command += ["--model-path", str(plan.model_path), "--name", name]
+                if stage == GATEWAY:
+                    command += ["--port", str(plan.http_port + number - 1)]
+                command += plan.flags.get(stage, [])
                 self.stages[name] = Child(name, command, logs / f"{name}.log", env)
 
     async def start(self) -> None:
@@ -158,7 +165,7 @@ class Supervisor:
         await asyncio.gather(*(child.start() for child in self.stages.values()))
 
     async def stop(self) -> None:
-        for stage in STAGES:
+        for stage in IN_ORDER:
             await asyncio.gather(*(c.stop() for name, c in self.stages.items() if name.rsplit("-", 1)[0] == stage))
         await self.broker.stop()
 

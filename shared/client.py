@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import structlog
 from shared import subjects
 from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
-from shared.errors import ErrorCode, GorgonError
+from shared.errors import RETRYABLE, ErrorCode, GorgonError
 
 log = structlog.get_logger()
 
@@ -90,15 +90,27 @@ class _Choice:
 
 
 class Stream:
-    """One request. Iterate for deltas; `text()` and `result()` wait for the end. An error event raises GorgonError."""
+    """One request. Iterate for deltas; `text()` and `result()` wait for the end. An error event raises GorgonError.
+
+    Whoever follows many streams gives each an `on_change`, which is called when the request is known to be accepted, when there are
+    deltas and when it has ended, and reads without waiting: `take_deltas`, `known`, `ending`.
+    """
 
     def __init__(
-        self, client: Client, request_id: str, body: dict[str, Any] | None, cursors: Sequence[Cursor] = ()
+        self,
+        client: Client,
+        tenant: str,
+        request_id: str,
+        body: dict[str, Any] | None,
+        cursors: Sequence[Cursor] = (),
+        on_change: Callable[[], None] | None = None,
+        accept_timeout: float | None = None,
     ) -> None:
         now = client.loop.time()
         self.id = request_id
+        self.tenant = tenant
         self.accepted: dict[str, Any] | None = None  # the event
-        self.partition = subjects.partition_of(subjects.request_key(client.tenant, request_id), client.partitions)
+        self.partition = subjects.partition_of(subjects.request_key(tenant, request_id), client.partitions)
         self.body = body  # None: attached to a request that somebody else made
         self._client = client
         self._choices = {c.choice: _Choice(c.position, c.offset) for c in cursors}
@@ -111,8 +123,9 @@ class Stream:
         self._asked = -GAP_PATIENCE
         self._retry = FIRST_RETRY
         self._patience = WAITING_PATIENCE
-        self._give_up = now + client.accept_timeout
+        self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
         self._missing_since: float | None = None
+        self._on_change = on_change
 
     # ------------------------------------------------ for the caller
 
@@ -157,9 +170,30 @@ class Stream:
     async def cancel(self) -> None:
         """Asks for the end; the stream then ends as cancelled, unless it was faster. Retried until heard."""
         while not self._end.done():
-            if await self._client.cancel(self.id):
+            if await self._client.cancel(self.id, self.tenant):
                 return
             await asyncio.sleep(0.2)
+
+    def take_deltas(self) -> list[Delta]:
+        """What has come and was not read yet."""
+        deltas = []
+        while not self._deltas.empty() and (delta := self._deltas.get_nowait()) is not None:
+            deltas.append(delta)
+        return deltas
+
+    def abandon(self) -> None:
+        """Follows the request no longer; it goes on."""
+        self._client.forget(self)
+
+    @property
+    def known(self) -> bool:
+        """The request is accepted (or somebody else made it)."""
+        return self._known
+
+    @property
+    def ending(self) -> dict[str, Any] | None:
+        """The terminal event, once everything before it is there."""
+        return self._end.result() if self._end.done() else None
 
     @property
     def cursors(self) -> list[Cursor]:
@@ -202,6 +236,11 @@ class Stream:
             self._known = True
             self._error = None
             self._due = self._client.loop.time() + self._patience
+            self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     def _on_tokens(self, event: dict[str, Any]) -> None:
         choice = self._choice(event["choice"])
@@ -225,6 +264,7 @@ class Stream:
         self._patience = FIRST_PATIENCE
         self._due = self._client.loop.time() + FIRST_PATIENCE
         self._deltas.put_nowait(delta)
+        self._changed()
 
     def _on_error(self, event: dict[str, Any]) -> None:
         error = _as_error(event)
@@ -238,7 +278,7 @@ class Stream:
                 self.fail(error)
             elif not self._started and self.body is not None:
                 self._client.send(self)
-        elif not error.retryable:
+        elif not error.retryable or (not self._known and error.code not in self._client.retried):
             self.finish(event)
         elif not self._known:
             self._error = error
@@ -269,6 +309,7 @@ class Stream:
         if not self._end.done():
             self._end.set_result(event)
             self._deltas.put_nowait(None)
+            self._changed()
 
     def fail(self, error: GorgonError) -> None:
         self.finish(dict(event="error", id=self.id, code=str(error.code), message=error.message))
@@ -324,8 +365,10 @@ class Stream:
 class Client:
     """See the module docstring. Give it a bus that is connected, or a URL (then it connects, and closes the connection at the end).
 
+    tenant          whose requests these are; each request may name another, but ids must then be unique among all of them
     partitions      of the deployment; needed to attach to requests that were made elsewhere
     accept_timeout  seconds within which a request must be accepted; until then it is repeated under the same id
+    retried         the retryable refusals that are met with repetition; others end the request at once
     """
 
     def __init__(
@@ -336,11 +379,13 @@ class Client:
         tenant: str = DEFAULT_TENANT,
         partitions: int = 8,
         accept_timeout: float = 30.0,
+        retried: Collection[ErrorCode] = RETRYABLE,
     ) -> None:
         self.model = model
         self.tenant = tenant
         self.partitions = partitions
         self.accept_timeout = accept_timeout
+        self.retried = retried
         self.inbox = f"_INBOX.{uuid.uuid4().hex}"
         self.loop: asyncio.AbstractEventLoop
         self._given = bus
@@ -385,22 +430,33 @@ class Client:
         *,
         messages: list[dict[str, Any]] | None = None,
         id: str | None = None,
+        on_change: Callable[[], None] | None = None,
+        accept_timeout: float | None = None,
         **params: Any,
     ) -> Stream:
         """Starts a request; fields as in shared.api.GenerateRequest. Raises GorgonError(INVALID_REQUEST) before anything is sent."""
-        body = dict(id=id or uuid.uuid4().hex, tenant=self.tenant, batched=True, **params)
+        body = dict(id=id or uuid.uuid4().hex, batched=True, **{"tenant": self.tenant} | params)
         body |= {"prompt": prompt} if prompt is not None else {}
         body |= {"messages": messages} if messages is not None else {}
         parse_request(body)
-        return self._add(Stream(self, body["id"], body))
+        return self._add(
+            Stream(self, body["tenant"], body["id"], body, on_change=on_change, accept_timeout=accept_timeout)
+        )
 
-    def attach(self, request_id: str, cursors: Sequence[Cursor] = ()) -> Stream:
+    def attach(
+        self,
+        request_id: str,
+        cursors: Sequence[Cursor] = (),
+        *,
+        tenant: str | None = None,
+        on_change: Callable[[], None] | None = None,
+    ) -> Stream:
         """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on."""
-        return self._add(Stream(self, request_id, None, cursors))
+        return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change))
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str, tenant: str | None = None) -> bool:
         """Whether somebody heard it."""
-        body = msgpack.packb(dict(id=request_id, tenant=self.tenant))
+        body = msgpack.packb(dict(id=request_id, tenant=tenant or self.tenant))
         try:
             await self._bus.request(subjects.cancel(self.model), body, 1.0)
         except BusError:
@@ -424,14 +480,15 @@ class Client:
 
     def ask_replay(self, stream: Stream) -> None:
         cursors = [dict(choice=c.choice, position=c.position, offset=c.offset) for c in stream.cursors]
-        question = dict(id=stream.id, tenant=self.tenant, cursors=cursors, attach=stream.body is None, batched=True)
+        question = dict(id=stream.id, tenant=stream.tenant, cursors=cursors, attach=stream.body is None, batched=True)
         self._bus.publish(subjects.replay(self.model, stream.partition), msgpack.packb(question), reply=self.inbox)
 
     def is_served(self, partition: int, now: float) -> bool:
         return now - self._beacon_seen.get(partition, now) < BEACON_FRESH
 
     def forget(self, stream: Stream) -> None:
-        self._streams.pop(stream.id, None)
+        if self._streams.get(stream.id) is stream:
+            del self._streams[stream.id]
 
     # ------------------------------------------------ what comes in
 

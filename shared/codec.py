@@ -29,6 +29,8 @@ _TAGS: dict[type[tuple[Any, ...]], int] = {
     m.Abort: 22,
     m.PrefixQuery: 30,
     m.PrefixReply: 31,
+    m.PiecesQuery: 35,
+    m.PiecesReply: 36,
     m.Assignment: 40,
     m.Tombstone: 41,
     m.Heartbeat: 50,
@@ -96,6 +98,7 @@ _REBUILD: dict[type[Any], dict[str, Any]] = {
     m.End: {"failure": lambda r: _make(m.Failure, r)},
     m.Run: {"sampling": _sampling, "generated": tuple, "done": tuple},
     m.PrefixReply: {"generated": tuple, "done": tuple},
+    m.PiecesReply: {"pieces": tuple},
     m.WorkerHeartbeat: {"base": lambda r: _make(m.Heartbeat, r), "suspects": tuple, "isolated": tuple},
 }
 _REBUILD_AT: dict[type[Any], tuple[tuple[int, Any], ...]] = {

@@ -191,6 +191,23 @@ class PrefixReply(NamedTuple):
     done: tuple[int, ...] = ()
 
 
+# ---------------------------------------------------------------- gateway → tokenizer (core)
+
+
+class PiecesQuery(NamedTuple):
+    """What token ids stand for, or the ids of a plain prompt: whichever is given."""
+
+    ids: bytes = b""
+    text: str = ""
+
+
+class PiecesReply(NamedTuple):
+    """`pieces`: the bytes of each id that was asked for, b"" for one that stands for nothing. `ids`: of the text."""
+
+    pieces: tuple[bytes, ...] = ()
+    ids: bytes = b""
+
+
 # ---------------------------------------------------------------- KV bucket `assign`, key = request key
 
 

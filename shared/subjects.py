@@ -13,6 +13,8 @@ llm.v1.worker.<worker>.run|abort       orders to one worker incarnation (core)
 llm.v1.hb.<stage>.<model>.<instance>   heartbeats (core)
 llm.v1.dead.<model>                    quarantined requests (stream DEAD)
 llm.v1.ctl.ps                          "who is there" for gorgon ps (core; every instance answers)
+llm.v1.ctl.held                        "who reads this request" among gateways (core; who does answers)
+llm.v1.pieces.<model>                  texts of token ids, ids of texts (core, queue group TOKENIZERS)
 llm.v1.log.<stage>.<instance>          structured log lines for gorgon tail (core)
 """
 
@@ -36,6 +38,7 @@ FALLBACK = "fallback"  # of the tokenizers of all models, on generate("*"): for 
 SCHEDULERS = "schedulers"
 
 PS = f"{ROOT}.ctl.ps"
+HELD = f"{ROOT}.ctl.held"
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
@@ -66,6 +69,10 @@ def tenant_class_of(tenant: str, classes: int) -> int:
 
 def generate(model: str) -> str:
     return f"{ROOT}.generate.{model}"
+
+
+def pieces(model: str) -> str:
+    return f"{ROOT}.pieces.{model}"
 
 
 def jobs(model: str) -> str:

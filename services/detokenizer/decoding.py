@@ -20,6 +20,8 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from shared.byte_level import byte_of_char
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -128,7 +130,7 @@ class _BytePieces(dict[int, bytes]):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = _special_ids(tokenizer)
-        self._bytes = _byte_of_char()
+        self._bytes = byte_of_char()
 
     def __missing__(self, token: int) -> bytes:
         text = None if token in self._special else self._tokenizer.id_to_token(token)
@@ -168,13 +170,6 @@ class _FallbackPieces(dict[int, "str | int"]):
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others are moved to U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(moved)}
 
 
 def decoder_for(tokenizer: Tokenizer) -> Callable[[], Decoding]:

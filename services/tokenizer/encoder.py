@@ -12,13 +12,13 @@ class Encoder:
     """A tokenizer of the `tokenizers` library, without truncation and padding. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """`add_special_tokens` is for plain prompts; a chat template writes its own."""
         # `encode` holds the GIL all the while, encode_batch_fast does not (and it leaves out the offsets).
-        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         ids: list[int] = encoding.ids
         return ids
 

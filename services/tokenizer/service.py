@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from services.tokenizer.admission import Addressee, Admission, Admitted, Refused, addressee_of
+from services.tokenizer.encoder import Encoder
 from services.tokenizer.jobs import JobResults, job_id
 from services.tokenizer.model_files import ModelFiles, ModelFilesError, load_model_files
+from services.tokenizer.pieces import Pieces
 from services.tokenizer.registry import Presence, Registry
 from services.tokenizer.settings import TokenizerSettings
 from services.tokenizer.store import RequestStore
 from shared import codec, subjects
 from shared.api import accepted_event, decode_body, encode_for, encoding_of, error_event
-from shared.bus import Bus, BusError, Consumer, Delivery, Message, Subscription
+from shared.bus import Bus, BusError, Consumer, Delivery, Message, PayloadTooLarge, Subscription
 from shared.errors import ErrorCode, GorgonError
-from shared.messages import Heartbeat, ReplyTo
+from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo
 from shared.service import Service
 
 _JOB_ACK_WAIT = 30.0  # seconds
@@ -48,6 +50,8 @@ class TokenizerService(Service):
         self._listening_since = 0.0
         self._admission: Admission
         self._store: RequestStore
+        self._encoder: Encoder
+        self._pieces: Pieces
 
     # ------------------------------------------------ life
 
@@ -57,6 +61,8 @@ class TokenizerService(Service):
         files = self._files or await self._load()
         self._files_context = files.context
         self._admission = Admission(files, settings.model, settings.default_max_tokens)
+        self._encoder = files.encoder
+        self._pieces = Pieces(files.encoder.tokenizer)
         self._store = RequestStore(self.bus, settings, await self.bus.bucket(subjects.BUCKET_ASSIGN))
         for beats in (
             subjects.heartbeats(self.stage),
@@ -70,6 +76,7 @@ class TokenizerService(Service):
         self._doors = [
             await self.bus.subscribe(subjects.generate(settings.model), self._on_request, queue=subjects.TOKENIZERS),
             await self.bus.subscribe(subjects.generate("*"), self._on_any_request, queue=subjects.FALLBACK),
+            await self.bus.subscribe(subjects.pieces(settings.model), self._on_pieces, queue=subjects.TOKENIZERS),
         ]
         self._jobs = await self.bus.consume(
             subjects.STREAM_JOBS,
@@ -248,6 +255,32 @@ class TokenizerService(Service):
     def _send(self, to: Addressee, event: dict[str, Any]) -> None:
         for data in encode_for(to.reply, [event]):
             self.bus.publish(to.reply.subject, data)
+
+    # ------------------------------------------------ what tokens stand for
+
+    def _on_pieces(self, message: Message) -> None:
+        if not message.reply:
+            return
+        try:
+            query = codec.decode_as(PiecesQuery, message.data)
+        except codec.CodecError as error:
+            self.log.error("pieces_query_unreadable", error=str(error))
+            return
+        if query.text:
+            self.spawn(self._encode_for(query.text, message.reply), "encode")
+            return
+        reply = PiecesReply(tuple(self._pieces[token] for token in codec.unpack_ids(query.ids)))
+        self.bus.publish(message.reply, codec.encode(reply))
+
+    async def _encode_for(self, text: str, reply: str) -> None:
+        """In a thread, as texts may be long."""
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(self._threads, self._encoder.encode, text, True)
+        try:
+            self.bus.publish(reply, codec.encode(PiecesReply(ids=codec.pack_ids(ids))))
+        except PayloadTooLarge as error:
+            self.log.warning("encoding_too_large", characters=len(text), error=str(error))
+            self.bus.publish(reply, codec.encode(PiecesReply()))
 
     # ------------------------------------------------ models that nobody serves
 

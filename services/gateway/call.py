@@ -1,0 +1,234 @@
+"""One HTTP call: reads its requests' generations, a request for each prompt, and gives what comes to a renderer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from services.gateway.cursor import Cursor, Progress
+from services.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError
+from services.gateway.generation import Generation, Generations
+from services.gateway.render import Choice, Pieces, Renderer, _dump, usage_of
+from services.gateway.sse import Bell
+from services.gateway.vocabulary import Vocabulary
+from shared.client import Delta
+from shared.errors import ErrorCode, GorgonError
+
+
+@dataclass(slots=True)
+class Part:
+    """A prompt's request; its choices are numbered from `first` on. `read` counts the deltas that were."""
+
+    generation: Generation
+    first: int
+    read: int = 0
+    ended: bool = False
+
+
+class Call:
+    """`usage` asks for a last chunk with the usage; `continuous_usage` for the usage so far in every chunk. `silent`: no generated
+    token counts."""
+
+    def __init__(
+        self,
+        generations: Generations,
+        renderer: Renderer,
+        cursor: Cursor,
+        vocabulary: Vocabulary,
+        *,
+        usage: bool = False,
+        continuous_usage: bool = False,
+        silent: bool = False,
+    ) -> None:
+        self.renderer = renderer
+        self.parts: list[Part] = []
+        self._generations = generations
+        self._cursor = cursor
+        self._vocabulary = vocabulary
+        self._usage = usage
+        self._continuous_usage = continuous_usage
+        self._silent = silent
+        self._choices: dict[int, Choice] = {}
+        self._bell = Bell()
+        self._closed = False
+        self._pieces: Pieces = vocabulary.pieces
+
+    def read(self, generation: Generation, first: int) -> None:
+        self.parts.append(Part(generation, first))
+        generation.bells.add(self._bell.ring)
+
+    def close(self) -> None:
+        """The reader goes. What has not ended goes on or is cancelled, as Generations decides."""
+        if not self._closed:
+            self._closed = True
+            for part in self.parts:
+                part.generation.bells.discard(self._bell.ring)
+                self._generations.leave(part.generation)
+
+    async def until_accepted(self) -> None:
+        """Until nothing that a status code could tell can happen any more. Raises ApiError."""
+        while True:
+            for part in self.parts:
+                self._check(part.generation)
+            if all(part.generation.known or part.generation.end is not None for part in self.parts):
+                return
+            await self._bell.wait()
+
+    @staticmethod
+    def _check(generation: Generation) -> None:
+        """Raises ApiError if the request has ended otherwise than well."""
+        end = generation.end
+        if end is None or end["event"] == "finished":
+            return
+        if end["event"] == "cancelled":
+            message = "the request was cancelled"
+            raise ApiError(CLIENT_CLOSED_REQUEST, message, type="cancelled_error", code="cancelled")
+        try:
+            code = ErrorCode(end["code"])
+        except ValueError:
+            code = ErrorCode.INTERNAL
+        raise ApiError.of(GorgonError(code, end["message"], retry_after=end.get("retry_after")))
+
+    # ------------------------------------------------ as a whole
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer. Raises ApiError."""
+        while True:
+            for part in self.parts:
+                self._check(part.generation)
+            if all(part.generation.end is not None for part in self.parts):
+                break
+            await self._bell.wait()
+        choices = []
+        for part in self.parts:
+            for delta in part.generation.deltas:
+                await self._learn(delta)
+                self.renderer.absorb(self._choice(part.first + delta.choice), delta)
+            end = part.generation.end
+            assert end is not None
+            for ended in end["choices"]:
+                choice = self._choice(part.first + ended["choice"])
+                choices.append(self.renderer.choice(choice, ended["finish_reason"], self._pieces))
+        return self.renderer.whole(choices, self._usage_at_end())
+
+    def _usage_at_end(self) -> dict[str, Any]:
+        usages = [end["usage"] for part in self.parts if (end := part.generation.end) is not None]
+        generated = 0 if self._silent else sum(u["completion_tokens"] for u in usages)
+        cached = [u["cached_tokens"] for u in usages if "cached_tokens" in u]
+        return usage_of(sum(u["prompt_tokens"] for u in usages), generated, sum(cached) if cached else None)
+
+    # ------------------------------------------------ as a stream
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events, those of one wake-up together."""
+        while True:
+            out: list[str] = []
+            error: ApiError | None = None
+            for part in self.parts:
+                try:
+                    await self._news(part, out)
+                except ApiError as failed:
+                    error = failed
+            if error is None and all(part.ended for part in self.parts):
+                if self._usage and not self._cursor.usage_sent:
+                    self._cursor.usage_sent = True
+                    out.append(self._event(self.renderer.chunk("", self._usage_at_end())))
+                out.append("data: [DONE]\n\n")
+                yield "".join(out).encode()
+                return
+            if error is not None:
+                # After the status has been sent, this is how OpenAI's clients hear of it.
+                out.append(f"data: {_dump(error.body)}\n\n")
+                yield "".join(out).encode()
+                return
+            if out:
+                yield "".join(out).encode()
+            await self._bell.wait()
+
+    async def _news(self, part: Part, out: list[str]) -> None:
+        """Raises ApiError if the request has failed; what came before it is in `out`."""
+        generation = part.generation
+        while part.read < len(generation.deltas):
+            delta = generation.deltas[part.read]
+            part.read += 1
+            await self._learn(delta)
+            self._on_delta(part.first + delta.choice, delta, out)
+        end = generation.end
+        if end is None or part.ended or part.read < len(generation.deltas):
+            return
+        self._check(generation)
+        part.ended = True
+        for ended in end["choices"]:
+            index = part.first + ended["choice"]
+            progress = self._cursor.choices.setdefault(index, Progress())
+            if not progress.finished:
+                choice = self._choice(index)
+                chunk = self.renderer.last(choice, ended["finish_reason"], self._pieces)
+                progress.finished = True
+                out.append(self._event(self._chunk(chunk)))
+
+    def _on_delta(self, index: int, delta: Delta, out: list[str]) -> None:
+        progress = self._cursor.choices.get(index)
+        choice = self._choice(index)
+        if progress is None:
+            progress = self._cursor.choices[index] = Progress()
+        elif progress.position > delta.position or progress.offset > delta.offset:
+            old, new = split(delta, progress.position, progress.offset)
+            self.renderer.absorb(choice, old)
+            if new is None:
+                return
+            delta = new
+        chunk = self.renderer.delta(choice, delta, self._pieces)
+        progress.position = delta.position + len(delta.ids)
+        progress.offset = delta.offset + len(delta.text)
+        if chunk is not None:
+            out.append(self._event(self._chunk(chunk)))
+
+    def _chunk(self, choice: str) -> str:
+        if not self._continuous_usage:
+            return self.renderer.chunk(choice)
+        prompts = [part.generation.stream.accepted for part in self.parts]
+        prompt_tokens = sum(accepted["prompt_tokens"] for accepted in prompts if accepted is not None)
+        return self.renderer.chunk(
+            choice, usage_of(prompt_tokens, sum(p.position for p in self._cursor.choices.values()))
+        )
+
+    def _event(self, data: str) -> str:
+        return f"id: {self._cursor}\ndata: {data}\n\n"
+
+    def _choice(self, index: int) -> Choice:
+        if (choice := self._choices.get(index)) is None:
+            choice = self._choices[index] = Choice(index)
+            choice.begun = index in self._cursor.choices
+        return choice
+
+    async def _learn(self, delta: Delta) -> None:
+        if self.renderer.with_logprobs and delta.logprobs:
+            ids = {e["id"] for e in delta.logprobs} | {token for e in delta.logprobs for token, _ in e["top"]}
+            await self._vocabulary.learn(ids)
+
+
+def split(delta: Delta, position: int, offset: int) -> tuple[Delta, Delta | None]:
+    """A delta's part before the cursor and, if there is any, the part after it."""
+    ids, chars = max(position - delta.position, 0), max(offset - delta.offset, 0)
+    logprobs = delta.logprobs
+    old = Delta(
+        delta.choice,
+        delta.position,
+        delta.ids[:ids],
+        delta.text[:chars],
+        delta.offset,
+        logprobs[:ids] if logprobs is not None else None,
+    )
+    if ids >= len(delta.ids) and chars >= len(delta.text):
+        return old, None
+    new = Delta(
+        delta.choice,
+        delta.position + min(ids, len(delta.ids)),
+        delta.ids[ids:],
+        delta.text[chars:],
+        delta.offset + min(chars, len(delta.text)),
+        logprobs[ids:] if logprobs is not None else None,
+    )
+    return old, new
