@@ -71,7 +71,8 @@ class Generation:
 
     @property
     def known(self) -> bool:
-        return self.stream.known
+        """It is accepted; of a request that was made elsewhere, something has been heard."""
+        return self.stream.known and (self.stream.body is not None or bool(self.deltas))
 
     @property
     def end(self) -> dict[str, Any] | None:

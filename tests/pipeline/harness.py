@@ -91,6 +91,7 @@ async def deployed(
     """One of each stage, ready. The worker computes on one CPU thread."""
     flags = {"model_worker": ["--device", "cpu", "--threads", "1", "--max-seqs", "64"]} | (flags or {})
     plan = Plan(data, model, model_path, free_port(), dict.fromkeys(STAGES, 1) | (copies or {}), flags)
+    plan.http_port = free_port()
     supervisor = Supervisor(plan)
     bus: NatsBus | None = None
     try:

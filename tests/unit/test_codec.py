@@ -55,6 +55,8 @@ EXAMPLES: list[Any] = [
     m.RunReply(False, "overloaded", "later"),
     m.Abort("t.r", 2),
     m.PrefixQuery("t.r", 2),
+    m.PiecesQuery(ids=codec.pack_ids([1, 2])),
+    m.PiecesReply((b"a", b"")),
     m.PrefixReply("running", 2, (b"\1\0\0\0",), (0,)),
     m.Assignment(5, 2, "w-1", b"hash", 1),
     m.Tombstone(5, 2, "finished", b"hash", 9),
