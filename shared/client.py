@@ -116,7 +116,7 @@ class Stream:
         self._choices = {c.choice: _Choice(c.position, c.offset) for c in cursors}
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         self._end: asyncio.Future[dict[str, Any]] = client.loop.create_future()
-        self._error: GorgonError | None = None  # why the request was not accepted so far, or is about to fail
+        self._error: GorgonError | None = None  # why the request was not accepted so far
         self._known = body is None  # accepted: from here on nothing may lose it
         self._started = False  # a token came
         self._due = now
@@ -285,12 +285,9 @@ class Stream:
             self._due = now + max(error.retry_after or 0.0, self._retry)
             if self._due > self._give_up:
                 self.finish(event)
-        elif self._error is not None:
-            self.finish(event)
         else:
-            # The end, or the late refusal of a first attempt whose repetition was accepted: what a replay says is the truth.
-            self._error = error
-            self._ask()
+            # The late refusal of an attempt, while another one was accepted: no accepted request ends with a retryable error.
+            self._gap()
 
     def _complete(self, event: dict[str, Any]) -> bool:
         """Whether everything that the terminal event counts is here. An event with the whole text in it brings it along."""

@@ -39,6 +39,7 @@ from services.model_worker.speculation.controller import Acceptance, TreeControl
 from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_bound import StepBound
 from services.model_worker.step_state import field_row
+from shared.errors import ErrorCode
 from shared.sampling import MAX_LOGPROBS
 
 __all__ = [
@@ -299,7 +300,7 @@ class Engine:
             message = f"{type(error).__name__}: {error}"
             output.errors.append(
                 RequestError(
-                    request.request_id, request.choice, request.epoch, "internal_error", message, retryable=True
+                    request.request_id, request.choice, request.epoch, ErrorCode.INTERNAL, message, retryable=True
                 )
             )
             return

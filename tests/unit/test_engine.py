@@ -213,7 +213,7 @@ def test_the_pool_caps_the_context(model: Path) -> None:
 def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
     good = harness.submit(greedy("good", PROMPT, 10))
     (bad,) = harness.run([greedy("bad", PROMPT, params={"stop_token_ids": ([],)})])  # not hashable
-    assert bad.error is not None and (bad.error.code, bad.error.request_id) == ("internal_error", "bad")
+    assert bad.error is not None and (bad.error.code, bad.error.request_id) == ("internal", "bad")
     harness.wait([good])
     assert len(good.ids) == 10 and "bad" not in harness.engine.stats().running
 
