@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.fairness import Charge, FairQueue
+from services.scheduler.fairness import Charge, FairQueue, Shares
 from services.scheduler.fleet import Fleet, Worker
 from services.scheduler.ledger import Ledger
 from services.scheduler.placement import Need, PrefixIndex, choose, prefix_chunks
@@ -48,6 +48,7 @@ class Dispatcher:
         self._draining = False
         self._index = PrefixIndex()
         self._queue: FairQueue[Waiting] = FairQueue(weights)
+        self._shares = Shares(weights)
         self._migrated: dict[Waiting, None] = {}
         self._by_key: dict[str, dict[Waiting, None]] = {}
         self._charges: dict[str, Charge] = {}  # by key
@@ -80,7 +81,9 @@ class Dispatcher:
         if prefix is not None:
             self._migrated[item] = None
         else:
-            self._queue.put(split_request_key(request.key)[0], request.priority, item)
+            tenant = split_request_key(request.key)[0]
+            self._shares.seen(tenant, asyncio.get_running_loop().time())
+            self._queue.put(tenant, request.priority, item)
         self._by_key.setdefault(item.key, {})[item] = None
         self.dispatch()
         try:
@@ -97,7 +100,7 @@ class Dispatcher:
         while progress:
             progress = False
             for tenant, item in self._queue.candidates():
-                if self._grant(item):
+                if self._grant(item, self._has_its_share(tenant)):
                     self._queue.pop(tenant)
                     self.refund(item.key)  # of an earlier request with this id: only one of them will run
                     self._charges[item.key] = self._queue.charge(
@@ -106,12 +109,16 @@ class Dispatcher:
                     progress = True
                     break
 
-    def _grant(self, item: Waiting) -> bool:
+    def _has_its_share(self, tenant: str) -> bool:
+        places = sum(worker.beat.max_seqs for worker in self._fleet.workers.values())
+        return self._shares.has_its_share(tenant, self._ledger.tenants(), places)
+
+    def _grant(self, item: Waiting, keep_free: bool = False) -> bool:
         if item.turn.done():
             return False  # dropped or expired: it leaves by itself
         length = item.need.tokens + 1
         workers = self._fleet.available(lambda beat: length <= min(beat.max_model_len, beat.kv_tokens_total))
-        worker = choose(workers, self._ledger, self._index, item.need, item.chunks)
+        worker = choose(workers, self._ledger, self._index, item.need, item.chunks, keep_free)
         if worker is None:
             return False
         worker.reserved += item.need.choices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
@@ -20,6 +21,8 @@ INPUT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
 FIRST_GUESS = 128.0  # output tokens of a tenant's first request
 SMOOTHING = 0.1
 REMEMBERED_TENANTS = 10_000
+PRESENT = 60.0
+FLOOD = 0.25  # of all places: who has less does not crowd others out, however many tenants there are
 
 
 @dataclass(slots=True)
@@ -28,6 +31,31 @@ class Tenant(Generic[T]):
     counter: float = 0.0
     mean_output: float = FIRST_GUESS
     queue: list[tuple[int, int, T]] = field(default_factory=list)
+
+
+class Shares:
+    """Who has its share of the places and more than a little. A tenant counts as present for PRESENT seconds after it was last seen."""
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self._weights = weights or {}
+        self._seen: OrderedDict[str, float] = OrderedDict()
+
+    def seen(self, tenant: str, now: float) -> None:
+        self._seen[tenant] = now
+        self._seen.move_to_end(tenant)
+        while now - next(iter(self._seen.values())) > PRESENT:
+            self._seen.popitem(last=False)
+
+    def has_its_share(self, tenant: str, used: Mapping[str, int], places: int) -> bool:
+        """Whether the tenant uses its part of all places, by weight, among the tenants that are present. Never if it is alone."""
+        present = self._seen.keys() | used.keys() | {tenant}
+        if len(present) < 2:
+            return False
+        weights = sum(self._weight(name) for name in present)
+        return used.get(tenant, 0) >= places * max(FLOOD, self._weight(tenant) / weights)
+
+    def _weight(self, tenant: str) -> float:
+        return max(1e-6, self._weights.get(tenant, 1.0))
 
 
 class Charge(NamedTuple):

@@ -6,10 +6,12 @@ watch's echo of them (or of older ones) may come in any order.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared.messages import Assignment, Tombstone
+from shared.subjects import split_request_key
 
 REMEMBER_ENDED = 20_000
 
@@ -32,6 +34,7 @@ class Ledger:
         self._ended: OrderedDict[str, tuple[int, int]] = OrderedDict()  # key: (epoch, revision)
         self._by_worker: dict[str, dict[str, None]] = {}
         self._sequences: dict[str, int] = {}
+        self._tenants: Counter[str] = Counter()  # sequences that have a worker
 
     def apply(self, key: str, value: Assignment | Tombstone | None, revision: int, proven: float) -> LiveRequest | None:
         """Takes a key's new value; None: it was deleted or has expired. Returns the request if it lived and this ended it."""
@@ -45,6 +48,7 @@ class Ledger:
             self.live[key] = LiveRequest(key, value, revision, proven)
             self._by_worker.setdefault(value.worker, {})[key] = None
             self._sequences[value.worker] = self._sequences.get(value.worker, 0) + value.choices
+            self._count(key, value, 1)
             return None
         if value is not None:
             self._ended[key] = (value.epoch, revision)
@@ -58,8 +62,20 @@ class Ledger:
             keys = self._by_worker[worker]
             del keys[key]
             self._sequences[worker] -= present.assignment.choices
+            self._count(key, present.assignment, -1)
             if not keys:
                 del self._by_worker[worker], self._sequences[worker]
+
+    def _count(self, key: str, assignment: Assignment, sign: int) -> None:
+        if assignment.worker:
+            tenant = split_request_key(key)[0]
+            self._tenants[tenant] += sign * assignment.choices
+            if not self._tenants[tenant]:
+                del self._tenants[tenant]
+
+    def tenants(self) -> Mapping[str, int]:
+        """Sequences of each tenant that workers have."""
+        return self._tenants
 
     def on_worker(self, worker: str) -> list[str]:
         """Keys, in the order in which they came to it; of worker "": those that wait for one."""

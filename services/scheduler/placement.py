@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import ceil
 
 from services.scheduler.fleet import Worker
 from services.scheduler.ledger import Ledger
@@ -16,6 +17,8 @@ MAX_CHUNKS = 64
 CHUNKS_PER_WORKER = 1 << 16
 # A worker's own queue may hold this share of its slots, so that a slot that becomes free is filled within the step.
 BACKLOG = 0.125
+# What a tenant that has its share already leaves free of a worker's slots while others are about, so that they need not wait for one.
+RESERVE = 0.125
 MIN_OVERLAP = 0.25  # of the prompt: less is not worth an imbalance
 MAX_IMBALANCE = 0.25  # of the slots
 
@@ -80,22 +83,28 @@ def has_suspect(worker: Worker, ledger: Ledger) -> bool:
     return False
 
 
-def has_room(worker: Worker, ledger: Ledger, need: Need) -> bool:
+def has_room(worker: Worker, ledger: Ledger, need: Need, keep_free: bool = False) -> bool:
     used, slots = in_use(worker, ledger), worker.beat.max_seqs
     if used == 0:
         return True  # what does not even fit into an empty worker goes there all the same: the worker says why it cannot be
     if need.isolated and (worker.isolated_reserved or has_suspect(worker, ledger)):
         return False
-    if used + need.choices > slots + int(slots * BACKLOG):
+    most = slots - ceil(slots * RESERVE) if keep_free else slots + int(slots * BACKLOG)
+    if used + need.choices > most:
         return False
     return worker.beat.kv_tokens_free - worker.reserved_tokens >= need.tokens
 
 
 def choose(
-    workers: Sequence[Worker], ledger: Ledger, index: PrefixIndex, need: Need, chunks: list[bytes]
+    workers: Sequence[Worker],
+    ledger: Ledger,
+    index: PrefixIndex,
+    need: Need,
+    chunks: list[bytes],
+    keep_free: bool = False,
 ) -> Worker | None:
-    """The worker for a request, None if all are full."""
-    free = [w for w in workers if has_room(w, ledger, need)]
+    """The worker for a request, None if all are full; `keep_free`: up to the places that are for others."""
+    free = [w for w in workers if has_room(w, ledger, need, keep_free)]
     if not free:
         return None
 

@@ -689,6 +689,24 @@ async def test_one_tenants_flood_is_fair_to_the_others() -> None:
 
 
 @virtual
+async def test_a_tenant_that_comes_now_and_then_finds_a_place_at_once_beside_a_flood() -> None:
+    world = await World(max_waiting=256).start(workers=2)
+    first = world.submit("first", tokens=4, tenant="calm")
+    await world.ended(first)
+    flood = [world.submit(f"f{i}", tokens=40, tenant="flood") for i in range(150)]
+    await asyncio.sleep(1)
+    for number in range(10):
+        key = world.submit(f"c{number}", tokens=4, tenant="calm")
+        await asyncio.sleep(0.15)
+        live = [order for worker in world.workers for order in worker.orders if order.key == key]
+        assert live, "it has a worker"
+        await world.ended(key)
+    await world.ended(*flood, within=200)
+    await world.idle()
+    await world.stop()
+
+
+@virtual
 async def test_draining_gives_back_what_waits() -> None:
     world = await World(schedulers=2).start(workers=0)
     keys = [world.submit(f"r{i}") for i in range(20)]

@@ -90,3 +90,14 @@ def test_diagnosis() -> None:
     clock.run(5, "a", "b")
     assert problems()["t.stuck"] == "stuck"
     assert problems()["t.ended"] == "unreported", "in the end: its tombstone should have come long ago"
+
+
+def test_sequences_of_tenants_are_counted_while_workers_have_them() -> None:
+    ledger = Ledger()
+    ledger.apply("a.1", Assignment(1, 1, "w", b"", choices=2), 1, 0.0)
+    ledger.apply("b.1", Assignment(2, 1, "w", b""), 2, 0.0)
+    assert ledger.tenants() == {"a": 2, "b": 1}
+    ledger.apply("a.1", Assignment(1, 2, "", b"", choices=2), 3, 0.0)
+    assert ledger.tenants() == {"b": 1}, "it waits for another worker"
+    ledger.apply("b.1", None, 4, 0.0)
+    assert ledger.tenants() == {}

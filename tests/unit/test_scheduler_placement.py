@@ -68,6 +68,15 @@ def test_a_full_worker_gets_nothing() -> None:
     assert place(workers("a"), ledger) is None
 
 
+def test_places_are_kept_free_for_others() -> None:
+    ledger = Ledger()
+    fill(ledger, "a", 6)
+    assert choose(workers("a"), ledger, PrefixIndex(), Need(10), [], keep_free=True) is not None
+    fill(ledger, "a", 1)
+    assert choose(workers("a"), ledger, PrefixIndex(), Need(10), [], keep_free=True) is None, "the last of eight"
+    assert place(workers("a"), ledger) == "a"
+
+
 def test_choices_are_sequences() -> None:
     ledger = Ledger()
     fill(ledger, "a", 6)
