@@ -65,6 +65,8 @@ class StandingPull:
     room()            how many messages may be under way
     deliver(msg, at, current)   takes a message; False if it is not the one that was due, and the reader must begin anew.
                       `current` is False for what an earlier pull still brings
+    idle(sent)        told, while nothing comes, the consumer sequence of the last message that the server has sent; False if that one
+                      has not come, and the reader must begin anew
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class StandingPull:
         begun: Callable[[int], None],
         room: Callable[[], int],
         deliver: Callable[[Msg, Place, bool], bool],
+        idle: Callable[[int], bool] = lambda sent: True,
     ) -> None:
         self._bus = bus
         self._stream = stream
@@ -82,6 +85,7 @@ class StandingPull:
         self._begun = begun
         self._room = room
         self._deliver = deliver
+        self._idle = idle
         self._subscription: CoreSubscription | None = None
         self._consumer = ""
         self._inbox = ""
@@ -189,6 +193,9 @@ class StandingPull:
         status, description = headers.get("Status", ""), headers.get("Description", "")
         self._heard = asyncio.get_running_loop().time()
         if status == "100":  # a heartbeat
+            if not self._idle(int(headers.get("Nats-Last-Consumer", 0))):
+                log.warning("last_message_lost", stream=self._stream, consumer=self._consumer)
+                self.begin_anew()
             return
         if status == "408":  # the pull has expired
             self._requested -= int(headers.get("Nats-Pending-Messages", self._requested))
@@ -228,7 +235,7 @@ class OrderedReader:
         self._user_begun = begun
         self._waiting = waiting
         self._name = ""
-        self._pull = StandingPull(bus, stream, self._create, self._begun, self._room, self._deliver)
+        self._pull = StandingPull(bus, stream, self._create, self._begun, self._room, self._deliver, self._is_whole)
         self.open = self._pull.open
         self.fill = self._pull.fill
         self.begin_anew = self._pull.begin_anew
@@ -276,6 +283,10 @@ class OrderedReader:
         self._next_seq = at.stream_seq + 1
         self._take(Stored(at.stream_seq, msg.subject, msg.data, at.time / NANOSECONDS, at.pending), msg.headers)
         return True
+
+    def _is_whole(self, sent: int) -> bool:
+        """A lost message shows by the next one, and by this if there is no next one."""
+        return sent < self._due
 
     async def close(self) -> None:
         await self._pull.close()

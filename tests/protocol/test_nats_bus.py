@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 
 from shared import nats_bus, nats_pull
 from shared.broker import Broker, free_port
-from shared.bus import BusError, BusTimeout, Message, Stored, StreamSpec
+from shared.bus import BucketSpec, BusError, BusTimeout, Message, Stored, StreamSpec
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 from shared.nats_pull import OrderedReader, Place
@@ -148,6 +148,38 @@ async def test_a_lost_message_is_noticed(bus: NatsBus, monkeypatch: pytest.Monke
     await until(lambda: len(followed) == 401)
     assert [m.seq for m in followed] == list(range(1, 402))
     assert lost == 8
+
+
+async def test_a_lost_last_message_is_noticed_though_none_comes_after_it(
+    bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's heartbeat says how far it has sent. A follower and the listing of a bucket would wait for ever otherwise."""
+    deliver = OrderedReader._deliver
+    lose = True
+
+    def lossy(self: OrderedReader, msg: Msg, at: Place, current: bool) -> bool:
+        nonlocal lose
+        if current and at.pending == 0 and lose:
+            lose = False
+            return True
+        return deliver(self, msg, at, current)
+
+    for i in range(3):
+        await bus.append("s.1", b"%d" % i)
+    monkeypatch.setattr(OrderedReader, "_deliver", lossy)
+    followed: list[Stored] = []
+    collect(await bus.follow("S", "s.1", 1), followed)
+    await until(lambda: len(followed) == 3)
+    assert [m.seq for m in followed] == [1, 2, 3] and not lose
+
+    await bus.ensure_bucket(BucketSpec("b"))
+    bucket = await bus.bucket("b")
+    await bucket.put("k", b"v")
+    lose = True
+    listed, seen = asyncio.Event(), []
+    await bucket.watch(lambda entry: seen.append(entry.key), listed.set)
+    await asyncio.wait_for(listed.wait(), 5.0)
+    assert set(seen) == {"k"} and not lose
 
 
 async def consumers(bus: NatsBus) -> list[str]:
