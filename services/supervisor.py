@@ -111,6 +111,8 @@ class Plan:
 
     http_port  of the first gateway; the next ones get the ports after it
     modules    what is run as a stage (`python -m`) where that is not services.<stage>
+    store_limit  bytes that NATS may take on disk; 0: its own default
+    stages_url   where the stages find the server, if not at its own port
     """
 
     data: Path
@@ -122,6 +124,8 @@ class Plan:
     env: dict[str, str] = field(default_factory=dict)
     http_port: int = 8000
     modules: dict[str, str] = field(default_factory=dict)
+    stages_url: str = ""
+    store_limit: int = 0
 
     @property
     def nats_url(self) -> str:
@@ -136,7 +140,9 @@ class Supervisor:
 
         self.plan = plan
         logs = plan.data / "logs"
-        self.broker = Child("nats", server_command(plan.data / "nats", plan.port), logs / "nats.log")
+        self.broker = Child(
+            "nats", server_command(plan.data / "nats", plan.port, store_limit=plan.store_limit), logs / "nats.log"
+        )
         env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"} | plan.env
         self.stages: dict[str, Child] = {}
         for stage in IN_ORDER:
@@ -147,7 +153,7 @@ class Supervisor:
                     "-m",
                     plan.modules.get(stage, f"services.{stage}"),
                     "--nats-url",
-                    plan.nats_url,
+                    plan.stages_url or plan.nats_url,
                     "--model",
                     plan.model,
                 ]

@@ -7,18 +7,19 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.supervisor import STAGES, Plan, Supervisor
-from shared import presence
+from shared import codec, presence, subjects
 from shared.broker import free_port
 from shared.bus import BusError
 from shared.config import StageSettings
-from shared.messages import Heartbeat, WorkerHeartbeat
+from shared.messages import Heartbeat, Tombstone, WorkerHeartbeat
 from shared.nats_bus import NatsBus
 from tests.chaos.faults import Injector
+from tests.chaos.lossy_link import Link, lossy_link
 from tests.pipeline.harness import complaints
 
 COPIES = 2
@@ -33,10 +34,12 @@ class Deployment:
     supervisor: Supervisor
     bus: NatsBus
     injector: Injector
+    link: Link | None = None
 
     @property
     def url(self) -> str:
-        return self.supervisor.plan.nats_url
+        """Where stages and clients find the server; `bus` has a link that loses nothing."""
+        return self.supervisor.plan.stages_url or self.supervisor.plan.nats_url
 
     async def until_ready(self) -> None:
         await presence.wait_for_stages(self.bus, self.supervisor.plan.copies, MODEL, READY)
@@ -50,6 +53,12 @@ class Deployment:
             with suppress(BusError):
                 beats = await presence.gather(self.bus, 0.3, served)
             await asyncio.sleep(0.02)
+
+    async def migrated(self) -> int:
+        """Requests that ended lately in an epoch after their first."""
+        assignments = await self.bus.bucket(subjects.BUCKET_ASSIGN)
+        ends = [codec.decode(entry.value) for entry in await assignments.entries() if entry.value is not None]
+        return sum(isinstance(end, Tombstone) and end.epoch > 1 for end in ends)
 
     async def unrest(self) -> list[str]:
         """What is not as it must be some time after the last fault and the last stream's end; empty as soon as all is well."""
@@ -81,23 +90,35 @@ async def deployed(
     worker_flags: list[str],
     modules: dict[str, str] | None = None,
     copies: dict[str, int] | None = None,
+    losses: tuple[int, float, float] | None = None,
+    store_limit: int = 0,
+    flags: dict[str, list[str]] | None = None,
 ) -> AsyncIterator[Deployment]:
+    """`losses`: seed, and the shares of all messages that are dropped and delayed between the server and stages and clients, once
+    the link is told to begin."""
     plan = Plan(
         data,
         MODEL,
         model_path,
         free_port(),
         dict.fromkeys(STAGES, COPIES) | (copies or {}),
-        {"model_worker": worker_flags},
+        {"model_worker": worker_flags} | (flags or {}),
         modules=modules or {},
+        store_limit=store_limit,
     )
+    stack = AsyncExitStack()
+    link: Link | None = None
+    if losses is not None:
+        port = free_port()
+        plan.stages_url = f"nats://127.0.0.1:{port}"
+        link = await stack.enter_async_context(lossy_link(port, plan.port, *losses))
     supervisor = Supervisor(plan)
     bus: NatsBus | None = None
     try:
         await supervisor.start()
         bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
         await presence.wait_for_stages(bus, plan.copies, MODEL, READY)
-        yield Deployment(supervisor, bus, Injector(supervisor))
+        yield Deployment(supervisor, bus, Injector(supervisor), link)
     except BaseException:
         for child in supervisor.children():
             tail = child.log_path.read_text().splitlines()[-15:] if child.log_path.exists() else []
@@ -110,3 +131,4 @@ async def deployed(
         if bus is not None:
             await bus.close()
         await supervisor.stop()
+        await stack.aclose()

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from services.supervisor import Child, Supervisor
@@ -40,24 +40,21 @@ class Fault:
         )
 
 
-def make_plan(
+def faults(
     draw: random.Random,
-    seconds: float,
     every: float,
     copies: int,
     weights: Mapping[tuple[str, str], float] = USUAL,
     lasting: tuple[float, float] = (0.2, 3.0),
-) -> list[Fault]:
-    """Faults of about one in `every` seconds, two at once included."""
-    plan: list[Fault] = []
-    at = 0.0
-    while (at := at + (after := draw.expovariate(1 / (every * (1 + AT_ONCE))))) < seconds:
+) -> Iterator[Fault]:
+    """About one in `every` seconds, two at once included, for ever."""
+    while True:
+        after = draw.expovariate(1 / (every * (1 + AT_ONCE)))
         for number in range(2 if draw.random() < AT_ONCE else 1):
             ((stage, kind),) = draw.choices(list(weights), list(weights.values()))
             target = stage if stage == "nats" else f"{stage}-{draw.randint(1, copies)}"
             lasts = draw.uniform(*lasting) if kind in LAST else 0.0
-            plan.append(Fault(0.0 if number else after, target, kind, lasts))
-    return plan
+            yield Fault(0.0 if number else after, target, kind, lasts)
 
 
 class Injector:
@@ -69,18 +66,16 @@ class Injector:
         self._children = {child.name: child for child in supervisor.children()}
 
     async def carry_out(
-        self, plan: Sequence[Fault], seconds: float, all_stages_serve: Callable[[], Awaitable[None]]
+        self, plan: Iterable[Fault], over: Callable[[], bool], all_stages_serve: Callable[[], Awaitable[None]]
     ) -> None:
-        """What has not come to pass after `seconds` is left out. Each fault (or pair) waits until somebody serves in every stage:
+        """Until all is over: the rest of the plan is left out. Each fault (or pair) waits until somebody serves in every stage:
         on a slow machine a worker would otherwise be killed each time before it has loaded, and nothing be tested but patience."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
         async with asyncio.TaskGroup() as under_way:
             for fault in plan:
                 if fault.after:
                     await asyncio.sleep(fault.after)
                     await all_stages_serve()
-                if loop.time() > until:
+                if over():
                     break
                 under_way.create_task(self.inject(fault))
 

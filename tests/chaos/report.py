@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -12,6 +12,21 @@ from tests.chaos.checker import Record
 from tests.chaos.deployment import MODEL, Deployment
 from tests.chaos.faults import Fault
 from tests.chaos.workload import RecordingClient, Workload
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How long it goes on: for so many seconds and until so many streams ended and faults struck, but at most for `at_most`."""
+
+    seconds: float
+    streams: int = 0
+    faults: int = 0
+    at_most: float = 0.0
+
+    def reached(self, seconds: float, streams: int, faults: int) -> bool:
+        if seconds < self.seconds:
+            return False
+        return seconds >= self.at_most or (streams >= self.streams and faults >= self.faults)
 
 
 @dataclass
@@ -39,17 +54,28 @@ async def disturb(
     deployment: Deployment,
     workload: Workload,
     check: Callable[[Record], list[str]],
-    plan: Sequence[Fault],
+    plan: Iterable[Fault],
     *,
     seed: int,
     streams: int,
-    seconds: float,
+    goal: Goal,
 ) -> Report:
-    """Runs the streams while the plan is carried out; the last streams end in peace."""
-    print(f"seed {seed}, {len(plan)} faults planned:", *plan, sep="\n  ")
+    """Runs the streams while the plan is carried out, until the goal is reached; the last streams end in peace."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    def over() -> bool:
+        return goal.reached(loop.time() - began, workload.ended, sum(deployment.injector.done.values()))
+
+    def told() -> Iterator[Fault]:
+        for fault in plan:
+            print(f"  {loop.time() - began:6.1f} s: {fault}")
+            yield fault
+
+    print(f"seed {seed}; each fault is drawn at the time in front of it:")
     await asyncio.gather(
-        workload.keep_running(seed, streams, seconds),
-        deployment.injector.carry_out(plan, seconds, deployment.until_every_stage_serves),
+        workload.keep_running(seed, streams, over),
+        deployment.injector.carry_out(told(), over, deployment.until_every_stage_serves),
     )
     checked = {f"{r.id} ({r.kind}, {r.request})": check(r) for r in workload.records}
     broken = {name: complaints for name, complaints in checked.items() if complaints}

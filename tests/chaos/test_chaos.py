@@ -1,7 +1,12 @@
 """Any process killed, stopped or told to go at any moment: every stream ends once, with what the uninterrupted run gave.
 
-GORGON_CHAOS_SECONDS   how long faults are injected (default 60)
+Besides, of all messages between the server and stages and clients a share is lost, and another one late.
+
+GORGON_CHAOS_SECONDS   how long faults are injected, at least (default 60)
+GORGON_CHAOS_STREAMS   how many streams must have ended, too (default 0: as many as do in the time)
+GORGON_CHAOS_FAULTS    how many faults must have struck, too
 GORGON_CHAOS_SEED      of the plan of faults and of the streams (default 1)
+GORGON_CHAOS_MODEL     stories260K (default), or demo: the model with Medusa heads, which speculates
 """
 
 from __future__ import annotations
@@ -15,19 +20,28 @@ import pytest
 
 from tests.chaos.checker import Record, Reference, check, check_stored
 from tests.chaos.deployment import COPIES, deployed
-from tests.chaos.faults import make_plan
-from tests.chaos.report import clients, disturb
-from tests.chaos.workload import Body, Workload
+from tests.chaos.faults import faults
+from tests.chaos.report import Goal, clients, disturb
+from tests.chaos.workload import KINDS, Body, Workload
 from tests.pipeline.harness import needs_weights, weights
 
+DEMO = Path(__file__).resolve().parents[2] / "models/demo"
 SECONDS = float(os.environ.get("GORGON_CHAOS_SECONDS", "60"))
 SEED = int(os.environ.get("GORGON_CHAOS_SEED", "1"))
+GOAL = Goal(
+    SECONDS,
+    int(os.environ.get("GORGON_CHAOS_STREAMS", "0")),
+    int(os.environ.get("GORGON_CHAOS_FAULTS", "0")),
+    at_most=4 * SECONDS,
+)
+MODEL = os.environ.get("GORGON_CHAOS_MODEL", "stories260K")
 STREAMS = 64
 # A lost stream never ends. One that waits for a worker to start anew does, though on a crowded machine not soon.
 STREAM_LIMIT = 180.0
-FAULT_EVERY = 0.8  # seconds
+FAULT_EVERY = 0.4  # seconds
+DROPPED, DELAYED = 0.002, 0.01  # of all messages
 
-pytestmark = [pytest.mark.chaos, needs_weights]
+pytestmark = [pytest.mark.chaos, *([needs_weights] if MODEL != "demo" else [])]
 
 PROMPTS = (
     "Once upon a time, there was a little",
@@ -39,6 +53,11 @@ PROMPTS = (
     "It was raining, so Tim",
     "There was a boy who loved to",
 )
+EXPECTED = {
+    *((kind, "finished") for kind in KINDS),
+    ("cancelled", "cancelled"),
+    ("deadline", "deadline_exceeded"),
+}
 SAMPLED: tuple[Body, ...] = (
     dict(temperature=0.8, top_p=0.95),
     dict(temperature=1.0, top_k=40),
@@ -79,10 +98,16 @@ def stopped_requests(references: dict[str, Record]) -> dict[str, Body]:
     return requests
 
 
-@pytest.mark.timeout(SECONDS + 360)
+@pytest.mark.timeout(GOAL.at_most + 360)
 async def test_no_fault_breaks_a_stream(tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--threads", "1", "--max-seqs", "64"]
-    async with deployed(tmp_path, weights("stories260K"), flags) as deployment, AsyncExitStack() as stack:
+    path = DEMO if MODEL == "demo" else weights(MODEL)
+    async with (
+        deployed(tmp_path, path, flags, losses=(SEED, DROPPED, DELAYED)) as deployment,
+        AsyncExitStack() as stack,
+    ):
+        link = deployment.link
+        assert link is not None
         requests = unstopped_requests()
         workload = Workload(deployment.bus, await clients(stack, deployment), requests, STREAM_LIMIT)
         references = await workload.references(requests)
@@ -95,9 +120,17 @@ async def test_no_fault_breaks_a_stream(tmp_path: Path) -> None:
             wrong = check(record, Reference.of(references[name]))
             return wrong + (check_stored(record) if record.kind == "durable" else [])
 
-        plan = make_plan(random.Random(SEED), SECONDS, FAULT_EVERY, COPIES)
-        report = await disturb(deployment, workload, verdict, plan, seed=SEED, streams=STREAMS, seconds=SECONDS)
+        link.begin_faults()
+        plan = faults(random.Random(SEED), FAULT_EVERY, COPIES)
+        report = await disturb(deployment, workload, verdict, plan, seed=SEED, streams=STREAMS, goal=GOAL)
+        migrated = await deployment.migrated()
+        print(f"{migrated} of the streams that ended lately were migrated")
         assert not report.broken, str(report)
         assert await deployment.unrest() == []
-        assert {record.kind for record in report.records} == set(workload.kinds)
+        # That nothing broke means something only if all of this happened.
+        assert {(record.kind, record.end) for record in report.records} >= EXPECTED
+        assert migrated > 0
         assert len({stage for stage, _ in report.faults}) == 5 or SECONDS < 60, "every stage and the server"
+        assert len(report.records) >= GOAL.streams and sum(report.faults.values()) >= GOAL.faults, str(report)
+    print(dict(link.done))
+    assert link.done["dropped to the server"] > 10 and link.done["dropped to a client"] > 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from services.model_worker.settings import FixedEngineSettings
 from shared.api import cancelled_event, finished_event, tokens_event
 from tests.chaos.checker import Record, Reference, check, check_stored
-from tests.chaos.faults import USUAL, make_plan
+from tests.chaos.faults import USUAL, faults
+from tests.chaos.lossy_link import Frames
 from tests.chaos.mutants.model_worker import mixed_at
+from tests.chaos.report import Goal
 
 IDS = [5, 6, 7, 8]
 TEXT = "abcdefgh"
@@ -110,8 +113,40 @@ def test_mixed_epochs_show() -> None:
 
 
 def test_a_plan_is_its_seed() -> None:
-    plan = make_plan(random.Random(5), 300, 0.8, 2)
-    assert plan == make_plan(random.Random(5), 300, 0.8, 2)
-    assert len(plan) > 300
+    plan, again = (list(islice(faults(random.Random(5), 0.8, 2), 400)) for _ in range(2))
+    assert plan == again
+    assert sum(fault.after for fault in plan) < 400 * 0.8 * 1.2
     assert {(f.target.rsplit("-", 1)[0], f.kind) for f in plan} == set(USUAL)
     assert sum(not f.after for f in plan) > 30, "two at once"
+
+
+def cut(data: bytes, sizes: list[int]) -> list[tuple[bytes, bool]]:
+    frames, found = Frames(), []
+    for size in sizes:
+        found += list(frames.feed(data[:size]))
+        data = data[size:]
+    return found + list(frames.feed(data))
+
+
+def test_the_lossy_link_cuts_the_protocol_into_frames() -> None:
+    """However the bytes come, and whatever a payload looks like."""
+    whole = [
+        (b'INFO {"jetstream":true}\r\n', False),
+        (b"SUB a.* 1\r\n", False),
+        (b"MSG a.b 1 11\r\nPING\r\nMSG \r\r\n", True),
+        (b"HPUB a.b reply 12 14\r\nNATS/1.0\r\n\r\nhi\r\n", True),
+        (b"PUB x 0\r\n\r\n", True),
+        (b"PONG\r\n", False),
+    ]
+    data = b"".join(frame for frame, _ in whole)
+    for step in (1, 2, 7, len(data)):
+        assert cut(data, [step] * (len(data) // step)) == whole
+
+
+def test_a_goal_is_reached_when_all_of_it_is() -> None:
+    goal = Goal(10.0, streams=5, faults=3, at_most=30.0)
+    assert not goal.reached(9.0, 5, 3)
+    assert not goal.reached(11.0, 5, 2)
+    assert goal.reached(11.0, 5, 3)
+    assert goal.reached(30.0, 0, 0)
+    assert Goal(10.0).reached(10.0, 0, 0)

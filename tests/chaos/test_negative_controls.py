@@ -11,9 +11,9 @@ import pytest
 from services.model_worker.settings import FixedEngineSettings
 from tests.chaos.checker import STALLED, Record, Reference, check, check_end
 from tests.chaos.deployment import COPIES, deployed
-from tests.chaos.faults import make_plan
+from tests.chaos.faults import faults
 from tests.chaos.mutants.model_worker import mixed_at
-from tests.chaos.report import clients, disturb
+from tests.chaos.report import Goal, clients, disturb
 from tests.chaos.workload import Body, RecordingClient, ReplaylessClient, Workload
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(120)]
@@ -44,7 +44,7 @@ async def test_without_the_epoch_check_epochs_are_mixed(tmp_path: Path, epoch_ch
     async with deployed(tmp_path, DEMO, FLAGS, modules) as deployment, AsyncExitStack() as stack:
         kinds = {"plain": 3, "attached": 1}
         workload = Workload(deployment.bus, await clients(stack, deployment), REQUESTS, 30.0, kinds)
-        plan = make_plan(random.Random(1), SECONDS, 2.0, COPIES, {("model_worker", "mute"): 1.0}, lasting=(0.8, 1.6))
+        plan = faults(random.Random(1), 2.0, COPIES, {("model_worker", "mute"): 1.0}, lasting=(0.8, 1.6))
         report = await disturb(
             deployment,
             workload,
@@ -52,7 +52,7 @@ async def test_without_the_epoch_check_epochs_are_mixed(tmp_path: Path, epoch_ch
             plan,
             seed=1,
             streams=24,
-            seconds=SECONDS,
+            goal=Goal(SECONDS),
         )
     assert bool(report.broken) is not epoch_check
 
@@ -62,7 +62,7 @@ async def test_without_replay_streams_stall(tmp_path: Path, client: type[Recordi
     async with deployed(tmp_path, DEMO, FLAGS) as deployment, AsyncExitStack() as stack:
         workload = Workload(deployment.bus, await clients(stack, deployment, client), REQUESTS, 14.0, {"plain": 1})
         references = await workload.references(REQUESTS)
-        plan = make_plan(random.Random(1), SECONDS, 3.0, COPIES, {("nats", "kill"): 1.0})
+        plan = faults(random.Random(1), 3.0, COPIES, {("nats", "kill"): 1.0})
         report = await disturb(
             deployment,
             workload,
@@ -70,7 +70,7 @@ async def test_without_replay_streams_stall(tmp_path: Path, client: type[Recordi
             plan,
             seed=1,
             streams=24,
-            seconds=SECONDS,
+            goal=Goal(SECONDS),
         )
     if client is ReplaylessClient:
         assert STALLED in {record.end for record in report.records}

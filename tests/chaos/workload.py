@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,22 +83,22 @@ class Workload:
     limit: float
     kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)
     records: list[Record] = field(default_factory=list)
+    ended: int = 0
 
     def __post_init__(self) -> None:
         self.results = Results(self.bus)
 
-    async def keep_running(self, seed: int, streams: int, seconds: float) -> None:
-        """`streams` at a time, until the time is over and all have ended."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
+    async def keep_running(self, seed: int, streams: int, over: Callable[[], bool]) -> None:
+        """`streams` at a time, until all is over and the last ones have ended."""
 
         async def slot(number: int) -> None:
             draw = random.Random(f"{seed}.{number}")
             count = 0
-            while loop.time() < until:
+            while not over():
                 (kind,) = draw.choices(list(self.kinds), list(self.kinds.values()))
                 record = Record(f"s{number}-{count}", kind, draw.choice(list(self.requests)))
                 await self.run(record, draw)
+                self.ended += 1
                 count += 1
 
         following = asyncio.create_task(self.results.follow())
