@@ -18,8 +18,9 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
 from services.model_worker.block_pool import BlockPool
-from services.model_worker.interface import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from services.model_worker.interface import PROMPT, EngineRequest, FinishReason, TokenLogprobs, TokenOutput
 from services.model_worker.sequence import Sequence, Status
+from services.model_worker.siblings import Siblings
 from services.model_worker.speculation.tree import Tree
 
 
@@ -50,12 +51,23 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows start … start + rows - 1 of a sequence whose token ids are all known. `final`: the next token is sampled from the last."""
+    """Rows start … start + rows - 1 of a sequence whose token ids are all known.
+
+    final      the next token is sampled from the last row
+    reported   the first and the end of the prompt's tokens whose log-probabilities are wanted; token t's is that of row t - 1
+    """
 
     sequence: Sequence
     start: int
     rows: int
     final: bool
+    reported: tuple[int, int] = (0, 0)
+
+    @property
+    def report_rows(self) -> range:
+        """The rows, counted in the sequence, that the reported tokens' log-probabilities come from: the first token has none."""
+        first, end = self.reported
+        return range(max(first, 1) - 1, max(end, 1) - 1)
 
 
 @dataclass(slots=True)
@@ -66,6 +78,8 @@ class StepPlan:
     tree            what the decodes guess, None: nothing
     admitted        sequences that got a slot: their state must be written to the device first
     table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
+    copies          (block, new block, rows): the beginning of a block that a sequence shares with another and is about to write to, to
+                    be copied first
     """
 
     step: int
@@ -76,6 +90,7 @@ class StepPlan:
     table_slots: list[int] = field(default_factory=list)
     table_columns: list[int] = field(default_factory=list)
     table_blocks: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -101,6 +116,9 @@ class StepPlan:
         self.table_blocks += blocks
 
 
+# Most rows of a chunk whose log-probabilities are wanted, so that a step need not read back more.
+REPORT_ROWS = 512
+
 PickTree = Callable[[list[Sequence]], Tree | None]
 
 
@@ -122,6 +140,8 @@ class BatchScheduler:
         self.prefix_hit_tokens = 0
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
         self._waiting: list[Sequence] = []  # a heap; finished ones stay until they come up
+        self._siblings = Siblings()
+        self._parked: list[Sequence] = []  # waiting, too, for a sibling to have computed their prompt
         self._num_waiting = 0
         self._releasing: set[Sequence] = set()  # not running any more, but in a step in flight
         self._deadlines: list[tuple[float, Sequence]] = []
@@ -143,6 +163,7 @@ class BatchScheduler:
         """Queues a sequence. The caller has checked that it fits (its prompt leaves room for a token) and is not finished already."""
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals, self.limits.eos_ids, self.limits.max_model_len)
+        self._siblings.add(sequence)
         self._enqueue(sequence)
         if request.isolated:
             self._isolated.append(sequence)
@@ -183,6 +204,8 @@ class BatchScheduler:
             return
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+        if status is Status.FINISHED:
+            self._siblings.remove(sequence)
         sequence.status = status
         if sequence.inflight:
             self._releasing.add(sequence)
@@ -207,6 +230,9 @@ class BatchScheduler:
 
         pick_tree: asked what the sequences that will decode should guess; its tree's rows for all of them must fit into a step.
         """
+        for sequence in self._parked:
+            heapq.heappush(self._waiting, sequence)
+        self._parked.clear()
         alone = self._alone()
         if alone is not None and not self._clear_for(alone):
             return None
@@ -280,35 +306,53 @@ class BatchScheduler:
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         rows = min(budget, len(sequence.tokens) - sequence.computed)
-        chunk = Chunk(sequence, sequence.computed, rows, sequence.computed + rows == len(sequence.tokens))
+        if sequence.reports:
+            rows = min(rows, REPORT_ROWS)
+        end = sequence.computed + rows
+        chunk = Chunk(sequence, sequence.computed, rows, end == len(sequence.tokens) and end < sequence.limit)
+        if (known := min(end + 1, sequence.prompt_len)) > sequence.reported:
+            chunk.reported = sequence.reported, known
+            sequence.reported = known
         plan.chunks.append(chunk)
-        sequence.computed += rows
+        sequence.computed = end
         sequence.pending += chunk.final
         sequence.inflight += 1
         return rows
 
-    def _first_waiting(self, alone: str | None) -> Sequence | None:
+    def _first_waiting(self, plan: StepPlan, alone: str | None) -> Sequence | None:
         """Whose turn it is. `alone`: the only request that may come now."""
-        while self._waiting and self._waiting[0].status is not Status.WAITING:
+        while self._waiting:
+            first = self._waiting[0]
+            if first.status is Status.WAITING:
+                if not self._siblings.is_awaited(first, plan):
+                    break
+                self._parked.append(first)
             heapq.heappop(self._waiting)
         if alone is None:
             return self._waiting[0] if self._waiting else None
         mine = (s for s in self._waiting if s.request.request_id == alone and s.status is Status.WAITING)
-        return min(mine, default=None)
+        return min((s for s in mine if not self._siblings.is_awaited(s, plan)), default=None)
 
     def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
         """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are."""
-        sequence = self._first_waiting(alone)
+        sequence = self._first_waiting(plan, alone)
         if sequence is None or not self._slots:
             return None
         size, length = self.limits.block_size, len(sequence.tokens)
-        # The last token is always computed: its logits are wanted.
-        digests = sequence.hashes((length - 1) // size, size) if self.pool.prefix_cache else []
-        cached = self.pool.match(digests)
-        missing = self.limits.blocks_of(length) - len(cached)
+        digests = sequence.hashes(sequence.reusable // size, size) if self.pool.prefix_cache else []
+        blocks = self.pool.match(digests)
+        cached, released, copied = len(blocks) * size, 0, None
+        source = self._siblings.source(sequence, plan, self.limits)
+        if source is not None and (common := self._siblings.common(sequence)) > cached:
+            self.pool.release(reversed(blocks))
+            blocks = self.pool.share(source.blocks[: common // size])
+            cached, released = common, source.released
+            if common % size:
+                copied = source.blocks[common // size]
+        missing = self.limits.blocks_of(length) - len(blocks)
         # Each running sequence wants another block soon. Without that reserve the newcomer would be preempted at once.
         if missing + len(self.running) > self.pool.free and (self.running or self._releasing):
-            self.pool.release(reversed(cached))
+            self.pool.release(block for block in reversed(blocks) if block >= 0)
             return None
         if sequence is self._waiting[0]:
             heapq.heappop(self._waiting)
@@ -318,14 +362,16 @@ class BatchScheduler:
         self._num_waiting -= 1
         sequence.status = Status.RUNNING
         sequence.slot = self._slots.pop()
-        sequence.blocks = cached + self.pool.allocate(missing)
-        sequence.reset(len(cached) * size)
-        sequence.registered = len(cached)
+        sequence.blocks = blocks + self.pool.allocate(missing)
+        sequence.reset(cached)
+        sequence.registered, sequence.released = len(blocks), released
         insort(self.running, sequence)
         plan.admitted.append(sequence)
         plan.add_blocks(sequence, 0, sequence.blocks)
+        if copied is not None:
+            plan.copies.append((copied, sequence.blocks[cached // size], cached % size))
         self.prompt_tokens += length
-        self.prefix_hit_tokens += len(cached) * size
+        self.prefix_hit_tokens += cached
         return sequence
 
     # ---- retiring
@@ -335,12 +381,15 @@ class BatchScheduler:
         plan: StepPlan,
         ids: SequenceABC[SequenceABC[int]],
         logprobs: SequenceABC[list[TokenLogprobs] | None] | None = None,
+        reports: SequenceABC[list[TokenLogprobs]] = (),
     ) -> list[TokenOutput]:
         """Takes the new token ids of `plan.sampled` (at least one each, more only with a tree) and returns those that belong to live
-        sequences."""
+        sequences, after those of prompts. reports: of plan.chunks, log-probabilities of the tokens reported."""
         outputs = []
-        for chunk in plan.chunks:
+        for index, chunk in enumerate(plan.chunks):
             chunk.sequence.verified = chunk.start + chunk.rows
+            if chunk.reported[1] and chunk.sequence.status is not Status.FINISHED:
+                outputs += self._report(chunk, reports[index])
             if not chunk.final:
                 self._settle(chunk.sequence)
         for row, sequence in enumerate(plan.decodes):
@@ -372,6 +421,19 @@ class BatchScheduler:
                 self._leave(sequence, Status.FINISHED)
                 break
         return output
+
+    def _report(self, chunk: Chunk, logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
+        sequence, request, (first, end) = chunk.sequence, chunk.sequence.request, chunk.reported
+        ids = sequence.tokens[first:end].tolist()
+        outputs = [TokenOutput(request.request_id, PROMPT, request.epoch, first, ids, logprobs)]
+        if not chunk.final and end == sequence.prompt_len and (reason := sequence.finish_reason()) is not None:
+            # The prompt was all that was wanted.
+            last = TokenOutput(request.request_id, request.choice, request.epoch, sequence.num_generated, [])
+            last.finish = reason
+            outputs.append(last)
+            self._register(sequence)
+            self._leave(sequence, Status.FINISHED)
+        return outputs
 
     def _settle(self, sequence: Sequence) -> None:
         """A step with this sequence has retired."""
@@ -412,4 +474,6 @@ class BatchScheduler:
             complaints.append(f"{self.pool.num_blocks - self.pool.free} KV blocks are not back")
         if sorted(self._slots) != list(range(self.limits.max_seqs)):
             complaints.append(f"{self.limits.max_seqs - len(self._slots)} slots are not back")
+        if len(self._siblings) or self._parked:
+            complaints.append(f"{len(self._siblings)} requests are remembered, {len(self._parked)} sequences parked")
         return complaints

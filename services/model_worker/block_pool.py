@@ -76,6 +76,16 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def share(self, blocks: Iterable[int]) -> list[int]:
+        """Another reference on each of some used blocks; those that are -1 (released) stay so."""
+        shared = list(blocks)
+        for block in shared:
+            if block >= 0:
+                if self._references[block] == 0:
+                    raise ValueError(f"block {block} is not in use")
+                self._references[block] += 1
+        return shared
+
     def register(self, block: int, digest: bytes) -> None:
         """Makes a used block findable. The first block registered under a digest stays the one that is found."""
         if self._references[block] == 0:

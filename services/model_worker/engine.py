@@ -19,6 +19,7 @@ import numpy as np
 from services.model_worker.batch_scheduler import BatchScheduler, StepPlan
 from services.model_worker.engine_setup import EngineConfig, ModelInfo, build
 from services.model_worker.interface import (
+    PROMPT,
     EngineOverloaded,
     EngineRequest,
     EngineStats,
@@ -221,7 +222,7 @@ class Engine:
         params, longest = request.params, self.info.max_model_len
         if not len(request.prompt_ids):
             raise _rejected(request, "invalid_request", "the prompt is empty")
-        if len(request.prompt_ids) >= longest:
+        if len(request.prompt_ids) + min(params.max_tokens, 1) > longest:
             message = (
                 f"the prompt has {len(request.prompt_ids)} tokens, the context holds {longest} and one must be left"
             )
@@ -237,8 +238,9 @@ class Engine:
         # An id outside the embedding would take the whole device process down.
         if ids.min() < 0 or ids.max() >= self.info.vocab_size:
             raise _rejected(request, "invalid_token_id", f"token ids must be in 0 … {self.info.vocab_size - 1}")
-        if params.max_tokens < 1 or not -1 <= mode.logprobs <= min(MAX_LOGPROBS, self.info.vocab_size):
-            raise _rejected(request, "invalid_request", "max_tokens or logprobs is out of range")
+        most = min(MAX_LOGPROBS, self.info.vocab_size)
+        if params.max_tokens < 0 or not (-1 <= mode.logprobs <= most and 0 <= (params.prompt_logprobs or 0) <= most):
+            raise _rejected(request, "invalid_request", "max_tokens, logprobs or prompt_logprobs is out of range")
         return _Submission(request, device_row, changed, mode)
 
     # ---- the engine's thread
@@ -311,8 +313,8 @@ class Engine:
         )
         sequence.acceptance = Acceptance(able=not (item.sampling_mode.penalties or item.sampling_mode.recent))
         self._sequences[request.request_id, request.choice] = sequence
-        # A migrated sequence may have generated all it will before its old worker died.
-        if (reason := sequence.finish_reason()) is not None:
+        # A migrated sequence may have generated all it will before its old worker died, and some are to generate nothing.
+        if not sequence.reports and (reason := sequence.finish_reason()) is not None:
             self._end(sequence, reason, output)
 
     def _take_abort(self, item: _Abort, output: StepOutput) -> None:
@@ -363,9 +365,9 @@ class Engine:
             self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
             if not plan.chunks:
                 self.trees.observe_time(len(plan.decodes), plan.tree, seconds)
-        tokens = self.scheduler.retire(plan, result.ids, result.logprobs)
+        tokens = self.scheduler.retire(plan, result.ids, result.logprobs, result.reports)
         self._in_flight.popleft()
-        self._tokens_generated += sum(len(token.ids) for token in tokens)
+        self._tokens_generated += sum(len(token.ids) for token in tokens if token.choice != PROMPT)
         output.tokens += tokens
         for token in tokens:
             if token.finish is not None:

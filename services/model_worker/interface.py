@@ -17,9 +17,13 @@ class FinishReason(StrEnum):
     ABORTED = "aborted"
 
 
+# In place of a choice: what an output says is about the prompt.
+PROMPT = -1
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate: choice `choice` of a request.
+    """One sequence to generate: choice `choice` of a request. Sequences of one request and epoch share their prompt's KV blocks.
 
     prompt_ids     the original prompt
     generated_ids  what was generated and committed elsewhere before (a migrated request). Positions, penalties, noise and
@@ -28,6 +32,8 @@ class EngineRequest:
     deadline       time.monotonic() seconds, or None
     isolated       no step with this request holds another one, until each of its choices has a new token: it is suspected to kill
                    its worker
+    prompt_done    None: the prompt's log-probabilities are not wanted of this sequence. k: those of the tokens from k on are, with
+                   params.prompt_logprobs alternatives
     """
 
     request_id: str
@@ -39,6 +45,7 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     isolated: bool = False
+    prompt_done: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """New tokens of one sequence.
+    """New tokens of one sequence; with choice PROMPT tokens of the prompt, in order and once, for their log-probabilities (of the
+    prompt's first token there is none: 0.0 and no alternatives).
 
     position    index of ids[0] among the sequence's generated tokens (of all epochs)
     ids         may be empty when `finish` comes without a token (deadline, aborted); includes the id that stopped the sequence

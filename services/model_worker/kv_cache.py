@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,15 @@ from services.model_worker.models.config import ModelConfig
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, keys and values."""
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def copied_rows(copies: Iterable[tuple[int, int, int]], block_size: int) -> tuple[list[int], list[int]]:
+    """(block, new block, rows) to be copied → the cache rows to copy from and to, as `Ops.move_kv` takes them; filled up to a multiple
+    of 16, as kernels are compiled again for other numbers."""
+    sources = [block * block_size + row for block, _, rows in copies for row in range(rows)]
+    targets = [block * block_size + row for _, block, rows in copies for row in range(rows)]
+    missing = -len(sources) % 16
+    return sources + [0] * missing, targets + [-1] * missing
 
 
 class KVCache:

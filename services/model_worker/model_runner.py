@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,9 +16,10 @@ from kernels.ops import AttentionBatch, Ops
 from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
 from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.interface import TokenLogprobs
-from services.model_worker.kv_cache import KVCache
+from services.model_worker.kv_cache import KVCache, copied_rows
 from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
+from services.model_worker.prompt_logprobs import Logprobs, PromptBuffers, ReportedRows, prompt_reports
 from services.model_worker.sampler import CAPTURED_MODES, Sampled, SamplingMode, sample
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
@@ -30,20 +31,24 @@ STEPS_IN_FLIGHT = 2  # the one that the device works on and the one behind it
 
 @dataclass(slots=True)
 class StepResult:
-    """For each of plan.sampled: its new token ids (one, or more with speculation), and their log-probabilities if wanted."""
+    """For each of plan.sampled: its new token ids (one, or more with speculation), and their log-probabilities if wanted. For each of
+    plan.chunks: the log-probabilities of the prompt's tokens that it reports."""
 
     ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None] | None
+    reports: list[list[TokenLogprobs]] = field(default_factory=list)
 
 
 class Ticket:
-    """A launched step. `result` waits for it, without the GIL. `parts`: what was sampled, on the host, in the order of plan.sampled."""
+    """A launched step. `result` waits for it, without the GIL. `parts`: what was sampled, on the host, in the order of plan.sampled;
+    `prompts`: log-probabilities of the rows that are reported, in the order of plan.chunks."""
 
-    __slots__ = ("_event", "_parts", "plan")
+    __slots__ = ("_event", "_parts", "_prompts", "plan")
 
-    def __init__(self, plan: StepPlan, parts: list[Sampled], event: torch.cuda.Event | None):
+    def __init__(self, plan: StepPlan, parts: list[Sampled], prompts: Logprobs | None, event: torch.cuda.Event | None):
         self.plan = plan
         self._parts = parts
+        self._prompts = prompts
         self._event = event
 
     def ready(self) -> bool:
@@ -69,25 +74,27 @@ class Ticket:
                     if wanted is None
                     else [TokenLogprobs(chosen[i], top_ids[i][:wanted], top[i][:wanted]) for i in entries]
                 )
-        return StepResult(ids, logprobs or None)
+        return StepResult(ids, logprobs or None, prompt_reports(self.plan, self._prompts))
 
 
 class _Readback:
     """Pinned buffers for one step's ids and log-probabilities, used again when its ticket has been redeemed.
 
-    rows: the most tokens of a step.
+    rows: the most tokens of a step; prompt_rows: the most rows of it that tell log-probabilities of prompts.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, prompt_rows: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self.ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
         self.chosen = torch.empty(rows, dtype=torch.float32, pin_memory=pinned)
         self.top = torch.empty(rows * MAX_LOGPROBS, dtype=torch.float32, pin_memory=pinned)
         self.top_ids = torch.empty(rows * MAX_LOGPROBS, dtype=torch.int64, pin_memory=pinned)
+        self.prompts = PromptBuffers(prompt_rows, pinned)
         self.event = torch.cuda.Event() if pinned else None
 
-    def fetch(self, plan: StepPlan, parts: list[Sampled]) -> Ticket:
-        """parts: what was sampled for plan.sampled, in that order; the last may have padded rows behind."""
+    def fetch(self, plan: StepPlan, parts: list[Sampled], prompts: list[Logprobs]) -> Ticket:
+        """parts: what was sampled for plan.sampled, in that order; the last may have padded rows behind. prompts: of the rows that
+        are reported."""
         used = 0
 
         def copy(target: Tensor, source: Tensor) -> Tensor:
@@ -106,9 +113,10 @@ class _Readback:
             copies.append(Sampled(ids, logprobs))
             left -= rows
             used += rows * width
+        on_host = self.prompts.fetch(prompts)
         if self.event is not None:
             self.event.record()
-        return Ticket(plan, copies, self.event)
+        return Ticket(plan, copies, on_host, self.event)
 
 
 @dataclass(slots=True)
@@ -146,15 +154,17 @@ class ModelRunner:
         with self.context():
             self.state = StepState(limits, decoder.config.vocab_size, self.device)
             self._row_starts = torch.arange(limits.max_seqs + 1, dtype=torch.int32, device=self.device)
-            # Three arrays of rows, some of sequences, and at worst a whole block table and edits for each new sequence.
-            words = 3 * limits.max_batched_tokens + 256
-            words += limits.max_seqs * (64 + 2 * self.state.max_blocks + ROW_WORDS)
+            # Five arrays of rows, some of sequences, and at worst a block table, edits and half a block for each new sequence.
+            words = 5 * limits.max_batched_tokens + 512
+            words += limits.max_seqs * (64 + 2 * self.state.max_blocks + ROW_WORDS + 2 * limits.block_size)
             self._staging = Staging(words, self.device, STEPS_IN_FLIGHT)
             self.verifier: Verifier | None = None
             if speculation is not None:
                 self.verifier = Verifier(speculation, self.state, ops, decoder)
             tokens = limits.max_seqs * (1 if speculation is None else speculation.depth + 1)
-            self._readbacks = [_Readback(tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)]
+            self._readbacks = [
+                _Readback(tokens, limits.max_batched_tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)
+            ]
         self._sizes = padded_sizes(limits.max_seqs)
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
         self._launched = 0
@@ -174,9 +184,12 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Ticket:
         """Starts the step and returns at once (on a CPU: when it is done). Call within `context`."""
         mode = SamplingMode.union(sequence.sampling_mode for sequence in plan.sampled)
-        parts = self._launch_mixed(plan, mode) if plan.chunks else [self._launch_decodes(plan, mode)]
+        if plan.chunks:
+            parts, prompts = self._launch_mixed(plan, mode)
+        else:
+            parts, prompts = [self._launch_decodes(plan, mode)], []
         self._launched += 1
-        return self._readbacks[self._launched % len(self._readbacks)].fetch(plan, parts)
+        return self._readbacks[self._launched % len(self._readbacks)].fetch(plan, parts, prompts)
 
     def _launch_decodes(self, plan: StepPlan, mode: SamplingMode) -> Sampled:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
@@ -195,8 +208,9 @@ class ModelRunner:
                 return self.graphs.replay((mode, size, nodes))
         return self._sample_decode(step, rows, mode)
 
-    def _launch_mixed(self, plan: StepPlan, mode: SamplingMode) -> list[Sampled]:
-        """Decodes and chunks of prompts in one forward pass, at their own sizes."""
+    def _launch_mixed(self, plan: StepPlan, mode: SamplingMode) -> tuple[list[Sampled], list[Logprobs]]:
+        """Decodes and chunks of prompts in one forward pass, at their own sizes. Returns what was sampled, and the log-probabilities
+        of the rows that are reported."""
         put, state = self._staging.put, self.state
         decodes, chunks, nodes = len(plan.decodes), plan.chunks, plan.nodes
         decode_rows = decodes * nodes
@@ -211,13 +225,18 @@ class ModelRunner:
         ends = decode_rows + np.cumsum(lengths, dtype=np.int32)
         query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
         final = [index for index, chunk in enumerate(chunks) if chunk.final]
-        wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final)])
+        report = ReportedRows.of(chunks, ends - lengths)
+        wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final), *report.rows])
+        targets = put(report.targets)
         sampled_of = put([*range(together), *(decodes + index for index in final)])
         chunk_context = put([chunk.start + chunk.rows for chunk in chunks])
         ids = put(np.concatenate([np.frombuffer(c.sequence.tokens, np.int32, c.rows, 4 * c.start) for c in chunks]))
         positions = put(np.concatenate([np.arange(c.start, c.start + c.rows, dtype=np.int32) for c in chunks]))
         row_slots = put(np.repeat(np.array([c.sequence.slot for c in chunks], dtype=np.int32), lengths))
+        sources, copies = (put(places) for places in copied_rows(plan.copies, self.limits.block_size))
         self._upload_changes(plan)
+        if plan.copies:
+            self.ops.move_kv(self.cache.data[0], self.cache.data[1], sources, copies)
 
         slots = slots.long()
         ids, kv_slots, context_len = ids.long(), state.kv_slots(row_slots.long(), positions), chunk_context
@@ -248,8 +267,8 @@ class ModelRunner:
             hidden = hidden[decode_rows:]
         if sampled:
             lengths_after = context_len.index_select(0, sampled_of)
-            parts.append(self._sample(hidden, sampled_slots.long(), lengths_after, mode))
-        return parts
+            parts.append(self._sample(hidden[: len(sampled)], sampled_slots.long(), lengths_after, mode))
+        return parts, report.logprobs(hidden[len(sampled) :], targets.long(), self.decoder.logits, self.ops)
 
     def _padded(self, sequences: list[Sequence]) -> list[int]:
         """Their slots, padded to a multiple of four."""

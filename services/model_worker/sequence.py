@@ -27,11 +27,12 @@ class Sequence:
     slack     how many more they may generate and write, by accepted guesses
     verified  those of them that retired steps have written, ids known: their blocks may be shared
     inflight  launched steps, not yet retired, that this sequence takes part in
+    reported  tokens of the prompt whose log-probabilities the launched steps will have told, or need not
     """
 
     __slots__ = (
         "acceptance", "block_hashes", "blocks", "computed", "device_row", "edit_row", "inflight", "limit", "order", "pending",
-        "prompt_len", "registered", "released", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens",
+        "prompt_len", "registered", "released", "reported", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens",
         "verified",
     )  # fmt: skip
 
@@ -42,6 +43,7 @@ class Sequence:
         self.tokens = array("i", request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.tokens.extend(request.generated_ids)
+        self.reported = self.prompt_len if request.prompt_done is None else min(request.prompt_done, self.prompt_len)
         # Longest total length. The request's own stop ids win over the model's, so that the reason given is the caller's.
         self.limit = min(self.prompt_len + params.max_tokens, max_model_len)
         self.stops = {} if params.ignore_eos else dict.fromkeys(eos_ids, FinishReason.STOP)
@@ -77,6 +79,17 @@ class Sequence:
     def is_proven(self) -> bool:
         """For an isolated sequence: it has not killed its worker before its next token, so it may meet others again."""
         return self.status is Status.FINISHED or self.num_generated > len(self.request.generated_ids)
+
+    @property
+    def reports(self) -> bool:
+        """Log-probabilities of its prompt are still to be computed."""
+        return self.reported < self.prompt_len
+
+    @property
+    def reusable(self) -> int:
+        """How many of its tokens may come from somebody else's cache: the row of the last is wanted, and so are those of the tokens
+        before the ones to be reported."""
+        return max(0, self.reported - 1) if self.reports else len(self.tokens) - 1
 
     def finish_reason(self) -> FinishReason | None:
         """Why the tokens read back so far end here, if they do."""

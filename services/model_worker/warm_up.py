@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
@@ -27,6 +29,7 @@ _KINDS = (
         presence_penalty=1.0,
         logprobs=1,
         typical_p=0.9,
+        prompt_logprobs=1,
         bad_words=((1, 2),),
     ),
 )
@@ -40,9 +43,14 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
     """
     scheduler = BatchScheduler(limits, BlockPool(num_blocks, prefix_cache=False))
 
-    def add(params: SamplingParams) -> None:
+    names = map(str, count())
+
+    def add(params: SamplingParams, name: str = "") -> None:
         length = min(_PROMPT, limits.max_model_len - 1)
-        sequence = scheduler.add(EngineRequest("warm-up", 0, 0, [0] * length, params))
+        request = EngineRequest(
+            name or next(names), 0, 0, [0] * length, params, prompt_done=0 if params.logprobs else None
+        )
+        sequence = scheduler.add(request)
         sequence.device_row = field_row(params, 0, length)
         sequence.edit_row = edit_row(params, ())
         sequence.sampling_mode = SamplingMode.of(params)
@@ -52,7 +60,7 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         if plan is None:
             return False
         result = runner.launch(plan).result()
-        scheduler.retire(plan, result.ids, result.logprobs)
+        scheduler.retire(plan, result.ids, result.logprobs, result.reports)
         return True
 
     with runner.context():
@@ -66,6 +74,11 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                     add(params)  # its prompt runs together with the others' decodes
                     while step():
                         pass
+        if limits.max_seqs > 1:
+            for _ in range(2):
+                add(_KINDS[0], "choices of one request")
+            while step():
+                pass
         for tree in (
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):

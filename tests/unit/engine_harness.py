@@ -24,6 +24,7 @@ from services.model_worker.engine import (
     TokenLogprobs,
     TokenOutput,
 )
+from services.model_worker.interface import PROMPT
 from shared.sampling import SamplingParams
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -60,6 +61,7 @@ class Harness:
         self.engine = Engine(config, self._on_step, self._on_fatal)
         self.fatal: tuple[BaseException, list[tuple[str, int]]] | None = None
         self.outputs: dict[tuple[str, int, int], Collected] = {}
+        self.prompts: dict[tuple[str, int], Collected] = {}  # what was told of prompts, by request and epoch
         self.steps: list[StepOutput] = []
         self._changed = threading.Condition()
         self._pause_after: int | None = None
@@ -68,7 +70,11 @@ class Harness:
         with self._changed:
             self.steps.append(step)
             for token in step.tokens:
-                self.outputs[token.request_id, token.choice, token.epoch].add(token)
+                if token.choice == PROMPT:
+                    name = token.request_id, token.epoch
+                    self.prompts.setdefault(name, Collected(token.position)).add(token)
+                else:
+                    self.outputs[token.request_id, token.choice, token.epoch].add(token)
             for error in step.errors:
                 self.outputs[error.request_id, error.choice, error.epoch].error = error
             if self._pause_after is not None:

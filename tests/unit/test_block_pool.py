@@ -121,3 +121,15 @@ def test_check_complains() -> None:
     pool.allocate(1)
     pool._references[0] = pool._references[1] = 0
     assert pool.check()
+
+
+def test_shared_blocks_come_back_with_the_last_reference():
+    pool = BlockPool(4)
+    blocks = pool.allocate(2)
+    assert pool.share([-1, *blocks]) == [-1, *blocks]
+    pool.release(blocks)
+    assert pool.free == 2
+    pool.release(blocks)
+    assert pool.free == 4 and pool.check() == []
+    with pytest.raises(ValueError, match="not in use"):
+        pool.share(blocks)

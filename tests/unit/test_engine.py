@@ -143,7 +143,7 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
 def test_warming_up_leaves_no_trace(model: Path, alone: dict[str, Collected], slots: int) -> None:
     with running(model, load_format="dummy", max_seqs=slots) as started:
         runner, info = started.engine.runner, started.engine.info
-        assert warm_up(runner, started.engine.scheduler.limits, info.num_blocks) == (18 if slots == 2 else 54)
+        assert warm_up(runner, started.engine.scheduler.limits, info.num_blocks) == (23 if slots == 2 else 59)
         outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
 
@@ -226,7 +226,8 @@ def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
         ("invalid_token_id", {"prompt_ids": [4, -1]}),
         ("invalid_token_id", {"generated_ids": [1000]}),
         ("invalid_request", {"prompt_ids": ["x"]}),
-        ("invalid_request", {"params": SamplingParams(max_tokens=0)}),
+        ("invalid_request", {"params": SamplingParams(max_tokens=-1)}),
+        ("invalid_request", {"params": SamplingParams(prompt_logprobs=21)}),
         ("invalid_request", {"params": SamplingParams(top_k=2**40)}),
         ("invalid_request", {"params": SamplingParams(logprobs=97)}),
         ("invalid_request", {"params": SamplingParams(temperature="hot")}),  # type: ignore[arg-type]
