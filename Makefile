@@ -10,16 +10,20 @@ PYTEST_ARGS ?= -n auto
 
 .PHONY: run up test test-ci simulation mutations chaos chaos-short compose-test lint bench clean
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check --root-user-action=ignore install -q
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[all]"
-	touch $@
+	@echo "installing into $(VENV): torch and the stages, some minutes"
+	@$(PIP) --upgrade pip
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[all]"
+	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	touch $@
+	@echo "installing what tests need"
+	@$(PIP) -e ".[dev]"
+	@touch $@
 
 run: $(VENV)/.ready
 	$(BIN)/gorgon run "$(PROMPT)"

@@ -90,11 +90,15 @@ async def connect(url: str) -> Client:
 # ---------------------------------------------------------------- time to first token
 
 
-async def time_to_first_token(start: Start, url: str, model: str, requests: int, concurrency: int) -> list[float]:
-    """Seconds from publishing a JSON request until the first `tokens` event, `concurrency` requests at a time."""
+async def time_to_first_token(
+    start: Start, url: str, model: str, requests: int, concurrency: int, body: bytes = b""
+) -> list[float]:
+    """Seconds from publishing a request (by default a short one in JSON) until the first `tokens` event, `concurrency` requests at a
+    time."""
     nc = await connect(url)
     subject = subjects.generate(model)
-    body = json.dumps(dict(prompt=PROMPT, max_tokens=4, temperature=0)).encode()
+    body = body or json.dumps(dict(prompt=PROMPT, max_tokens=4, temperature=0)).encode()
+    decode = json.loads if body.startswith(b"{") else msgpack.unpackb
     left = requests
     times: list[float] = []
 
@@ -108,7 +112,7 @@ async def time_to_first_token(start: Start, url: str, model: str, requests: int,
 
             async def on_event(msg: Msg, done: asyncio.Future[None] = done) -> None:
                 nonlocal first
-                event = json.loads(msg.data)
+                event = decode(msg.data)
                 if event["event"] == "tokens" and first is None:
                     first = time.monotonic()
                 elif event["event"] == "error":
@@ -332,6 +336,47 @@ async def accepted_rate(
     ended = time.monotonic()
     await nc.close()
     return dict(began=began, ended=ended, requests=requests)
+
+
+# ---------------------------------------------------------------- one after the other
+
+
+async def in_turn(
+    start: Start, url: str, model: str, prompts: list[list[int]], output: int, run: str, pause: float
+) -> list[float]:
+    """Seconds from each publication to the first `tokens` event; the next request comes `pause` after the end of the last one."""
+    nc = await connect(url)
+    inbox = nc.new_inbox()
+    events: asyncio.Queue[tuple[float, dict[str, Any]]] = asyncio.Queue()
+
+    async def on_events(msg: Msg) -> None:
+        now = time.monotonic()
+        for event in msgpack.unpackb(msg.data):
+            events.put_nowait((now, event))
+
+    await nc.subscribe(inbox, cb=on_events)
+    await nc.flush()
+    await start.together()
+    seconds = []
+    for number, prompt in enumerate(prompts):
+        body = dict(
+            id=f"{run}-{number}", prompt=prompt, max_tokens=output, temperature=0.0, ignore_eos=True, batched=True
+        )
+        data, first = msgpack.packb(body), 0.0
+        began = time.monotonic()
+        await nc.publish(subjects.generate(model), data, reply=inbox)
+        kind = ""
+        while kind != "finished":
+            now, event = await events.get()
+            kind = event["event"]
+            if kind == "error":
+                raise RuntimeError(str(event))
+            if kind == "tokens":
+                first = first or now
+        seconds.append(first - began)
+        await asyncio.sleep(pause)
+    await nc.close()
+    return seconds
 
 
 # ---------------------------------------------------------------- token ids in and out, as many as the worker gives

@@ -60,6 +60,27 @@ async def measure(
     return dict(figure=figure, seconds=seconds, tokens=tokens, first_token_ms_mean=statistics.mean(firsts) * 1e3)
 
 
+async def measure_first_token(
+    url: str, workload: Workload, vocabulary: int, seed: int, repeats: int, pause: float
+) -> dict[str, Any]:
+    """Requests of one client, one after the other, as the engine alone is measured. With a pause between them, the device has gone to
+    rest, and a client that comes by now and then waits until its clocks are up again: that time is the device's, not the pipeline's.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, vocabulary, workload.prompt[0], dtype=np.int32).tolist() for _ in range(repeats)]
+    run = (url, MODEL, prompts, workload.output[0], uuid.uuid4().hex[:8], pause)
+    began = time.monotonic()
+    (seconds,) = await asyncio.to_thread(load.run_together, [(load.in_turn, run)])
+    figures = [1e3 * s for s in seconds]
+    return dict(
+        figure=statistics.median(figures),
+        seconds=time.monotonic() - began,
+        tokens=repeats * workload.output[0],
+        first_token_ms_mean=statistics.mean(figures),
+        figures=figures,
+    )
+
+
 def cpu_seconds(supervisor: Supervisor) -> dict[str, float]:
     """CPU seconds used so far, by process; 0 for one that is gone."""
     import psutil
@@ -111,12 +132,20 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
                 await measure(
                     plan.nats_url, workload, config["vocab_size"], 99, args.clients, min(4, workload.output[1])
                 )
-                repeats = max(args.repeats, 5) if workload.figure == "ms" else args.repeats
                 before = cpu_seconds(supervisor)
-                runs = [
-                    await measure(plan.nats_url, workload, config["vocab_size"], n, args.clients)
-                    for n in range(repeats)
-                ]
+                if workload.figure == "ms":
+                    runs = [
+                        await measure_first_token(plan.nats_url, workload, config["vocab_size"], n, 20, 0.0)
+                        for n in range(args.repeats)
+                    ]
+                    rested = await measure_first_token(plan.nats_url, workload, config["vocab_size"], 77, 5, 1.0)
+                    results["first_token_ms_after_a_second_of_rest"] = rested["figures"]
+                    print(f"after a second of rest, ms: {[round(ms, 2) for ms in rested['figures']]}", flush=True)
+                else:
+                    runs = [
+                        await measure(plan.nats_url, workload, config["vocab_size"], n, args.clients)
+                        for n in range(args.repeats)
+                    ]
                 seconds = sum(run["seconds"] for run in runs)
                 share = {
                     name: round((cpu - before[name]) / seconds, 2) for name, cpu in cpu_seconds(supervisor).items()

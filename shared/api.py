@@ -17,12 +17,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from shared.codec import pack_ids
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import Failure, ReplyTo
 from shared.sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -40,6 +42,21 @@ MAX_DEPTH = 64  # of nesting in a request
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+_MOST_ID = 2**31 - 1
+
+
+def _prompt(value: Any) -> Any:
+    """As `str | list[TokenId] | None` would have it, in a tenth of the time for thousands of ids."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("neither a string nor an array of token ids")
+    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > _MOST_ID):
+        at = next(i for i, item in enumerate(value) if type(item) is not int or not 0 <= item <= _MOST_ID)
+        raise ValueError(f"item {at} is no token id, an integer from 0 to {_MOST_ID}")
+    return value
+
+
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Bias = Annotated[Finite, Field(ge=-100, le=100)]
 
@@ -68,8 +85,8 @@ class GenerateRequest(Strict):
     id: str | None = None  # the client's own, unique within its tenant; makes a retry safe. Default: a random one
     tenant: str = DEFAULT_TENANT
     model: str | None = None  # if given, it must be the subject's
-    # Without fail_fast each of a million wrong ids would become a complaint of its own.
-    prompt: str | Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    prompt: Annotated[str | list[int] | None, PlainValidator(_prompt)] = None
+    # Without fail_fast each of a million wrong items would become a complaint of its own.
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
     chat_template_kwargs: dict[str, Any] | None = None
@@ -205,6 +222,8 @@ def hash_body(body: Mapping[str, Any], **context: Any) -> bytes:
     if any(_nesting_exceeds(value, MAX_DEPTH) for field, value in body.items() if field != "prompt"):
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"nested more than {MAX_DEPTH} levels deep")
     said = {k: v for k, v in body.items() if k not in _DELIVERY_FIELDS and v is not None}
+    if isinstance(ids := said.get("prompt"), list):
+        said["prompt"] = {"ids": hashlib.blake2b(pack_ids(ids), digest_size=16).hexdigest()}
     try:
         return hashlib.blake2b(_canonical([said, context]), digest_size=16).digest()
     except ValueError as error:

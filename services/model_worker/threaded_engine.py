@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
     )
 
 
+# Seconds after which a thread that wants the interpreter gets it. Python's 5 ms are most of a decode step: so long might the engine's
+# thread, back from the device, wait for the event loop's to finish with the tokens of the step before.
+SWITCH_INTERVAL = 0.0005
 # Seconds for the step in flight to end when the worker must go.
 STOP_TIMEOUT = 0.5
 
@@ -50,6 +54,7 @@ class ThreadedEngine:
     """See engine_api.Engine."""
 
     def __init__(self, settings: WorkerSettings, on_steps: OnSteps, on_fatal: OnFatal) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._engine = Engine(engine_config(settings), self._step_retired, self._died)

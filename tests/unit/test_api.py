@@ -133,6 +133,16 @@ def test_hash_tells_what_is_to_be_generated_and_nothing_else():
     assert len({api.hash_body(b) for b in [body, *others]} | {api.hash_body(body, model="m")}) == 6
 
 
+def test_token_ids_as_a_prompt():
+    ids = [0, 5, 2**31 - 1]
+    assert api.parse_request({"prompt": ids}).prompt == ids
+    assert "item 2 " in refusal({"prompt": [1, 2, 2**31, -1]})
+    assert "item 1 " in refusal({"prompt": [1, True]})
+    bodies = [{"prompt": ids}, {"prompt": ids[::-1]}, {"prompt": ids[:2]}, {"prompt": str(ids)}]
+    assert len({api.hash_body(body) for body in bodies}) == 4
+    assert api.hash_body({"prompt": ids}) == api.hash_body({"prompt": list(ids)})
+
+
 def test_events_in_both_encodings():
     event = api.tokens_event("r", 0, 0, [1], "ü", 0, [{"id": 1, "logprob": float("-inf"), "top": [[1, -0.5]]}])
     assert json.loads(api.encode_event(event, "json"))["logprobs"][0]["logprob"] is None
