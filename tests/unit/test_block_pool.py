@@ -7,26 +7,40 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.model_worker.block_pool import ROOT_HASH, BlockPool, OutOfBlocks, block_hash
+from services.model_worker.block_pool import REMEMBERED, REUSED_AGE, ROOT_HASH, BlockPool, OutOfBlocks, block_hash
 
 BLOCKS = 6
 DIGESTS = [block_hash(ROOT_HASH, [number]) for number in range(5)]
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Model: references by block, digest by block, and the order in which cached blocks became unused."""
+    """Model: references by block, digest by block, which were wanted again, and when cached blocks became unused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS)
         self.held: list[int] = []  # one entry for each reference
         self.digest: dict[int, bytes] = {}
-        self.unused: list[int] = []  # cached, oldest first
+        self.unused: dict[int, int] = {}  # cached, oldest first: blocks handed out until then
+        self.reused: set[int] = set()
+        self.evicted: list[bytes] = []
+        self.handed_out = 0
 
     def _drop(self, block: int) -> None:
         self.held.remove(block)
         if block not in self.held and block in self.digest:
-            self.unused.append(block)
+            self.unused[block] = self.handed_out
+
+    def _evict(self) -> int:
+        def age(block: int) -> float:
+            return (self.handed_out - self.unused[block]) * (REUSED_AGE if block in self.reused else 1)
+
+        oldest = {block in self.reused: block for block in reversed(self.unused)}
+        block = max(sorted(oldest.values(), key=lambda block: block in self.reused), key=age)
+        del self.unused[block]
+        self.reused.discard(block)
+        self.evicted = [*self.evicted, self.digest.pop(block)][-REMEMBERED * BLOCKS :]
+        return block
 
     @rule(count=st.integers(0, BLOCKS + 1))
     def allocate(self, count: int) -> None:
@@ -38,11 +52,10 @@ class PoolMachine(RuleBasedStateMachine):
         blank = free - len(self.unused)
         blocks = self.pool.allocate(count)
         assert len(set(blocks)) == count and not set(blocks) & set(self.held)
-        evicted = [self.unused.pop(0) for _ in range(max(0, count - blank))]
+        evicted = [self._evict() for _ in range(max(0, count - blank))]
         assert set(evicted) <= set(blocks), "cached blocks go before their turn"
         assert not set(blocks) & set(self.unused)
-        for block in evicted:
-            del self.digest[block]
+        self.handed_out += count
         self.held += blocks
 
     @precondition(lambda self: self.held)
@@ -65,6 +78,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.register(block, digest)
         if block not in self.digest and digest not in self.digest.values():
             self.digest[block] = digest
+            if digest in self.evicted:
+                self.evicted.remove(digest)
+                self.reused.add(block)
 
     @rule(digests=st.lists(st.sampled_from(DIGESTS), max_size=3, unique=True))
     def match(self, digests: list[bytes]) -> None:
@@ -76,7 +92,8 @@ class PoolMachine(RuleBasedStateMachine):
             expected.append(index[digest])
         assert self.pool.match(digests) == expected
         self.held += expected
-        self.unused = [block for block in self.unused if block not in expected]
+        self.unused = {block: since for block, since in self.unused.items() if block not in expected}
+        self.reused |= set(expected)
 
     @invariant()
     def consistent(self) -> None:
@@ -114,6 +131,47 @@ def test_a_prefix_outlives_its_tail() -> None:
     pool.release(reversed(blocks))
     pool.allocate(1)
     assert pool.match(DIGESTS[:3]) == blocks[:2]
+
+
+def test_what_was_wanted_again_outlives_a_flood_of_what_is_seen_once() -> None:
+    pool = BlockPool(64)
+
+    def serve(prompt: range) -> int:
+        """One request alone: how many blocks of its prompt were found."""
+        digests = [block_hash(ROOT_HASH, [number]) for number in prompt]
+        found = pool.match(digests)
+        blocks = found + pool.allocate(len(digests) - len(found))
+        for block, digest in zip(blocks, digests, strict=True):
+            pool.register(block, digest)
+        pool.release(reversed(blocks))
+        return len(found)
+
+    assert serve(range(3)) == 0 and serve(range(3)) == 3
+    for start in range(10, 310, 5):
+        assert serve(range(start, start + 5)) == 0
+    assert serve(range(3)) == 3
+    # But not for ever: eight times as long as a block of the other queue.
+    for start in range(1000, 1600, 5):
+        serve(range(start, start + 5))
+    assert serve(range(3)) == 0
+    assert pool.check() == []
+
+
+def test_what_comes_back_after_its_eviction_was_wanted_again() -> None:
+    pool = BlockPool(8)
+
+    def serve(number: int) -> bool:
+        digest = block_hash(ROOT_HASH, [number])
+        found = pool.match([digest])
+        blocks = found or pool.allocate(1)
+        pool.register(blocks[0], digest)
+        pool.release(blocks)
+        return bool(found)
+
+    assert not any(serve(number) for number in range(10))
+    assert not serve(0), "evicted"
+    assert not any(serve(number) for number in range(20, 32))
+    assert serve(0), "not evicted again by twelve that are new"
 
 
 def test_check_complains() -> None:
