@@ -89,6 +89,7 @@ class GenerateRequest(Strict):
     # Without fail_fast each of a million wrong items would become a complaint of its own.
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
+    tool_choice: Literal["auto", "none"] | None = None  # with tools: "auto" unless given
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -164,7 +165,14 @@ class GenerateRequest(Strict):
             raise ValueError("'messages' is empty")
         if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
             raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
+        if self.tools is None and self.tool_choice is not None:
+            raise ValueError("'tool_choice' needs 'tools'")
         return self
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the model is told of tools, and its calls are looked for."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 # ---------------------------------------------------------------- bytes
@@ -292,11 +300,19 @@ TERMINAL_EVENTS = frozenset({"finished", "cancelled", "error"})
 
 
 def accepted_event(
-    request_id: str, tenant: str, *, prompt_tokens: int, seed: int, replay: str, results: str | None
+    request_id: str,
+    tenant: str,
+    *,
+    prompt_tokens: int,
+    seed: int,
+    replay: str,
+    results: str | None,
+    tool_format: str = "",
 ) -> dict[str, Any]:
-    """`replay` is the subject to ask for what was missed; `results` (durable door) the subject that the events are stored under."""
+    """`replay` is the subject to ask for what was missed; `results` (durable door) the subject that the events are stored under;
+    `tool_format` how calls are written in the text (shared.tool_calls), if they are looked for."""
     event = dict(event="accepted", id=request_id, tenant=tenant, prompt_tokens=prompt_tokens, seed=seed, replay=replay)
-    return event | ({"results": results} if results else {})
+    return event | ({"results": results} if results else {}) | ({"tool_format": tool_format} if tool_format else {})
 
 
 def tokens_event(
@@ -328,8 +344,9 @@ def finished_event(
     timings: Mapping[str, float],
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """choices: {"choice", "finish_reason": "stop" or "length", "stop": stop string, stop id or null, "tokens": count,
-    "chars": length of its text} and, with stream=false, "ids", "text" and "logprobs" too."""
+    """choices: {"choice", "finish_reason": "stop", "length" or "tool_calls", "stop": stop string, stop id or null, "tokens": count,
+    "chars": length of its text} and, with stream=false, "ids", "text" and "logprobs" too. A choice that calls tools also has
+    "tool_calls": [{"id", "name", "arguments": JSON text, for a broken call "error"}] and "content", its text without the calls."""
     usage = dict(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,

@@ -24,6 +24,7 @@ from shared import subjects
 from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
+from shared.tool_calls import FORMATS, Parsed, ToolCall, ToolCallDelta, ToolCallParser
 
 log = structlog.get_logger()
 
@@ -41,7 +42,10 @@ FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice: `ids` from `position` on, `text` from character `offset` on. Either may be empty."""
+    """What is new of one choice: `ids` from `position` on, `text` from character `offset` on. Either may be empty.
+
+    `content` and `tool_calls` are what the text says, if the request has tools; else `content` is the text. They may lag behind the
+    text, and then come in a last delta without ids and text."""
 
     choice: int
     position: int
@@ -49,6 +53,8 @@ class Delta:
     text: str
     offset: int
     logprobs: list[dict[str, Any]] | None = None
+    content: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(slots=True)
@@ -58,6 +64,8 @@ class ChoiceResult:
     finish_reason: str | None = None
     stop: str | int | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    content: str = ""  # the text without the tool calls in it
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +90,16 @@ class Cursor:
 
 
 class _Choice:
+    """What is here of a choice. `begins` False: the caller has the beginning, so tool calls cannot be told from text."""
+
     def __init__(self, position: int = 0, offset: int = 0) -> None:
         self.position = position
         self.offset = offset
+        self.begins = position == offset == 0
         self.parts: list[str] = []
         self.result = ChoiceResult()
+        self.parser: ToolCallParser | None = None
+        self.unread = ""  # text that came before the format of tool calls was known
 
 
 class Stream:
@@ -126,6 +139,8 @@ class Stream:
         self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
         self._missing_since: float | None = None
         self._on_change = on_change
+        # How tool calls are written: None until the `accepted` event tells, "" if there are none to be looked for.
+        self._tool_format: str | None = None if body is not None and body.get("tools") else ""
 
     # ------------------------------------------------ for the caller
 
@@ -151,7 +166,10 @@ class Stream:
             result = choice.result
             result.text = "".join(choice.parts)
             if index in ends:
-                result.finish_reason, result.stop = ends[index]["finish_reason"], ends[index]["stop"]
+                end = ends[index]
+                result.finish_reason, result.stop = end["finish_reason"], end["stop"]
+                result.tool_calls = _tool_calls(end)
+            result.content = ends.get(index, {}).get("content", result.text)
             results.append(result)
         return Result(
             self.id,
@@ -229,6 +247,8 @@ class Stream:
         self._accept()
         if self.accepted is None:
             self.accepted = event
+            if self._tool_format is None:
+                self._tool_format = event.get("tool_format", "")
             self.partition = int(event["replay"].rsplit(".", 1)[1])
 
     def _accept(self) -> None:
@@ -253,7 +273,8 @@ class Stream:
         if not ids and not text:
             return
         logprobs = logprobs[skip:] if logprobs is not None else None
-        delta = Delta(event["choice"], choice.position, ids, text, choice.offset, logprobs)
+        content, calls = self._read(event["choice"], choice, text)
+        delta = Delta(event["choice"], choice.position, ids, text, choice.offset, logprobs, content, calls)
         choice.position += len(ids)
         choice.offset += len(text)
         choice.result.ids.extend(ids)
@@ -265,6 +286,33 @@ class Stream:
         self._due = self._client.loop.time() + FIRST_PATIENCE
         self._deltas.put_nowait(delta)
         self._changed()
+
+    def _read(self, index: int, choice: _Choice, text: str) -> Parsed:
+        """What the further text says."""
+        if self._tool_format == "" or not choice.begins:
+            return Parsed(text)
+        choice.unread += text
+        if self._tool_format not in FORMATS:
+            return Parsed("")
+        if choice.parser is None:
+            choice.parser = ToolCallParser(self._tool_format, self.id, index)
+        text, choice.unread = choice.unread, ""
+        return choice.parser.feed(text)
+
+    def _read_end(self, index: int, choice: _Choice, end: dict[str, Any]) -> None:
+        """What the text says and no delta has told yet."""
+        if choice.parser is not None:
+            content, calls = choice.parser.finish()
+        elif choice.unread:  # `accepted` was lost, or names a format that this client does not know
+            content = end.get("content", choice.unread)
+            calls = tuple(
+                ToolCallDelta(i, call.id, call.name, call.arguments, call.error)
+                for i, call in enumerate(_tool_calls(end))
+            )
+        else:
+            return
+        if content or calls:
+            self._deltas.put_nowait(Delta(index, choice.position, [], "", choice.offset, None, content, calls))
 
     def _on_error(self, event: dict[str, Any]) -> None:
         error = _as_error(event)
@@ -304,6 +352,9 @@ class Stream:
     def finish(self, event: dict[str, Any]) -> None:
         self._client.forget(self)
         if not self._end.done():
+            ends = {end["choice"]: end for end in event.get("choices", ())}
+            for index, choice in self._choices.items():
+                self._read_end(index, choice, ends.get(index, {}))
             self._end.set_result(event)
             self._deltas.put_nowait(None)
             self._changed()
@@ -537,6 +588,10 @@ class Client:
             for partition in self._beacons.keys() - wanted:
                 await self._beacons.pop(partition).unsubscribe()
                 self._beacon_seen.pop(partition, None)
+
+
+def _tool_calls(end: dict[str, Any]) -> list[ToolCall]:
+    return [ToolCall(c["id"], c["name"], c["arguments"], c.get("error")) for c in end.get("tool_calls", ())]
 
 
 def _as_error(event: dict[str, Any]) -> GorgonError:

@@ -45,6 +45,7 @@ class Request(NamedTuple):
     metadata: dict[str, Any] = {}  # noqa: RUF012 - never mutated; echoed in the terminal event
     trace: str = ""  # W3C traceparent
     tokenize_ms: float = 0.0  # time spent in the tokenizer, for the timings of the terminal event
+    tool_format: str = ""  # of shared.tool_calls, if calls are to be looked for in the text
 
 
 # ---------------------------------------------------------------- stream TOK: the token log (folded by shared/tokenlog.py)
@@ -66,6 +67,7 @@ class Open(NamedTuple):
     trace: str = ""
     tokenize_ms: float = 0.0
     queue_ms: float = 0.0  # from REQ's store time to OPEN
+    tool_format: str = ""
 
 
 class Attach(NamedTuple):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from services.detokenizer.decoding import Decoding
+from services.detokenizer.decoding import NewDecoding
 from services.detokenizer.stream import ChoiceStream
 from shared import api
 from shared.codec import unpack_ids
 from shared.messages import Failure, TokenLogprobs
 from shared.subjects import split_request_key
 from shared.tokenlog import Committed, RequestState
+from shared.tool_calls import MARKERS, parse
 
 # Most of one event: so that a few of them, with log-probabilities, fit into a message.
 EVENT_IDS = 512
@@ -34,13 +35,14 @@ class Answer:
     opened_at, first_at, ended_at   stream time of OPEN, of the first tokens, of the end; seconds, 0 if not yet
     """
 
-    def __init__(self, state: RequestState, new_decoding: Callable[[], Decoding], opened_at: float) -> None:
+    def __init__(self, state: RequestState, new_decoding: NewDecoding, opened_at: float) -> None:
         opened = state.opened
         assert opened is not None
         self.state = state
         self.opened = opened
         self.tenant, self.id = split_request_key(state.key)
-        self.streams = [ChoiceStream(new_decoding(), opened.stop) for _ in state.choices]
+        shown = MARKERS.get(opened.tool_format, ())
+        self.streams = [ChoiceStream(new_decoding(shown), opened.stop) for _ in state.choices]
         self.logprobs: list[list[TokenLogprobs]] | None = [[] for _ in state.choices] if opened.logprobs else None
         self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
         self.sent: list[Cursor] = [BEGINNING] * len(state.choices)
@@ -210,11 +212,25 @@ class Answer:
             tokens=text.shown,
             chars=text.chars,
         )
+        if self.opened.tool_format in MARKERS:
+            end |= self._calls(index, end["finish_reason"])
         if not stream:
             end |= dict(ids=choice.ids[: text.shown], text=text.text)
             if (logprobs := self._logprobs(index, 0, text.shown)) is not None:
                 end["logprobs"] = logprobs
         return end
+
+    def _calls(self, index: int, reason: str) -> dict[str, Any]:
+        """Of a choice that calls tools, what the end says about it."""
+        content, calls = parse(self.opened.tool_format, self.streams[index].text, self.id, index)
+        if not calls:
+            return {}
+        complete = any(call.error is None for call in calls)
+        return dict(
+            finish_reason="tool_calls" if complete and reason == "stop" else reason,
+            tool_calls=[{k: v for k, v in call._asdict().items() if v is not None} for call in calls],
+            content=content,
+        )
 
     def _timings(self) -> dict[str, float]:
         """ms; all but tokenize_ms count from the moment at which the request was accepted, on the stream's clock."""
@@ -246,7 +262,7 @@ class Answer:
         return (self.opened_at, self.first_at, self.ended_at, self.hidden, self.logprobs)
 
     @classmethod
-    def restore(cls, state: RequestState, new_decoding: Callable[[], Decoding], row: list[Any]) -> Answer:
+    def restore(cls, state: RequestState, new_decoding: NewDecoding, row: list[Any]) -> Answer:
         answer = cls(state, new_decoding, row[0])
         _, answer.first_at, answer.ended_at, answer.hidden, logprobs = row
         if logprobs is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from services.detokenizer.answer import BEGINNING, Answer, Cursor
-from services.detokenizer.decoding import Decoding
+from services.detokenizer.decoding import NewDecoding
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
 from shared.messages import LogEntry, ReplyTo
@@ -26,7 +26,7 @@ class PartitionCore:
     recalled   (key, reply) of archived requests that somebody attached to; taken by the caller
     """
 
-    def __init__(self, new_decoding: Callable[[], Decoding], snapshot: Snapshot | None = None) -> None:
+    def __init__(self, new_decoding: NewDecoding, snapshot: Snapshot | None = None) -> None:
         if snapshot is None:
             snapshot = Snapshot(0, 0.0, PartitionFold(), {}, set(), set())
         self.seq, self.stamp, self.fold, self.answers, self.settled, self.archived = snapshot

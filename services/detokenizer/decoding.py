@@ -1,4 +1,5 @@
-"""Text of token ids, as they come: at the end exactly what `Tokenizer.decode(ids, skip_special_tokens=True)` says of all of them.
+"""Text of token ids, as they come: at the end exactly what `Tokenizer.decode(ids, skip_special_tokens=True)` says of all of them,
+with those special tokens left in that the reader asked for (the marks of tool calls).
 
 What has come out never changes and depends on the ids only, not on how they were cut into calls: so every owner of a partition
 produces the same text at the same character offsets.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -33,6 +35,12 @@ class Decoding(Protocol):
 
     def flush(self) -> str:
         """No more ids: returns what was kept back, broken bytes as U+FFFD."""
+
+
+class NewDecoding(Protocol):
+    """Begins a sequence. `shown` are special tokens that are part of the text."""
+
+    def __call__(self, shown: tuple[str, ...] = ()) -> Decoding: ...
 
 
 class ByteLevelDecoding:
@@ -120,6 +128,28 @@ class GenericDecoding:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+class ShowingDecoding:
+    """A GenericDecoding for each part of the text between special tokens that are shown."""
+
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str]) -> None:
+        self._tokenizer = tokenizer
+        self._shown = shown
+        self._part = GenericDecoding(tokenizer)
+
+    def feed(self, ids: Iterable[int]) -> str:
+        out = []
+        for token in ids:
+            if token in self._shown:
+                out += [self._part.flush(), self._shown[token]]
+                self._part = GenericDecoding(self._tokenizer)
+            else:
+                out.append(self._part.feed((token,)))
+        return "".join(out)
+
+    def flush(self) -> str:
+        return self._part.flush()
+
+
 # A special token leaves no text, but unlike an empty piece it does not end a run of bytes either.
 _SKIPPED: str = str(b"<skipped>", "ascii")
 
@@ -127,9 +157,9 @@ _SKIPPED: str = str(b"<skipped>", "ascii")
 class _BytePieces(dict[int, bytes]):
     """id → its bytes, looked up in the tokenizer at first use."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._special = _special_ids(tokenizer, shown)
         self._bytes = byte_of_char()
 
     def __missing__(self, token: int) -> bytes:
@@ -147,9 +177,9 @@ class _BytePieces(dict[int, bytes]):
 class _FallbackPieces(dict[int, "str | int"]):
     """id → its text, or the byte that it stands for, looked up in the tokenizer at first use."""
 
-    def __init__(self, tokenizer: Tokenizer, replacements: list[tuple[str, str]]) -> None:
+    def __init__(self, tokenizer: Tokenizer, replacements: list[tuple[str, str]], shown: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._special = _special_ids(tokenizer, shown)
         self._replacements = replacements
 
     def __missing__(self, token: int) -> str | int:
@@ -168,17 +198,18 @@ class _FallbackPieces(dict[int, "str | int"]):
         return piece
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+def _special_ids(tokenizer: Tokenizer, shown: Collection[str]) -> frozenset[int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special and token.content not in shown)
 
 
-def decoder_for(tokenizer: Tokenizer) -> Callable[[], Decoding]:
+def decoder_for(tokenizer: Tokenizer) -> NewDecoding:
     """How this tokenizer's ids become text: returns what makes the Decoding of a new sequence."""
     parts = _parts(tokenizer)
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"]:
-        byte_pieces = _BytePieces(tokenizer)
-        return lambda: ByteLevelDecoding(byte_pieces)
+        byte_pieces = functools.cache(lambda shown: _BytePieces(tokenizer, shown))
+        return lambda shown=(): ByteLevelDecoding(byte_pieces(shown))
     strip = 0
     if kinds and kinds[-1] == "Strip" and parts[-1]["content"] == " " and parts[-1]["stop"] == 0:
         strip = int(parts[-1]["start"])
@@ -186,9 +217,13 @@ def decoder_for(tokenizer: Tokenizer) -> Callable[[], Decoding]:
     replacing = parts[: kinds.count("Replace")]
     plain = all(part["type"] == "Replace" and "String" in part["pattern"] for part in replacing)
     if plain and kinds[len(replacing) :] == ["ByteFallback", "Fuse"]:
-        pieces = _FallbackPieces(tokenizer, [(p["pattern"]["String"], p["content"]) for p in replacing])
-        return lambda: ByteFallbackDecoding(pieces, strip)
-    return lambda: GenericDecoding(tokenizer)
+        replacements = [(p["pattern"]["String"], p["content"]) for p in replacing]
+        pieces = functools.cache(lambda shown: _FallbackPieces(tokenizer, replacements, shown))
+        return lambda shown=(): ByteFallbackDecoding(pieces(shown), strip)
+    ids = functools.cache(
+        lambda shown: {i: token for token in shown if (i := tokenizer.token_to_id(token)) is not None}
+    )
+    return lambda shown=(): ShowingDecoding(tokenizer, ids(shown)) if ids(shown) else GenericDecoding(tokenizer)
 
 
 def _parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import structlog
 
 from services.detokenizer.answer import Answer
 from services.detokenizer.core import PartitionCore
-from services.detokenizer.decoding import Decoding
+from services.detokenizer.decoding import NewDecoding
 from services.detokenizer.queries import Replay, parse_replay, prefix_reply
 from services.detokenizer.results import ResultsWriter
 from services.detokenizer.settings import DetokenizerSettings
@@ -44,7 +44,7 @@ class Partition:
         bus: Bus,
         settings: DetokenizerSettings,
         number: int,
-        new_decoding: Callable[[], Decoding],
+        new_decoding: NewDecoding,
         spawn: Spawn,
     ) -> None:
         self.number = number

@@ -7,13 +7,12 @@ moment there are two owners, who say the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
 from tokenizers import Tokenizer
 
-from services.detokenizer.decoding import Decoding, decoder_for
+from services.detokenizer.decoding import NewDecoding, decoder_for
 from services.detokenizer.ownership import Fleet, partitions_of
 from services.detokenizer.partition import Partition
 from services.detokenizer.settings import DetokenizerSettings
@@ -30,9 +29,7 @@ class DetokenizerService(Service):
     stage = "detokenizer"
     settings: DetokenizerSettings
 
-    def __init__(
-        self, bus: Bus, settings: DetokenizerSettings, new_decoding: Callable[[], Decoding] | None = None
-    ) -> None:
+    def __init__(self, bus: Bus, settings: DetokenizerSettings, new_decoding: NewDecoding | None = None) -> None:
         """`new_decoding` stands in for the model's tokenizer (tests)."""
         super().__init__(bus, settings)
         self.partitions: dict[int, Partition] = {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import msgpack
 
 from services.detokenizer.answer import Answer
-from services.detokenizer.decoding import Decoding
+from services.detokenizer.decoding import NewDecoding
 from shared.messages import Open, ReplyTo
 from shared.tokenlog import PartitionFold, RequestState
 
@@ -42,7 +42,7 @@ def pack(
     return b"z" + zlib.compress(data, 1) if len(data) > COMPRESS_ABOVE else b"r" + data
 
 
-def unpack(data: bytes, new_decoding: Callable[[], Decoding]) -> Snapshot:
+def unpack(data: bytes, new_decoding: NewDecoding) -> Snapshot:
     """Raises ValueError for bytes that are no snapshot of this version."""
     try:
         body = zlib.decompress(data[1:]) if data[:1] == b"z" else data[1:]
@@ -64,7 +64,7 @@ def pack_answer(answer: Answer) -> bytes:
     return pack(0, 0.0, fold, {answer.state.key: answer}, (), ())
 
 
-def unpack_answer(data: bytes, new_decoding: Callable[[], Decoding]) -> Answer:
+def unpack_answer(data: bytes, new_decoding: NewDecoding) -> Answer:
     (answer,) = unpack(data, new_decoding).answers.values()
     return answer
 

@@ -534,6 +534,7 @@ class SchedulerService(Service):
                 request.trace,
                 request.tokenize_ms,
                 self._requests.age(known) * 1e3,
+                tool_format=request.tool_format,
             )
         )
         known.opened = True

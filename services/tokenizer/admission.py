@@ -115,6 +115,7 @@ class Admission:
             metadata=asked.metadata,
             trace=asked.traceparent or "",
             tokenize_ms=(time.perf_counter() - started) * 1e3,
+            tool_format=self._files.tool_format if asked.uses_tools else "",
         )
         return Admitted(request, to, len(ids))
 
@@ -125,7 +126,8 @@ class Admission:
             if self._files.template is None:
                 message = f"model {self._model!r} has no chat template: send a 'prompt'"
                 raise GorgonError(ErrorCode.UNSUPPORTED, message)
-            text = self._files.template.render(body["messages"], asked.tools, asked.chat_template_kwargs)
+            tools = asked.tools if asked.tool_choice != "none" else None
+            text = self._files.template.render(body["messages"], tools, asked.chat_template_kwargs)
         else:
             assert asked.prompt is not None
             text = asked.prompt

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from services.tokenizer.chat_template import ChatTemplate, TemplateBroken
 from services.tokenizer.encoder import Encoder
+from services.tokenizer.tool_format import tool_format_of
 from shared.api import GenerateRequest
 from shared.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
@@ -44,6 +45,7 @@ class ModelFiles:
     """defaults   of a request, from generation_config.json: fields of GenerateRequest, valid ones
     bad_words  sequences of ids that generation_config.json bans
     context    tokens of prompt and completion that the model is made for, None if config.json does not say
+    tool_format   of shared.tool_calls, "" if the model is not known to call tools
     """
 
     encoder: Encoder
@@ -52,6 +54,7 @@ class ModelFiles:
     context: int | None
     defaults: Mapping[str, Any]
     bad_words: tuple[tuple[int, ...], ...] = ()
+    tool_format: str = ""
 
 
 def load_model_files(folder: Path) -> ModelFiles:
@@ -69,7 +72,11 @@ def load_model_files(folder: Path) -> ModelFiles:
     for name, value in (("vocab_size", vocab_size), ("max_position_embeddings", context)):
         if value is not None and (type(value) is not int or value < 1):
             raise ModelFilesError("invalid_file", f"{folder / 'config.json'}: {name} is {value!r}")
-    template = _load_template(folder, tokenizer_config, special)
+    templates = _read_templates(folder, tokenizer_config)
+    try:
+        template = ChatTemplate(templates, special) if templates else None
+    except TemplateBroken as error:
+        raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
     generation = folder / "generation_config.json"
     return ModelFiles(
         Encoder(tokenizer),
@@ -78,6 +85,7 @@ def load_model_files(folder: Path) -> ModelFiles:
         context,
         _defaults(generation),
         _bad_words(generation, config, vocab_size),
+        tool_format_of(templates.values(), [token.content for token in tokenizer.get_added_tokens_decoder().values()]),
     )
 
 
@@ -129,9 +137,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_template(
-    folder: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
-) -> ChatTemplate | None:
+def _read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """Files of their own replace those in tokenizer_config.json, where `chat_template` is a string or a list of named ones."""
     named = {path.stem: _read_text(path) for path in folder.glob("additional_chat_templates/*.jinja")}
     if (path := folder / "chat_template.jinja").exists():
@@ -144,12 +150,7 @@ def _load_template(
             named = {entry["name"]: entry["template"] for entry in written}
         except (TypeError, KeyError) as error:
             raise ModelFilesError("invalid_file", f"{folder}: chat_template: {error!r}") from None
-    if not named:
-        return None
-    try:
-        return ChatTemplate(named, special)
-    except TemplateBroken as error:
-        raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
+    return named
 
 
 def _defaults(path: Path) -> dict[str, Any]:

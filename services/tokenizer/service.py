@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class TokenizerService(Service):
         loop = asyncio.get_running_loop()
         files = self._files or await self._load()
         self._files_context = files.context
+        if settings.tool_format != "auto":
+            files = replace(files, tool_format="" if settings.tool_format == "none" else settings.tool_format)
         self._admission = Admission(files, settings.model, settings.default_max_tokens)
         self._encoder = files.encoder
         self._pieces = Pieces(files.encoder.tokenizer)
@@ -241,6 +244,7 @@ class TokenizerService(Service):
             seed=admitted.request.sampling.seed,
             replay=subjects.replay(self.settings.model, subjects.partition_of(key, self.settings.partitions)),
             results=subjects.results(key) if admitted.request.durable else None,
+            tool_format=admitted.request.tool_format,
         )
 
     def _refuse(self, refused: Refused) -> None:

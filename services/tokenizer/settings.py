@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ class TokenizerSettings(StageSettings):
     default_max_tokens: int = Field(256, ge=1, description="if neither the request nor generation_config.json says")
     max_request_bytes: int = Field(4 * 2**20, ge=1024, description="a longer request is refused unread")
     inline_bytes: int = Field(16384, ge=0, description="a longer request is handled in a thread")
+    tool_format: Literal["auto", "none", "hermes", "llama3", "mistral"] = Field(
+        "auto", description="how the model writes tool calls; auto: as its chat template says"
+    )
     threads: int = Field(2, ge=1, description="for long requests")
     max_in_flight: int = Field(1024, ge=1, description="requests being admitted at a time in this process")
     max_waiting: int = Field(4096, ge=1, description="accepted requests that wait for a worker; more are refused")

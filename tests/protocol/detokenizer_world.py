@@ -52,6 +52,8 @@ async def until(condition: Callable[[], Any], within: float = 30.0) -> Any:
 class Letters:
     """Decoding of the tests' vocabulary: ids 0..25 are letters, 26..51 pairs of letters; EOS would be seen if it were shown."""
 
+    def __init__(self, shown: tuple[str, ...] = ()) -> None: ...
+
     def feed(self, ids: Iterable[int]) -> str:
         return "".join(map(piece, ids))
 

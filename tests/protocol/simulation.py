@@ -113,6 +113,8 @@ def cheap() -> Iterator[None]:
 class Letters:
     """Decoding: each id is a letter."""
 
+    def __init__(self, shown: tuple[str, ...] = ()) -> None: ...
+
     def feed(self, ids: Any) -> str:
         return "".join([chr(97 + token % 26) for token in ids])
 

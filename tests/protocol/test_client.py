@@ -338,3 +338,78 @@ async def test_the_clients_body_is_what_the_public_contract_says():
         request = api.parse_request(script.asked[0][1])
         assert (request.id, request.max_tokens, request.stop, request.batched) == ("r", 3, ["x"], True)
         assert json.dumps(script.asked[0][1])
+
+
+# ---------------------------------------------------------------- tool calls
+
+CALL = 'Hm.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+TOOLS = dict(tools=[{"type": "function", "function": {"name": "f"}}])
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def accept_tools(script: Script) -> dict[str, Any]:
+    replay = subjects.replay(MODEL, PARTITION)
+    fields = dict(prompt_tokens=1, seed=0, replay=replay, results=None, tool_format="hermes")
+    return api.accepted_event("r", "default", **fields)  # type: ignore[arg-type]
+
+
+def piece_of(text: str, start: int, end: int) -> dict[str, Any]:
+    return api.tokens_event("r", 0, start, list(range(start, end)), text[start:end], start)
+
+
+def end_of(text: str, **more: Any) -> dict[str, Any]:
+    end = dict(choice=0, finish_reason="tool_calls", stop=None, tokens=len(text), chars=len(text)) | more
+    return api.finished_event("r", [end], prompt_tokens=1, completion_tokens=1, timings={}, metadata={})
+
+
+@pytest.mark.parametrize("accepted", ["first", "late", "lost"])
+@virtual
+async def test_tool_calls_come_in_deltas_and_in_the_result(accepted: str):
+    async with Script() as script:
+        script.on_request = lambda: None
+        stream = script.client.generate(messages=MESSAGES, id="r", **TOOLS)
+        await until(lambda: script.asked)
+        half = len(CALL) // 2
+        calls = [{"id": "abc", "name": "f", "arguments": '{"x": 1}'}]
+        events = [
+            piece_of(CALL, 0, half),
+            piece_of(CALL, half, len(CALL)),
+            end_of(CALL, tool_calls=calls, content="Hm."),
+        ]
+        if accepted != "lost":
+            events.insert(accepted == "late", accept_tools(script))
+        script.send(*events)
+        deltas = [delta async for delta in stream]
+        assert "".join(delta.text for delta in deltas) == CALL
+        assert "".join(delta.content for delta in deltas) == "Hm."
+        said = [call for delta in deltas for call in delta.tool_calls]
+        assert [call.name for call in said if call.name] == ["f"]
+        assert "".join(call.arguments for call in said) == '{"x": 1}'
+        (choice,) = (await stream.result()).choices
+        assert (choice.text, choice.content, choice.finish_reason) == (CALL, "Hm.", "tool_calls")
+        assert [(call.name, call.arguments, call.error) for call in choice.tool_calls] == [("f", '{"x": 1}', None)]
+
+
+@virtual
+async def test_what_was_held_back_comes_at_the_end():
+    """Of text that might have become a call, also when the request is cancelled."""
+    for end in (end_of("<tool_"), api.cancelled_event("r", prompt_tokens=1, completion_tokens=6, metadata={})):
+        async with Script() as script:
+            script.on_request = lambda: None
+            stream = script.client.generate(messages=MESSAGES, id="r", **TOOLS)
+            await until(lambda: script.asked)
+            script.send(accept_tools(script), piece_of("<tool_", 0, 6), end)
+            deltas = [delta async for delta in stream]
+            assert [(delta.text, delta.content) for delta in deltas] == [("<tool_", ""), ("", "<tool_")]
+
+
+@virtual
+async def test_without_tools_content_is_the_text():
+    async with Script() as script:
+        stream = script.client.generate("x", id="r")
+        await until(lambda: stream.accepted)
+        script.send(piece_of(CALL, 0, len(CALL)), end_of(CALL, finish_reason="stop"))
+        (delta,) = [delta async for delta in stream]
+        assert delta.content == delta.text == CALL
+        (choice,) = (await stream.result()).choices
+        assert (choice.content, choice.tool_calls) == (CALL, [])

@@ -23,7 +23,8 @@ def test_defaults_and_every_field():
     assert (request.n, request.stop, request.temperature, request.tenant) == (1, [], None, "default")
     body = {
         "id": "r-1", "tenant": "t_1", "model": "m", "messages": [{"role": "user", "content": "x", "name": "bob"}],
-        "tools": [{}], "chat_template_kwargs": {"a": 1}, "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 0,
+        "tools": [{}], "tool_choice": "auto", "chat_template_kwargs": {"a": 1},
+        "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 0,
         "min_p": 0.1, "seed": 2**63 - 1, "n": 16, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,
         "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": "00-a-b-01",
