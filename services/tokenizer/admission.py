@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from services.tokenizer.chat_template import MAX_CHARS
 from services.tokenizer.model_files import ModelFiles
 from shared.api import DEFAULT_TENANT, GenerateRequest, decode_body, encoding_of, hash_body, parse_request
 from shared.codec import pack_ids
@@ -122,16 +123,17 @@ class Admission:
     def _prompt_ids(self, asked: GenerateRequest, body: Mapping[str, Any], context: int | None) -> list[int]:
         if isinstance(asked.prompt, list):
             return asked.prompt
+        encoder = self._files.encoder
         if asked.messages is not None:
             if self._files.template is None:
                 message = f"model {self._model!r} has no chat template: send a 'prompt'"
                 raise GorgonError(ErrorCode.UNSUPPORTED, message)
             tools = asked.tools if asked.tool_choice != "none" else None
-            text = self._files.template.render(body["messages"], tools, asked.chat_template_kwargs)
+            most = encoder.longest_text(context) if context is not None else MAX_CHARS
+            text = self._files.template.render(body["messages"], tools, asked.chat_template_kwargs, most)
         else:
             assert asked.prompt is not None
             text = asked.prompt
-        encoder = self._files.encoder
         if context is not None and len(text) > encoder.longest_text(context):
             message = f"a prompt of {len(text)} characters exceeds the context of {context} tokens"
             raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message)
