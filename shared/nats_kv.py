@@ -52,9 +52,10 @@ class NatsWatch:
         await self._reader.open()
         self._bus.add_reader(self)
 
-    def _begun(self, pending: int) -> None:
-        self._listed = set()
-        if pending == 0:
+    def _begun(self, pending: int, resumed: bool) -> None:
+        if not resumed:
+            self._listed = set()
+        if pending == 0 and self._listed is not None:
             self._list_ends(0)
 
     def _take(self, message: Stored, headers: dict[str, str] | None) -> None:

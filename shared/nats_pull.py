@@ -208,8 +208,9 @@ class StandingPull:
 class OrderedReader:
     """A gap-free reader by an ephemeral consumer: whatever happens, `take` gets each message from `next_seq` on once and in order.
 
-    last_per_subject  begins every time with the last message of each subject, instead of going on
-    begun(pending)    see StandingPull
+    last_per_subject  begins with the last message of each subject, and so again when the connection was lost, instead of going on
+    begun(pending, resumed)   see StandingPull; `resumed`: it goes on where a message was lost. A long listing would never come to its
+                              end on a link that loses one message in a hundred if each loss began it anew.
     waiting()         messages that were taken but not used yet: they count as under way
     """
 
@@ -222,7 +223,7 @@ class OrderedReader:
         *,
         start_seq: int = 1,
         last_per_subject: bool = False,
-        begun: Callable[[int], None] = lambda pending: None,
+        begun: Callable[[int, bool], None] = lambda pending, resumed: None,
         waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         self._bus = bus
@@ -232,13 +233,17 @@ class OrderedReader:
         self._next_seq = max(1, start_seq)
         self._last_per_subject = last_per_subject
         self._due = 1  # consumer sequence
+        self._resume = self._resumed = not last_per_subject
         self._user_begun = begun
         self._waiting = waiting
         self._name = ""
         self._pull = StandingPull(bus, stream, self._create, self._begun, self._room, self._deliver, self._is_whole)
         self.open = self._pull.open
         self.fill = self._pull.fill
-        self.begin_anew = self._pull.begin_anew
+
+    def begin_anew(self) -> None:
+        self._resume = not self._last_per_subject
+        self._pull.begin_anew()
 
     async def _create(self) -> tuple[str, int]:
         self._delete()
@@ -252,12 +257,14 @@ class OrderedReader:
             "num_replicas": 1,
             "inactive_threshold": int(INACTIVE * NANOSECONDS),
         }
-        if self._last_per_subject:
+        resumed = self._resume
+        if not resumed:
             config["deliver_policy"] = "last_per_subject"
         else:
             config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": self._next_seq}
         subject = f"CONSUMER.CREATE.{self._stream}.{self._name}.{self._subject}"
         made = await self._bus.api(subject, {"stream_name": self._stream, "config": config, "action": "create"})
+        self._resumed, self._resume = resumed, not self._last_per_subject
         return self._name, made["num_pending"]
 
     def _delete(self) -> None:
@@ -269,7 +276,7 @@ class OrderedReader:
 
     def _begun(self, pending: int) -> None:
         self._due = 1
-        self._user_begun(pending)
+        self._user_begun(pending, self._resumed)
 
     def _room(self) -> int:
         return max(0, BATCH - self._waiting())
@@ -278,7 +285,7 @@ class OrderedReader:
         if not current:
             return True
         if at.consumer_seq != self._due:
-            return False
+            return self._lost_one()
         self._due += 1
         self._next_seq = at.stream_seq + 1
         self._take(Stored(at.stream_seq, msg.subject, msg.data, at.time / NANOSECONDS, at.pending), msg.headers)
@@ -286,7 +293,11 @@ class OrderedReader:
 
     def _is_whole(self, sent: int) -> bool:
         """A lost message shows by the next one, and by this if there is no next one."""
-        return sent < self._due
+        return sent < self._due or self._lost_one()
+
+    def _lost_one(self) -> bool:
+        self._resume = True
+        return False
 
     async def close(self) -> None:
         await self._pull.close()

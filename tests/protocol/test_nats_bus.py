@@ -182,6 +182,36 @@ async def test_a_lost_last_message_is_noticed_though_none_comes_after_it(
     assert set(seen) == {"k"} and not lose
 
 
+async def test_a_long_listing_comes_to_its_end_on_a_link_that_loses_messages(
+    bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 40th message is lost: a listing of 400 keys that began anew each time would never get past the first 40."""
+    deliver, received, lost = OrderedReader._deliver, 0, 0
+
+    def lossy(self: OrderedReader, msg: Msg, at: Place, current: bool) -> bool:
+        nonlocal received, lost
+        received += current
+        if current and received % 40 == 0:
+            lost += 1
+            return True
+        return deliver(self, msg, at, current)
+
+    await bus.ensure_bucket(BucketSpec("long"))
+    bucket = await bus.bucket("long")
+    for i in range(400):
+        await bucket.put(f"k{i}", b"%d" % i)
+    monkeypatch.setattr(OrderedReader, "_deliver", lossy)
+    listed = asyncio.Event()
+    values: dict[str, bytes | None] = {}
+    await bucket.watch(lambda entry: values.update({entry.key: entry.value}), listed.set)
+    await asyncio.wait_for(listed.wait(), 20.0)
+    assert values == {f"k{i}": b"%d" % i for i in range(400)}
+    assert lost >= 10
+    await bucket.put("k7", b"new")
+    await bucket.delete("k8")
+    await until(lambda: values["k7"] == b"new" and values["k8"] is None)
+
+
 async def consumers(bus: NatsBus) -> list[str]:
     return (await bus.api("CONSUMER.NAMES.S"))["consumers"] or []
 
