@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,7 @@ class Dispatcher:
         self._index = PrefixIndex()
         self._queue: FairQueue[Waiting] = FairQueue(weights)
         self._shares = Shares(weights)
+        self._reserved: Counter[str] = Counter()  # sequences of tenants that the ledger does not show yet
         self._migrated: dict[Waiting, None] = {}
         self._by_key: dict[str, dict[Waiting, None]] = {}
         self._charges: dict[str, Charge] = {}  # by key
@@ -66,6 +68,7 @@ class Dispatcher:
     def check_idle(self) -> list[str]:
         """Complaints if, with no live request, something is left here."""
         left = dict(waiting=self.waiting, unplaced=self.unplaced, keys=len(self._by_key), charges=len(self._charges))
+        left |= {f"reserved for {tenant}": count for tenant, count in self._reserved.items()}
         left |= {w.instance: w.reserved + w.isolated_reserved for w in self._fleet.workers.values()}
         return [f"{name}: {count}" for name, count in left.items() if count]
 
@@ -75,13 +78,13 @@ class Dispatcher:
         """`prefix`: committed tokens of a migrated request, None for a new one. Raises Expired, Dropped, Draining."""
         if self._draining:
             raise Draining
-        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), request.choices, isolated)
+        tenant = split_request_key(request.key)[0]
+        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), request.choices, isolated, tenant)
         turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         item = Waiting(request.key, request, need, turn, expires, prefix_chunks(request.prompt_ids))
         if prefix is not None:
             self._migrated[item] = None
         else:
-            tenant = split_request_key(request.key)[0]
             self._shares.seen(tenant, asyncio.get_running_loop().time())
             self._queue.put(tenant, request.priority, item)
         self._by_key.setdefault(item.key, {})[item] = None
@@ -111,7 +114,9 @@ class Dispatcher:
 
     def _has_its_share(self, tenant: str) -> bool:
         places = sum(worker.beat.max_seqs for worker in self._fleet.workers.values())
-        return self._shares.has_its_share(tenant, self._ledger.tenants(), places)
+        running = self._ledger.tenants()
+        used = running.get(tenant, 0) + self._reserved[tenant]
+        return self._shares.has_its_share(tenant, used, places, running)
 
     def _grant(self, item: Waiting, keep_free: bool = False) -> bool:
         if item.turn.done():
@@ -122,6 +127,7 @@ class Dispatcher:
         if worker is None:
             return False
         worker.reserved += item.need.choices
+        self._reserved[item.need.tenant] += item.need.choices
         worker.reserved_tokens += item.need.tokens
         worker.isolated_reserved += item.need.isolated
         self._index.placed(worker.instance, item.chunks)
@@ -133,6 +139,9 @@ class Dispatcher:
 
     def release(self, worker: Worker, need: Need) -> None:
         worker.reserved -= need.choices
+        self._reserved[need.tenant] -= need.choices
+        if not self._reserved[need.tenant]:
+            del self._reserved[need.tenant]
         worker.isolated_reserved -= need.isolated
 
     def ended(self, key: str, output_tokens: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -46,13 +46,16 @@ class Shares:
         while now - next(iter(self._seen.values())) > PRESENT:
             self._seen.popitem(last=False)
 
-    def has_its_share(self, tenant: str, used: Mapping[str, int], places: int) -> bool:
-        """Whether the tenant uses its part of all places, by weight, among the tenants that are present. Never if it is alone."""
-        present = self._seen.keys() | used.keys() | {tenant}
+    def has_its_share(self, tenant: str, used: int, places: int, running: Iterable[str]) -> bool:
+        """Whether the tenant, with `used` of all places, has its part by weight, among the tenants that are present or have something
+        running. Never if it is alone."""
+        if used < FLOOD * places:
+            return False
+        present = {*self._seen, *running, tenant}
         if len(present) < 2:
             return False
         weights = sum(self._weight(name) for name in present)
-        return used.get(tenant, 0) >= places * max(FLOOD, self._weight(tenant) / weights)
+        return used >= places * self._weight(tenant) / weights
 
     def _weight(self, tenant: str) -> float:
         return max(1e-6, self._weights.get(tenant, 1.0))

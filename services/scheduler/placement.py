@@ -66,6 +66,7 @@ class Need:
     tokens: int
     choices: int = 1
     isolated: bool = False
+    tenant: str = ""
 
 
 def in_use(worker: Worker, ledger: Ledger) -> int:

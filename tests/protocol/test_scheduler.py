@@ -301,7 +301,9 @@ async def test_many_requests_through_two_schedulers() -> None:
     keys = [world.submit(f"r{i}", tenant=f"t{i % 3}") for i in range(60)]
     await world.ended(*keys)
     assert all(len(world.orders(key)) == 1 for key in keys)
-    assert max(len(w.orders) for w in world.workers) <= 25, "evenly"
+    assert max(len(w.orders) for w in world.workers) <= 30, (
+        "evenly, as far as two can that do not see what the other one is about to place"
+    )
     await world.idle()
     await world.stop()
 

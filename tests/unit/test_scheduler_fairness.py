@@ -104,28 +104,28 @@ def test_made_up_tenants_are_forgotten() -> None:
 def test_who_is_alone_may_have_everything() -> None:
     shares = Shares()
     shares.seen("a", 0.0)
-    assert not shares.has_its_share("a", {"a": 64}, 64)
+    assert not shares.has_its_share("a", 64, 64, ["a"])
     shares.seen("b", 1.0)
-    assert shares.has_its_share("a", {"a": 32}, 64)
-    assert not shares.has_its_share("a", {"a": 31}, 64)
-    assert not shares.has_its_share("b", {"a": 64}, 64)
+    assert shares.has_its_share("a", 32, 64, ["a"])
+    assert not shares.has_its_share("a", 31, 64, ["a"])
+    assert not shares.has_its_share("b", 0, 64, ["a"])
 
 
 def test_shares_go_by_weight_and_by_who_is_present() -> None:
     shares = Shares({"gold": 3.0})
     shares.seen("gold", 0.0)
     shares.seen("iron", 0.0)
-    assert not shares.has_its_share("gold", {"gold": 47}, 64)
-    assert shares.has_its_share("gold", {"gold": 48}, 64)
-    assert shares.has_its_share("iron", {"iron": 16}, 64)
+    assert not shares.has_its_share("gold", 47, 64, ["gold"])
+    assert shares.has_its_share("gold", 48, 64, ["gold"])
+    assert shares.has_its_share("iron", 16, 64, ["iron"])
     shares.seen("gold", PRESENT + 1.0)
-    assert not shares.has_its_share("gold", {"gold": 64}, 64), "iron has long been away"
-    assert shares.has_its_share("gold", {"gold": 48, "iron": 1}, 64), "it has a sequence that runs"
+    assert not shares.has_its_share("gold", 64, 64, ["gold"]), "iron has long been away"
+    assert shares.has_its_share("gold", 48, 64, ["gold", "iron"]), "it has a sequence that runs"
 
 
 def test_among_many_tenants_nobody_keeps_places_free_that_floods_nobody() -> None:
     shares = Shares()
     for number in range(100):
         shares.seen(f"t{number}", 0.0)
-    assert not shares.has_its_share("t0", {"t0": 15}, 64)
-    assert shares.has_its_share("t0", {"t0": 16}, 64)
+    assert not shares.has_its_share("t0", 15, 64, ["t0"])
+    assert shares.has_its_share("t0", 16, 64, ["t0"])
