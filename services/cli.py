@@ -140,6 +140,7 @@ def up(
     detokenizers: int = 1,
     gateway: Annotated[int, typer.Option(min=0, help="HTTP gateways; 0 for none")] = 1,
     http_port: Annotated[int, typer.Option(help="of the first gateway; the others get the next ones")] = 8000,
+    servers: Annotated[int, typer.Option(min=1, max=5, help="NATS servers; 3 keep three copies of everything")] = 1,
 ) -> None:
     """Serve a model on this machine until Ctrl-C: the embedded NATS server and every stage, restarted when they die.
 
@@ -152,7 +153,7 @@ def up(
         )
     copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True)) | {GATEWAY: gateway}
     plan = _plan(data, model, model_path, port, copies)
-    plan.http_port = http_port
+    plan.http_port, plan.servers = http_port, servers
     plan.flags[GATEWAY] = ["--dev-kill", "true"]  # one's own machine, and the gateway listens on loopback only
     _run(_up(plan))
 

@@ -109,8 +109,9 @@ class Child:
 class Plan:
     """What to run: copies of each stage, further flags by stage, the environment of all, and where the server keeps its data.
 
-    http_port  of the first gateway; the next ones get the ports after it
-    modules    what is run as a stage (`python -m`) where that is not services.<stage>
+    http_port    of the first gateway; the next ones get the ports after it
+    modules      what is run as a stage (`python -m`) where that is not services.<stage>
+    servers      of NATS: 1, or 3 that keep three copies of everything, on the ports after `port`
     store_limit  bytes that NATS may take on disk; 0: its own default
     stages_url   where the stages find the server, if not at its own port
     """
@@ -126,24 +127,35 @@ class Plan:
     modules: dict[str, str] = field(default_factory=dict)
     stages_url: str = ""
     store_limit: int = 0
+    servers: int = 1
 
     @property
     def nats_url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return ",".join(f"nats://127.0.0.1:{port}" for port in self.server_ports)
+
+    @property
+    def server_ports(self) -> list[int]:
+        return [self.port + number for number in range(self.servers)]
 
 
 class Supervisor:
     """Starts the plan, keeps it running, stops it in order."""
 
     def __init__(self, plan: Plan) -> None:
-        from shared.broker import server_command
+        from shared.broker import Cluster, free_port, server_command
 
         self.plan = plan
         logs = plan.data / "logs"
-        self.broker = Child(
-            "nats", server_command(plan.data / "nats", plan.port, store_limit=plan.store_limit), logs / "nats.log"
-        )
-        env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"} | plan.env
+        names = ["nats"] if plan.servers == 1 else [f"nats-{number}" for number in range(1, plan.servers + 1)]
+        routes = tuple(free_port() for _ in names)
+        self.brokers = []
+        for name, port, route in zip(names, plan.server_ports, routes, strict=True):
+            cluster = Cluster(route, routes) if plan.servers > 1 else None
+            server = server_command(plan.data / name, port, name=name, store_limit=plan.store_limit, cluster=cluster)
+            self.brokers.append(Child(name, server, logs / f"{name}.log"))
+        self.broker = self.brokers[0]
+        env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"}
+        env |= ({"GORGON_REPLICAS": str(plan.servers)} if plan.servers > 1 else {}) | plan.env
         self.stages: dict[str, Child] = {}
         for stage in IN_ORDER:
             for number in range(1, plan.copies.get(stage, 0) + 1):
@@ -166,14 +178,14 @@ class Supervisor:
     async def start(self) -> None:
         from shared.broker import wait_until_ready
 
-        await self.broker.start()
-        await wait_until_ready(self.plan.port)
+        await asyncio.gather(*(broker.start() for broker in self.brokers))
+        await asyncio.gather(*(wait_until_ready(port) for port in self.plan.server_ports))
         await asyncio.gather(*(child.start() for child in self.stages.values()))
 
     async def stop(self) -> None:
         for stage in IN_ORDER:
             await asyncio.gather(*(c.stop() for name, c in self.stages.items() if name.rsplit("-", 1)[0] == stage))
-        await self.broker.stop()
+        await asyncio.gather(*(broker.stop() for broker in self.brokers))
 
     def children(self) -> list[Child]:
-        return [self.broker, *self.stages.values()]
+        return [*self.brokers, *self.stages.values()]

@@ -13,13 +13,22 @@ import sysconfig
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.bus import MAX_PAYLOAD
 
 BINARY_VARIABLE = "GORGON_NATS_SERVER"
 _POLL = 0.01
 _STOP_TIMEOUT = 10.0
+
+
+class Cluster(NamedTuple):
+    """A server's place among several that keep copies of each other's streams. `routes`: the ports of all servers' routes."""
+
+    port: int
+    routes: tuple[int, ...]
+    host: str = "127.0.0.1"
+    name: str = "gorgon"
 
 
 class BrokerError(RuntimeError):
@@ -51,6 +60,23 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
+def free_ports(count: int, host: str = "127.0.0.1") -> int:
+    """The first of `count` TCP ports in a row that were free a moment ago."""
+    while True:
+        first = free_port(host)
+        probes = [socket.socket() for _ in range(count)]
+        try:
+            for number, probe in enumerate(probes):
+                probe.bind((host, first + number))
+        except (OSError, OverflowError):
+            continue
+        else:
+            return first
+        finally:
+            for probe in probes:
+                probe.close()
+
+
 def server_command(
     data_dir: Path,
     port: int,
@@ -60,6 +86,7 @@ def server_command(
     sync_interval: str = "",
     monitor_port: int = 0,
     store_limit: int = 0,
+    cluster: Cluster | None = None,
 ) -> list[str]:
     """Writes `nats.conf` into data_dir and returns the command that serves it. `sync_interval` is nats-server's: "always" to
     survive the loss of power, "" for its default, which survives the death of every process. `store_limit`: bytes that streams may
@@ -79,6 +106,12 @@ def server_command(
     }
     if monitor_port:
         config["http"] = f"{host}:{monitor_port}"
+    if cluster is not None:
+        config["cluster"] = {
+            "name": cluster.name,
+            "listen": f"{cluster.host}:{cluster.port}",
+            "routes": [f"nats://{cluster.host}:{port}" for port in cluster.routes if port != cluster.port],
+        }
     path = data_dir / "nats.conf"
     path.write_text(json.dumps(config, indent=2) + "\n")
     return [str(find_binary()), "--config", str(path)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
-from shared.broker import free_port
+from shared.broker import free_port, free_ports
 from shared.bus import BusError
 from shared.config import StageSettings
 from shared.messages import Heartbeat, Tombstone, WorkerHeartbeat
@@ -92,6 +92,7 @@ async def deployed(
     copies: dict[str, int] | None = None,
     losses: tuple[int, float, float] | None = None,
     store_limit: int = 0,
+    servers: int = 1,
     flags: dict[str, list[str]] | None = None,
 ) -> AsyncIterator[Deployment]:
     """`losses`: seed, and the shares of all messages that are dropped and delayed between the server and stages and clients, once
@@ -100,11 +101,12 @@ async def deployed(
         data,
         MODEL,
         model_path,
-        free_port(),
+        free_ports(servers),
         dict.fromkeys(STAGES, COPIES) | (copies or {}),
         {"model_worker": worker_flags} | (flags or {}),
         modules=modules or {},
         store_limit=store_limit,
+        servers=servers,
     )
     stack = AsyncExitStack()
     link: Link | None = None
