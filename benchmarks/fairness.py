@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -46,13 +47,15 @@ class Tenant:
         self._length = tokens
         self._label = label
         self._count = 0
+        self._draw = random.Random(label)
 
     async def one(self) -> None:
         self._count += 1
         loop = asyncio.get_running_loop()
         began = loop.time()
         name = f"{self._label}-{self._count}"
-        stream = self._client.generate([11, 12, 13], id=name, seed=1, max_tokens=self._length, ignore_eos=True)
+        length = round(self._length * self._draw.uniform(0.5, 1.5))
+        stream = self._client.generate([11, 12, 13], id=name, seed=1, max_tokens=length, ignore_eos=True)
         first = None
         try:
             async for delta in stream:
@@ -136,7 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two measurements")
     parser.add_argument("--every", type=float, default=0.1, help="seconds between requests of the quiet tenant")
-    parser.add_argument("--tokens", type=int, default=20, help="of a request of the quiet tenant")
+    parser.add_argument("--tokens", type=int, default=20, help="of a request of the quiet tenant, on average")
     parser.add_argument("--flood", type=int, default=400, help="requests of the other one in the system")
     parser.add_argument("--flood-tokens", type=int, default=200)
     parser.add_argument("--weight", type=float, default=1.0, help="of the quiet tenant; the other one's is 1")
