@@ -195,6 +195,12 @@ def run_workload(client: Client, workload: Workload, repeats: int, limit: float)
     return {**runs[len(runs) // 2], "runs": [run["figure"] for run in runs]}
 
 
+def earlier_rows(file: Path) -> dict[str, Any]:
+    """The complete rows that a run before this one has left."""
+    rows = json.loads(file.read_text())["workloads"] if file.is_file() else {}
+    return {name: row for name, row in rows.items() if row.get("complete", True)}
+
+
 def table_row(shape: str, workload: Workload, result: dict[str, Any]) -> str:
     def target(values: dict[str, float]) -> str:
         return f"{values[shape]:,.0f}" if shape in values else ""
@@ -243,6 +249,12 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> bool:
         results["device"] = torch.cuda.get_device_name()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    done = earlier_rows(out / f"engine-{shape}.json") if arguments.resume else {}
+    results["workloads"] |= done
+    rows = [w for w in WORKLOADS if w.name not in done and (not arguments.rows or w.name in arguments.rows)]
+    if not rows and not arguments.profile:
+        print(f"{shape}: every row is measured")
+        return True
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         client = Client(
@@ -261,9 +273,7 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> bool:
     client.engine.start()
     failed = False
     print(HEADER)
-    for workload in WORKLOADS:
-        if arguments.rows and workload.name not in arguments.rows:
-            continue
+    for workload in rows:
         try:
             result = run_workload(client, workload, arguments.repeats, arguments.row_limit)
         except Exception:
@@ -292,6 +302,7 @@ def main() -> int:
         "--rows", type=lambda text: [row.strip() for row in text.split(",")], help="names, with commas between"
     )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--resume", action="store_true", help="keep the complete rows that --out has already")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--row-limit", type=float, default=60.0, help="seconds for a row, warm-up included")
     parser.add_argument(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import load
-from benchmarks.engine import CONTEXT, SHAPES, WORKLOADS, Workload
+from benchmarks.engine import CONTEXT, SHAPES, WORKLOADS, Workload, earlier_rows
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import presence
 from shared.broker import free_port
@@ -95,7 +95,12 @@ def cpu_seconds(supervisor: Supervisor) -> dict[str, float]:
 
 async def run_shape(shape: str, args: argparse.Namespace) -> None:
     config = SHAPES[shape]
-    results: dict[str, Any] = {"shape": shape, "workloads": {}}
+    done = earlier_rows(args.out / f"serving-{shape}.json") if args.resume else {}
+    results: dict[str, Any] = {"shape": shape, "workloads": done}
+    workloads = [w for w in WORKLOADS if w.name not in done and (not args.rows or w.name in args.rows)]
+    if not workloads:
+        print(f"{shape}: every row is measured")
+        return
     with tempfile.TemporaryDirectory(prefix="gorgon-serving-") as folder:
         model = Path(folder) / "model"
         model.mkdir()
@@ -126,9 +131,7 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
             print(
                 "| shape | workload | figure | through the pipeline | runs | mean ms to first token |\n|---|---|---|---|---|---|"
             )
-            for workload in WORKLOADS:
-                if args.rows and workload.name not in args.rows:
-                    continue
+            for workload in workloads:
                 await measure(
                     plan.nats_url, workload, config["vocab_size"], 99, args.clients, min(4, workload.output[1])
                 )
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--clients", type=int, default=4, help="client processes")
     parser.add_argument("--copies", type=int, default=1, help="of tokenizer and detokenizer")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--worker-flag", action="append", default=[], help="handed to the model worker")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from services.bench.command import main as bench
 from services.supervisor import GATEWAY, IN_ORDER, STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.bus import Bus, Message
@@ -387,6 +388,10 @@ def tail(
 
     _run(main())
 
+
+# ---------------------------------------------------------------- measuring
+
+app.command("bench")(bench)
 
 # ---------------------------------------------------------------- speculation
 
