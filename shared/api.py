@@ -27,7 +27,15 @@ from pydantic import (
 from shared.codec import pack_ids
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import Failure, ReplyTo
-from shared.sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from shared.sampling import (
+    MAX_BAD_WORDS,
+    MAX_BEAMS,
+    MAX_CONTRASTIVE,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+)
+from shared.strategies import complaint
 from shared.subjects import is_token
 
 DEFAULT_TENANT = "default"
@@ -117,6 +125,13 @@ class GenerateRequest(Strict):
     ) = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    num_beams: Annotated[StrictInt, Field(ge=1, le=MAX_BEAMS)] = 1
+    length_penalty: Annotated[Finite, Field(ge=-10, le=10)] = 1.0
+    early_stopping: bool | Literal["never"] = False
+    penalty_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    cd_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    cd_beta: Annotated[Finite, Field(ge=0, le=10)] | None = None
+    cd_temperature: Annotated[Finite, Field(gt=0, le=100)] = 1.0
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
     deadline: Annotated[Finite, Field(gt=0, le=86_400)] | None = None  # seconds from acceptance
     stream: bool = True
@@ -168,6 +183,25 @@ class GenerateRequest(Strict):
         if self.tools is None and self.tool_choice is not None:
             raise ValueError("'tool_choice' needs 'tools'")
         return self
+
+    @model_validator(mode="after")
+    def _one_strategy(self) -> GenerateRequest:
+        if (wrong := complaint(self.changed)) is not None:
+            raise ValueError(wrong)
+        if self.penalty_alpha is not None and self.top_k is not None and self.top_k > MAX_CONTRASTIVE:
+            raise ValueError(f"contrastive search takes at most {MAX_CONTRASTIVE} candidates: 'top_k'")
+        return self
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that were given with another value than their default."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        defaults = type(self).model_fields
+        return {
+            name: value
+            for name, value in given.items()
+            if value != defaults[name].get_default(call_default_factory=True)
+        }
 
     @property
     def uses_tools(self) -> bool:

@@ -216,7 +216,8 @@ class PiecesReply(NamedTuple):
 class Assignment(NamedTuple):
     """Who works on a live request. Created and changed by schedulers only, by compare-and-swap.
 
-    `worker` is an incarnation, or "" while the request waits for one after a migration."""
+    `worker` is an incarnation, or "" while the request waits for one after a migration. `choices`: sequences that the request takes
+    there, beams included."""
 
     req_seq: int
     epoch: int

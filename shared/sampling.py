@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
+MAX_BEAMS = 16
+MAX_CONTRASTIVE = 16  # candidates of a step of contrastive search
 # The tables on the device are of fixed size.
 MAX_LOGIT_BIAS = 384  # tokens
 MAX_BAD_WORDS = 256  # sequences of tokens
@@ -40,6 +42,16 @@ class SamplingParams:
     min_tokens          ids that would end the sequence are banned until so many tokens are generated
     prompt_logprobs     None: none. n ≥ 0: as logprobs, of the prompt's tokens but the first
     ranked              log-probabilities of chosen tokens are wanted, though the client asked for none: to find the best choices
+    num_beams           above 1: beam search over the raw distribution. Everything above but max_tokens, stop ids and ignore_eos does
+                        not apply
+    length_penalty      a finished beam's log-probability is divided by its length to this power
+    early_stopping      see services/model_worker/search/beam.py
+    penalty_alpha       above 0: contrastive search (Su et al. 2022, arXiv 2202.06417) among top_k candidates
+    cd_alpha            above 0: contrastive decoding (Li et al. 2022, arXiv 2210.15097) with the worker's amateur model: tokens below
+                        cd_alpha × the largest probability are out
+    cd_beta             None: expert's minus amateur's log-probabilities (Li et al.); else (1 + cd_beta) × expert's − cd_beta ×
+                        amateur's logits (O'Brien & Lewis 2023, arXiv 2309.09117)
+    cd_temperature      of the amateur's distribution
 
     Order of processing, as in transformers: penalties; logit_bias, bad_words, min_tokens; temperature; top_k, top_p, min_p, typical_p.
     """
@@ -62,6 +74,17 @@ class SamplingParams:
     min_tokens: int = 0
     prompt_logprobs: int | None = None
     ranked: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    penalty_alpha: float = 0.0
+    cd_alpha: float = 0.0
+    cd_beta: float | None = None
+    cd_temperature: float = 1.0
+
+    def slots(self, choices: int) -> int:
+        """Places in a worker's batch that a request with so many choices takes."""
+        return max(choices, self.num_beams)
 
     @property
     def greedy(self) -> bool:

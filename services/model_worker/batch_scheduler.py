@@ -6,6 +6,8 @@ lowest and latest running sequence gives back all it holds and is recomputed lat
 
 Steps may be planned while earlier ones are in flight; they retire in the order in which they were planned. What a finished or
 preempted sequence holds is released when the last step that uses it retires.
+
+Sequences with another strategy than sampling (services/model_worker/search) are planned by the same rules, in rows of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from dataclasses import dataclass, field
 
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import PROMPT, EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from services.model_worker.search.beam import Candidates
+from services.model_worker.search.beam_group import BeamGroup, TableDiff
+from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence, Status
 from services.model_worker.siblings import Siblings
 from services.model_worker.speculation.tree import Tree
@@ -31,6 +36,7 @@ class SchedulerLimits:
     max_batched_tokens  rows of one step, at least max_seqs
     window              positions that any layer can see, 0: all. Blocks wholly before it are released
     overshoot           positions past max_model_len that a speculation tree may be laid out over
+    memories            sequences of contrastive search at a time: each keeps its hidden states
     """
 
     block_size: int
@@ -40,6 +46,7 @@ class SchedulerLimits:
     eos_ids: frozenset[int] = frozenset()
     window: int = 0
     overshoot: int = 0
+    memories: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batched_tokens < self.max_seqs:
@@ -73,13 +80,17 @@ class Chunk:
 @dataclass(slots=True)
 class StepPlan:
     """One step: a row (or a tree's rows) for each of `decodes`, whose last token the device knows and perhaps the host does not, then
-    the chunks.
+    the chunks; and in forward passes of their own the rows of searches.
 
     tree            what the decodes guess, None: nothing
     admitted        sequences that got a slot: their state must be written to the device first
     table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
-    copies          (block, new block, rows): the beginning of a block that a sequence shares with another and is about to write to, to
-                    be copied first
+    copies          (block, new block, rows): the beginning of a block that a sequence (or beam) shares with another and is about to
+                    write to, to be copied first
+    beams           of beam search: a row for each beam of their groups
+    contrasted      of contrastive search: a row for each candidate; ordered by their number
+    contrasted_chunks   likewise, prompts: all hidden states are kept, and no token is chosen
+    guided          of contrastive decoding: a row each
     """
 
     step: int
@@ -91,10 +102,25 @@ class StepPlan:
     table_columns: list[int] = field(default_factory=list)
     table_blocks: list[int] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
+    beams: list[Sequence] = field(default_factory=list)
+    contrasted: list[Sequence] = field(default_factory=list)
+    contrasted_chunks: list[Chunk] = field(default_factory=list)
+    guided: list[Sequence] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        return len(self.decodes) * self.nodes + sum(chunk.rows for chunk in self.chunks)
+        searches = sum(sequence.step_rows for sequence in (*self.beams, *self.contrasted, *self.guided))
+        chunks = sum(chunk.rows for chunk in (*self.chunks, *self.contrasted_chunks))
+        return len(self.decodes) * self.nodes + chunks + searches
+
+    @property
+    def amateur_chunks(self) -> list[Chunk]:
+        """Those of `chunks` that the second model of contrastive decoding computes, too."""
+        return [chunk for chunk in self.chunks if chunk.sequence.strategy is Strategy.CONTRASTIVE_DECODING]
+
+    @property
+    def has_search(self) -> bool:
+        return bool(self.beams or self.contrasted or self.contrasted_chunks or self.guided or self.amateur_chunks)
 
     @property
     def nodes(self) -> int:
@@ -103,17 +129,35 @@ class StepPlan:
 
     @property
     def sampled(self) -> list[Sequence]:
-        """The sequences that get new tokens, in the order of the sampler's rows."""
+        """The sequences of `decodes` and `chunks` that get new tokens, in the order of the sampler's rows."""
         return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.final]
 
     @property
+    def chosen(self) -> list[Sequence]:
+        """All sequences that get new tokens, but for beams."""
+        return self.sampled + self.contrasted + self.guided
+
+    @property
     def sequences(self) -> list[Sequence]:
+        """Those of the rows of `decodes` and `chunks`."""
         return self.decodes + [chunk.sequence for chunk in self.chunks]
+
+    @property
+    def participants(self) -> list[Sequence]:
+        prompts = [chunk.sequence for chunk in self.contrasted_chunks]
+        return self.sequences + self.beams + self.contrasted + prompts + self.guided
 
     def add_blocks(self, sequence: Sequence, column: int, blocks: list[int]) -> None:
         self.table_slots += [sequence.slot] * len(blocks)
         self.table_columns += range(column, column + len(blocks))
         self.table_blocks += blocks
+
+    def add_diff(self, diff: TableDiff) -> None:
+        for slot, column, block in diff.entries:
+            self.table_slots.append(slot)
+            self.table_columns.append(column)
+            self.table_blocks.append(block)
+        self.copies += diff.copies
 
 
 # Most rows of a chunk whose log-probabilities are wanted, so that a step need not read back more.
@@ -123,9 +167,18 @@ PickTree = Callable[[list[Sequence]], Tree | None]
 
 
 def _decodes(sequence: Sequence) -> bool:
-    """All its tokens but the newest are in the cache, and more are wanted."""
+    """All its tokens but the newest (in contrastive search the newest, too) are in the cache, and more are wanted."""
+    if sequence.group is not None:  # which beams go on must be known
+        return sequence.computed >= sequence.prefill_end and not sequence.inflight
     known = len(sequence.tokens) + sequence.pending
-    return sequence.computed == known - 1 and known < sequence.limit
+    left = 0 if sequence.strategy is Strategy.CONTRASTIVE_SEARCH else 1
+    return sequence.computed == known - left and known < sequence.limit
+
+
+def _is_prompt(sequence: Sequence) -> bool:
+    """It has known tokens to compute in chunks; a last one alone makes a row of a decode."""
+    left = 0 if sequence.strategy is Strategy.CONTRASTIVE_SEARCH else 1
+    return sequence.computed < len(sequence.tokens) - left and not sequence.pending
 
 
 class BatchScheduler:
@@ -141,12 +194,14 @@ class BatchScheduler:
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
         self._waiting: list[Sequence] = []  # a heap; finished ones stay until they come up
         self._siblings = Siblings()
-        self._parked: list[Sequence] = []  # waiting, too, for a sibling to have computed their prompt
+        # Waiting, too, for a sibling to have computed their prompt, or for a memory.
+        self._parked: list[Sequence] = []
         self._num_waiting = 0
         self._releasing: set[Sequence] = set()  # not running any more, but in a step in flight
         self._deadlines: list[tuple[float, Sequence]] = []
         self._isolated: deque[Sequence] = deque()
         self._slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._memories = list(range(limits.memories - 1, -1, -1))
         self._arrivals = 0
 
     # ---- what comes and goes
@@ -216,9 +271,14 @@ class BatchScheduler:
         self._releasing.discard(sequence)
         self.pool.release(block for block in reversed(sequence.blocks) if block >= 0)
         sequence.blocks = []
-        if sequence.slot >= 0:
+        if sequence.group is not None:
+            self._slots += sequence.group.release(self.pool)
+        elif sequence.slot >= 0:
             self._slots.append(sequence.slot)
-            sequence.slot = -1
+        sequence.slot = -1
+        if sequence.memory >= 0:
+            self._memories.append(sequence.memory)
+            sequence.memory = -1
         if sequence.status is Status.PREEMPTED:
             sequence.reset(0)
             self._enqueue(sequence)
@@ -240,12 +300,17 @@ class BatchScheduler:
         self._plan_decodes(plan, pick_tree)
         budget = self.limits.max_batched_tokens - plan.rows
         for sequence in self.running:
-            if budget and sequence.computed < len(sequence.tokens) - 1 and not sequence.pending:
+            if budget and _is_prompt(sequence):
                 budget -= self._plan_chunk(plan, sequence, budget)
         while budget and (admitted := self._admit(plan, alone)):
-            budget -= self._plan_chunk(plan, admitted, budget)
-        if not plan.decodes and not plan.chunks:
+            if admitted.computed < admitted.prefill_end:
+                budget -= self._plan_chunk(plan, admitted, budget)
+            else:  # all but the last token of its prompt is in the cache already
+                self._plan_search(plan, admitted)
+                budget -= admitted.step_rows
+        if not plan.rows:
             return None
+        plan.contrasted.sort(key=lambda sequence: sequence.candidates)  # stable
         self.steps += 1
         return plan
 
@@ -263,10 +328,17 @@ class BatchScheduler:
         return all(sequence.request.request_id == alone for sequence in self._releasing)
 
     def _plan_decodes(self, plan: StepPlan, pick_tree: PickTree | None) -> None:
-        if pick_tree is not None and (ready := [sequence for sequence in self.running if _decodes(sequence)]):
-            tree = pick_tree(ready)
-            # Guesses are worth no preemption.
-            if tree is not None and sum(self._missing(sequence, tree.size) for sequence in ready) <= self.pool.free:
+        ready = [sequence for sequence in self.running if _decodes(sequence)]
+        plain = [sequence for sequence in ready if sequence.strategy is Strategy.SAMPLING]
+        room = self.limits.max_batched_tokens - sum(s.step_rows for s in ready if s.strategy is not Strategy.SAMPLING)
+        if pick_tree is not None and plain:
+            tree = pick_tree(plain)
+            # Guesses are worth no preemption, and no search has to wait for them.
+            if (
+                tree is not None
+                and sum(self._missing(sequence, tree.size) for sequence in plain) <= self.pool.free
+                and len(plain) * tree.size <= room
+            ):
                 plan.tree = tree
         depth = 0 if plan.tree is None else plan.tree.depth
         index = 0
@@ -275,6 +347,9 @@ class BatchScheduler:
             sequence = self.running[index]
             index += 1
             if not _decodes(sequence):
+                continue
+            if sequence.strategy is not Strategy.SAMPLING:
+                self._plan_search(plan, sequence)
                 continue
             if (missing := self._missing(sequence, plan.nodes)) and not self._grow(plan, sequence, missing):
                 continue
@@ -288,8 +363,32 @@ class BatchScheduler:
         """Blocks that so many more rows need, wherever the launched steps leave off."""
         return max(0, self.limits.blocks_of(sequence.computed + sequence.slack + rows) - len(sequence.blocks))
 
-    def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> bool:
-        """More blocks for a running sequence; False if it must sit this step out."""
+    def _plan_search(self, plan: StepPlan, sequence: Sequence) -> None:
+        """The next row (rows, with beams or candidates) of a sequence with another strategy than sampling, if it can have them."""
+        if sequence.group is not None:
+            self._plan_beams(plan, sequence, sequence.group)
+            return
+        if (missing := self._missing(sequence, sequence.step_rows)) and not self._grow(plan, sequence, missing):
+            return
+        sequence.computed += 1
+        sequence.pending += 1
+        sequence.inflight += 1
+        (plan.contrasted if sequence.strategy is Strategy.CONTRASTIVE_SEARCH else plan.guided).append(sequence)
+
+    def _plan_beams(self, plan: StepPlan, sequence: Sequence, group: BeamGroup) -> None:
+        if not group.beams:
+            group.begin(sequence.blocks, sequence.tokens[-1])
+            sequence.blocks = []
+        context, size = sequence.computed, self.limits.block_size
+        if (missing := group.missing(context, size)) and not self._make_room(sequence, missing):
+            return
+        plan.add_diff(group.fork(self.pool, context, size))
+        sequence.computed += 1
+        sequence.inflight += 1
+        plan.beams.append(sequence)
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """So many free blocks for a running sequence; False if it must sit this step out."""
         while self.pool.free < count:
             # Blocks are on their way already, or it will turn out that they are not needed.
             if self._releasing or sequence.slack:
@@ -299,13 +398,19 @@ class BatchScheduler:
             self._leave(victim, Status.PREEMPTED)
             if victim is sequence:
                 return False
+        return True
+
+    def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> bool:
+        """More blocks for a running sequence; False if it must sit this step out."""
+        if not self._make_room(sequence, count):
+            return False
         blocks = self.pool.allocate(count)
         plan.add_blocks(sequence, len(sequence.blocks), blocks)
         sequence.blocks += blocks
         return True
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
-        rows = min(budget, len(sequence.tokens) - sequence.computed)
+        rows = min(budget, sequence.prefill_end - sequence.computed)
         if sequence.reports:
             rows = min(rows, REPORT_ROWS)
         end = sequence.computed + rows
@@ -313,10 +418,13 @@ class BatchScheduler:
         if (known := min(end + 1, sequence.prompt_len)) > sequence.reported:
             chunk.reported = sequence.reported, known
             sequence.reported = known
-        plan.chunks.append(chunk)
         sequence.computed = end
-        sequence.pending += chunk.final
         sequence.inflight += 1
+        if sequence.strategy is Strategy.CONTRASTIVE_SEARCH:
+            plan.contrasted_chunks.append(chunk)
+        else:
+            plan.chunks.append(chunk)
+            sequence.pending += chunk.final
         return rows
 
     def _first_waiting(self, plan: StepPlan, alone: str | None) -> Sequence | None:
@@ -324,19 +432,23 @@ class BatchScheduler:
         while self._waiting:
             first = self._waiting[0]
             if first.status is Status.WAITING:
-                if not self._siblings.is_awaited(first, plan):
+                if self._can_begin(first, plan):
                     break
                 self._parked.append(first)
             heapq.heappop(self._waiting)
         if alone is None:
             return self._waiting[0] if self._waiting else None
         mine = (s for s in self._waiting if s.request.request_id == alone and s.status is Status.WAITING)
-        return min((s for s in mine if not self._siblings.is_awaited(s, plan)), default=None)
+        return min((s for s in mine if self._can_begin(s, plan)), default=None)
+
+    def _can_begin(self, sequence: Sequence, plan: StepPlan) -> bool:
+        has_memory = bool(self._memories) or sequence.strategy is not Strategy.CONTRASTIVE_SEARCH
+        return has_memory and not self._siblings.is_awaited(sequence, plan)
 
     def _admit(self, plan: StepPlan, alone: str | None) -> Sequence | None:
         """Gives the first waiting sequence a slot and blocks for all its known tokens, if there are."""
         sequence = self._first_waiting(plan, alone)
-        if sequence is None or not self._slots:
+        if sequence is None or len(self._slots) < sequence.width:
             return None
         size, length = self.limits.block_size, len(sequence.tokens)
         digests = sequence.hashes(sequence.reusable // size, size) if self.pool.prefix_cache else []
@@ -351,7 +463,8 @@ class BatchScheduler:
                 copied = source.blocks[common // size]
         missing = self.limits.blocks_of(length) - len(blocks)
         # Each running sequence wants another block soon. Without that reserve the newcomer would be preempted at once.
-        if missing + len(self.running) > self.pool.free and (self.running or self._releasing):
+        reserve = sum(other.width for other in self.running) + sequence.width - 1
+        if missing + reserve > self.pool.free and (self.running or self._releasing):
             self.pool.release(block for block in reversed(blocks) if block >= 0)
             return None
         if sequence is self._waiting[0]:
@@ -361,7 +474,12 @@ class BatchScheduler:
             heapq.heapify(self._waiting)
         self._num_waiting -= 1
         sequence.status = Status.RUNNING
-        sequence.slot = self._slots.pop()
+        slots = [self._slots.pop() for _ in range(sequence.width)]
+        sequence.slot = slots[0]
+        if sequence.group is not None:
+            sequence.group.admit(slots)
+        if sequence.strategy is Strategy.CONTRASTIVE_SEARCH:
+            sequence.memory = self._memories.pop()
         sequence.blocks = blocks + self.pool.allocate(missing)
         sequence.reset(cached)
         sequence.registered, sequence.released = len(blocks), released
@@ -382,10 +500,15 @@ class BatchScheduler:
         ids: SequenceABC[SequenceABC[int]],
         logprobs: SequenceABC[list[TokenLogprobs] | None] | None = None,
         reports: SequenceABC[list[TokenLogprobs]] = (),
+        candidates: SequenceABC[Candidates] = (),
     ) -> list[TokenOutput]:
-        """Takes the new token ids of `plan.sampled` (at least one each, more only with a tree) and returns those that belong to live
-        sequences, after those of prompts. reports: of plan.chunks, log-probabilities of the tokens reported."""
-        outputs = []
+        """Takes the new token ids of `plan.chosen` (at least one each, more only with a tree) and what may follow the beams of
+        `plan.beams`, and returns the tokens that belong to live sequences, after those of prompts. reports: of plan.chunks,
+        log-probabilities of the tokens reported."""
+        outputs: list[TokenOutput] = []
+        for chunk in plan.contrasted_chunks:
+            chunk.sequence.verified = chunk.start + chunk.rows
+            self._settle(chunk.sequence)
         for index, chunk in enumerate(plan.chunks):
             chunk.sequence.verified = chunk.start + chunk.rows
             if chunk.reported[1] and chunk.sequence.status is not Status.FINISHED:
@@ -395,7 +518,7 @@ class BatchScheduler:
         for row, sequence in enumerate(plan.decodes):
             sequence.computed += len(ids[row]) - 1
             sequence.slack -= 0 if plan.tree is None else plan.tree.depth
-        for row, sequence in enumerate(plan.sampled):
+        for row, sequence in enumerate(plan.chosen):
             sequence.pending -= 1
             if sequence.status is not Status.FINISHED:
                 output = self._accept(sequence, ids[row])
@@ -403,7 +526,22 @@ class BatchScheduler:
                     output.logprobs = of_row[: len(output.ids)]
                 outputs.append(output)
             self._settle(sequence)
+        for sequence, of_beams in zip(plan.beams, candidates, strict=True):
+            if sequence.status is Status.RUNNING:  # one that was preempted begins anew
+                outputs += self._advance(sequence, of_beams)
+            self._settle(sequence)
         return outputs
+
+    def _advance(self, sequence: Sequence, candidates: Candidates) -> list[TokenOutput]:
+        """Beams stay what they are to the search alone until the last step, which gives out what it has found."""
+        group, request = sequence.group, sequence.request
+        assert group is not None
+        group.advance(candidates)
+        if group.search.done:
+            self._leave(sequence, Status.FINISHED)
+            return group.outputs()
+        survived = request.isolated and group.steps == 1
+        return [TokenOutput(request.request_id, request.choice, request.epoch, 0, [])] if survived else []
 
     def _accept(self, sequence: Sequence, ids: SequenceABC[int]) -> TokenOutput:
         """Appends new tokens up to the first that ends the sequence."""
@@ -457,11 +595,18 @@ class BatchScheduler:
 
     def _release_before_window(self, sequence: Sequence) -> None:
         # Rows not yet retired stand at `verified` or later, and see `window` positions including their own.
-        end = max(0, sequence.verified - self.limits.window + 1) // self.limits.block_size
-        if end > sequence.released:
+        in_beams = sequence.group is not None and bool(sequence.group.beams)
+        earliest = sequence.computed if in_beams else sequence.verified
+        end = max(0, earliest - self.limits.window + 1) // self.limits.block_size
+        if end <= sequence.released:
+            return
+        if in_beams:
+            assert sequence.group is not None
+            sequence.group.release_before(self.pool, sequence.released, end)
+        else:
             self.pool.release(reversed(sequence.blocks[sequence.released : end]))
             sequence.blocks[sequence.released : end] = [-1] * (end - sequence.released)
-            sequence.released = end
+        sequence.released = end
 
     def check_idle(self) -> list[str]:
         """Complaints if, with nothing to do and nothing in flight, not everything is back."""
@@ -476,4 +621,6 @@ class BatchScheduler:
             complaints.append(f"{self.limits.max_seqs - len(self._slots)} slots are not back")
         if len(self._siblings) or self._parked:
             complaints.append(f"{len(self._siblings)} requests are remembered, {len(self._parked)} sequences parked")
+        if sorted(self._memories) != list(range(self.limits.memories)):
+            complaints.append(f"{self.limits.memories - len(self._memories)} memories are not back")
         return complaints

@@ -32,9 +32,12 @@ from services.model_worker.interface import (
 )
 from services.model_worker.loader import Progress
 from services.model_worker.logit_edits import edit_row, edited_ids
-from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner, Ticket
+from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner
 from services.model_worker.models.config import ModelError
+from services.model_worker.readback import Ticket
 from services.model_worker.sampler import SamplingMode
+from services.model_worker.search.admission import Refusal, refusal
+from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.controller import Acceptance, TreeController
 from services.model_worker.speculation.tree import Tree
@@ -241,7 +244,23 @@ class Engine:
         most = min(MAX_LOGPROBS, self.info.vocab_size)
         if params.max_tokens < 0 or not (-1 <= mode.logprobs <= most and 0 <= (params.prompt_logprobs or 0) <= most):
             raise _rejected(request, "invalid_request", "max_tokens, logprobs or prompt_logprobs is out of range")
+        if (why := self._refusal(request)) is not None:
+            raise _rejected(request, *why)
         return _Submission(request, device_row, changed, mode)
+
+    def _refusal(self, request: EngineRequest) -> Refusal | None:
+        info = self.info
+        if Strategy.of(request.params) is Strategy.SAMPLING:
+            return None
+        return refusal(
+            Sequence(request, 0, info.eos_ids, info.max_model_len),
+            max_seqs=self.config.max_seqs,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            vocab_size=info.vocab_size,
+            amateur=info.amateur,
+            memory_tokens=info.memory_tokens,
+        )
 
     # ---- the engine's thread
 
@@ -256,7 +275,7 @@ class Engine:
                 self._accepting = False
             plans = [flight.ticket.plan for flight in self._in_flight]
             plans += [self._launching] if self._launching is not None else []
-            suspects = {(s.request.request_id, s.request.epoch) for plan in plans for s in plan.sequences}
+            suspects = {(s.request.request_id, s.request.epoch) for plan in plans for s in plan.participants}
             if self._on_fatal is None:
                 raise
             self._on_fatal(error, sorted(suspects))
@@ -347,7 +366,7 @@ class Engine:
     def _launch(self, plan: StepPlan) -> None:
         self._launching = plan
         launched = time.monotonic()
-        prompt_rows = sum(chunk.rows for chunk in plan.chunks)
+        prompt_rows = sum(chunk.rows for chunk in (*plan.chunks, *plan.contrasted_chunks))
         ticket = self.runner.launch(plan)
         self._in_flight.append(_InFlight(ticket, launched, prompt_rows, self._bound.declare(prompt_rows)))
         self._launching = None
@@ -365,13 +384,14 @@ class Engine:
             self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
             if not plan.chunks:
                 self.trees.observe_time(len(plan.decodes), plan.tree, seconds)
-        tokens = self.scheduler.retire(plan, result.ids, result.logprobs, result.reports)
+        tokens = self.scheduler.retire(plan, result.ids, result.logprobs, result.reports, result.candidates)
         self._in_flight.popleft()
         self._tokens_generated += sum(len(token.ids) for token in tokens if token.choice != PROMPT)
         output.tokens += tokens
         for token in tokens:
-            if token.finish is not None:
-                sequence = self._sequences[token.request_id, token.choice]
+            # Of a beam search's choices only the first is a sequence.
+            sequence = self._sequences.get((token.request_id, token.choice))
+            if token.finish is not None and sequence is not None:
                 token.drafted, token.accepted = sequence.acceptance.steps, sequence.acceptance.accepted
                 self._forget(sequence.request)
 

@@ -12,14 +12,16 @@ from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimit
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.cuda_graphs import CudaGraphs, padded_sizes
 from services.model_worker.kv_cache import KVCache, block_bytes
-from services.model_worker.loader import Progress, load_weights
+from services.model_worker.loader import Progress, load_weights, tokenizer_vocabulary
 from services.model_worker.model_runner import ModelRunner
 from services.model_worker.models.config import ModelConfig, ModelError, load_config
 from services.model_worker.models.decoder import Decoder, Weights, dummy_weights
+from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.speculation.controller import TreeController
 from services.model_worker.speculation.drafter import load_drafter
 from services.model_worker.speculation.verify import Speculation
 from services.model_worker.warm_up import time_decodes, warm_up
+from shared.sampling import MAX_CONTRASTIVE
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,6 +40,8 @@ class EngineConfig:
     max_tree_rows        speculation trees of all sequences in a step have at most so many nodes
     typical_acceptance   (ε, δ): sampled tokens are taken from the drafter when they are plausible, though the distribution is no longer
                          the model's; see speculation.acceptance.typical_match
+    amateur              folder of the second model of contrastive decoding, with the same vocabulary; None: there is none
+    memories             sequences of contrastive search at a time, 0: it is refused; each keeps up to memory_tokens hidden states
     overlap              plan and launch a step before the one before it is read back; None: on CUDA
     max_waiting          sequences that may wait beside those that run; more are refused
     min_step_bound       seconds; no step is declared to take less, see EngineStats.step_bound
@@ -59,6 +63,9 @@ class EngineConfig:
     speculate: bool = True
     max_tree_rows: int = 512
     typical_acceptance: tuple[float, float] | None = None
+    amateur: Path | None = None
+    memories: int = 0
+    memory_tokens: int = 4096
     prefix_cache: bool = True
     cuda_graphs: bool = True
     overlap: bool | None = None
@@ -78,6 +85,8 @@ class ModelInfo:
     device: str
     dtype: str
     tree_sizes: tuple[int, ...] = ()
+    amateur: bool = False
+    memory_tokens: int = 0  # 0: no contrastive search
 
 
 def build(
@@ -102,24 +111,37 @@ def build(
         ops = select_ops(device)
         speculation = _speculation(config, model, weights)
         overshoot = 0 if speculation is None else speculation.depth + speculation.trees[-1].size
+        if config.memories:
+            overshoot = max(overshoot, MAX_CONTRASTIVE)
         decoder = Decoder(model, weights, ops, longest + overshoot)
+        amateur = None if config.amateur is None else _amateur(config, model, dtype, device, longest + overshoot)
     limits = SchedulerLimits(
         block_size=config.block_size or (64 if device.type == "cuda" else 16),
         max_model_len=longest,
         max_seqs=config.max_seqs,
-        max_batched_tokens=max(config.max_batched_tokens, config.max_seqs),
+        # Whatever else runs, each candidate of contrastive search has a row.
+        max_batched_tokens=max(config.max_batched_tokens, config.max_seqs + config.memories * (MAX_CONTRASTIVE - 1)),
         eos_ids=model.eos_ids,
-        window=model.window,
+        window=_window(model, amateur),
         overshoot=overshoot,
+        memories=config.memories,
     )
 
-    def cache(blocks: int) -> KVCache:
-        return KVCache(model, blocks, limits.block_size, dtype, device)
+    def cache(blocks: int, of_model: ModelConfig = model) -> KVCache:
+        return KVCache(of_model, blocks, limits.block_size, dtype, device)
 
     report(0.8, "sizing the cache")
-    runner = ModelRunner(decoder, ops, limits, cache(1), speculation)
-    blocks = config.num_blocks or _fitting_blocks(config, block_bytes(model, limits.block_size, dtype), runner)
+    memory_tokens = min(config.memory_tokens, longest) if config.memories else 0
+    memories = Memories(config.memories, memory_tokens, model.hidden_size, dtype, device) if config.memories else None
+    second = None if amateur is None else Amateur(amateur, cache(1, amateur.config))
+    runner = ModelRunner(decoder, ops, limits, cache(1), speculation, second, memories)
+    bytes_each = block_bytes(model, limits.block_size, dtype)
+    if amateur is not None:
+        bytes_each += block_bytes(amateur.config, limits.block_size, dtype)
+    blocks = config.num_blocks or _fitting_blocks(config, bytes_each, runner)
     runner.cache = cache(blocks)
+    if second is not None:
+        second.cache = cache(blocks, second.decoder.config)
     if device.type == "cuda" and config.cuda_graphs:
         runner.capture_graphs(CudaGraphs(), lambda part: report(0.85 + 0.13 * part, "capturing CUDA graphs"))
     # A sequence that has the cache to itself must always be able to go on.
@@ -137,6 +159,8 @@ def build(
         str(device),
         name,
         () if speculation is None else tuple(tree.size for tree in speculation.trees),
+        second is not None,
+        memory_tokens,
     )
     controller = None
     if speculation is not None:
@@ -158,6 +182,34 @@ def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights) -> 
     max_rows = min(config.max_tree_rows, max(config.max_batched_tokens, config.max_seqs) // 2)
     usable = [tree for tree in trees.trees if tree.size <= max_rows]
     return Speculation(drafter, usable, max_rows, config.typical_acceptance) if usable else None
+
+
+def _amateur(
+    config: EngineConfig, expert: ModelConfig, dtype: torch.dtype, device: torch.device, positions: int
+) -> Decoder:
+    """Raises ModelError("amateur_mismatch") for a model that cannot follow the expert's tokens."""
+    assert config.amateur is not None
+    model = load_config(config.amateur)
+    if model.vocab_size != expert.vocab_size:
+        message = f"the amateur has {model.vocab_size} tokens, the model {expert.vocab_size}"
+        raise ModelError("amateur_mismatch", message)
+    vocabularies = [tokenizer_vocabulary(folder) for folder in (config.model, config.amateur)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise ModelError("amateur_mismatch", "the amateur's tokenizer is another one")
+    if model.max_position < min(config.max_model_len or expert.max_position, expert.max_position):
+        message = f"the amateur is made for {model.max_position} positions only: set max_model_len"
+        raise ModelError("amateur_mismatch", message)
+    if config.load_format == "dummy":
+        weights = dummy_weights(model, dtype, device, seed=1)
+    else:
+        weights = load_weights(config.amateur, model, dtype, device)
+    return Decoder(model, weights, select_ops(device), positions)
+
+
+def _window(model: ModelConfig, amateur: Decoder | None) -> int:
+    """A block is needed as long as one of the models needs it."""
+    windows = [model.window] if amateur is None else [model.window, amateur.config.window]
+    return max(windows) if all(windows) else 0
 
 
 def _powers(largest: int) -> list[int]:

@@ -27,6 +27,7 @@ from services.model_worker.interface import (
     TokenLogprobs,
     TokenOutput,
 )
+from services.model_worker.search.strategy import Strategy
 from services.model_worker.settings import Fault, FixedEngineSettings
 from shared.codec import pack_ids
 from shared.errors import ErrorCode
@@ -145,6 +146,8 @@ class FixedEngine:
             )
         elif not all(0 <= token < settings.vocab_size for token in request.prompt_ids):
             code, message = ErrorCode.INVALID_REQUEST, f"a token id is outside the vocabulary of {settings.vocab_size}"
+        elif Strategy.of(request.params) is not Strategy.SAMPLING:
+            code, message = ErrorCode.UNSUPPORTED, "the fixed engine has no model to search in"
         else:
             return
         raise RequestRejected(RequestError(request.request_id, request.choice, request.epoch, code, message))

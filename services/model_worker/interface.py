@@ -34,6 +34,7 @@ class EngineRequest:
                    its worker
     prompt_done    None: the prompt's log-probabilities are not wanted of this sequence. k: those of the tokens from k on are, with
                    params.prompt_logprobs alternatives
+    choices        of a beam search, which is one sequence for the engine: its outputs are of the choices 0 … choices - 1
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class EngineRequest:
     deadline: float | None = None
     isolated: bool = False
     prompt_done: int | None = None
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ class TokenOutput:
     logprobs    one for each id, or None if the request asked for none
     stop_token  the id that stopped the sequence, with finish STOP or STOP_TOKEN
     drafted, accepted   with a finish: in how many steps the sequence had guesses, and how many of them were accepted in all
+    score      of a hypothesis of a beam search
+
+    Without ids and finish it only tells that an isolated request has survived a step.
     """
 
     request_id: str
@@ -79,6 +84,7 @@ class TokenOutput:
     stop_token: int | None = None
     drafted: int = 0
     accepted: int = 0
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +72,15 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise ModelError("weights_missing", f"{file} does not exist")
     return files
+
+
+def tokenizer_vocabulary(folder: Path) -> dict[str, int] | list[Any] | None:
+    """The tokens of a model's tokenizer.json, None if it has none. Raises ModelError."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None
+    vocabulary: dict[str, int] | list[Any] | None = read_json(file).get("model", {}).get("vocab")
+    return vocabulary
 
 
 def _plan(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[_Source]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,108 +15,20 @@ from torch import Tensor
 from kernels.ops import AttentionBatch, Ops
 from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
 from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
-from services.model_worker.interface import TokenLogprobs
 from services.model_worker.kv_cache import KVCache, copied_rows
 from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
-from services.model_worker.prompt_logprobs import Logprobs, PromptBuffers, ReportedRows, prompt_reports
+from services.model_worker.prompt_logprobs import Logprobs, ReportedRows
+from services.model_worker.readback import Readback, Ticket
 from services.model_worker.sampler import CAPTURED_MODES, Sampled, SamplingMode, sample
+from services.model_worker.search.contrastive import Amateur, Memories
+from services.model_worker.search.runner import SearchRunner
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
 from services.model_worker.step_state import Staging, StepState, round_up
 from shared.sampling import MAX_LOGPROBS
 
 STEPS_IN_FLIGHT = 2  # the one that the device works on and the one behind it
-
-
-@dataclass(slots=True)
-class StepResult:
-    """For each of plan.sampled: its new token ids (one, or more with speculation), and their log-probabilities if wanted. For each of
-    plan.chunks: the log-probabilities of the prompt's tokens that it reports."""
-
-    ids: list[list[int]]
-    logprobs: list[list[TokenLogprobs] | None] | None
-    reports: list[list[TokenLogprobs]] = field(default_factory=list)
-
-
-class Ticket:
-    """A launched step. `result` waits for it, without the GIL. `parts`: what was sampled, on the host, in the order of plan.sampled;
-    `prompts`: log-probabilities of the rows that are reported, in the order of plan.chunks."""
-
-    __slots__ = ("_event", "_parts", "_prompts", "plan")
-
-    def __init__(self, plan: StepPlan, parts: list[Sampled], prompts: Logprobs | None, event: torch.cuda.Event | None):
-        self.plan = plan
-        self._parts = parts
-        self._prompts = prompts
-        self._event = event
-
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def result(self) -> StepResult:
-        if self._event is not None:
-            self._event.synchronize()
-        ids: list[list[int]] = []
-        logprobs: list[list[TokenLogprobs] | None] = []
-        for part in self._parts:
-            rows = part.ids.numpy().tolist()
-            ids += rows if part.ids.shape[1] == 1 else [[token for token in row if token >= 0] for row in rows]
-            if part.logprobs is None:
-                continue
-            width = part.ids.shape[1]
-            chosen, top, top_ids = (tensor.tolist() for tensor in part.logprobs)
-            for row, sequence in enumerate(self.plan.sampled[len(logprobs) : len(ids)]):
-                wanted = sequence.request.params.worker_logprobs
-                entries = range(row * width, row * width + len(ids[len(logprobs)]))
-                logprobs.append(
-                    None
-                    if wanted is None
-                    else [TokenLogprobs(chosen[i], top_ids[i][:wanted], top[i][:wanted]) for i in entries]
-                )
-        return StepResult(ids, logprobs or None, prompt_reports(self.plan, self._prompts))
-
-
-class _Readback:
-    """Pinned buffers for one step's ids and log-probabilities, used again when its ticket has been redeemed.
-
-    rows: the most tokens of a step; prompt_rows: the most rows of it that tell log-probabilities of prompts.
-    """
-
-    def __init__(self, rows: int, prompt_rows: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
-        self.chosen = torch.empty(rows, dtype=torch.float32, pin_memory=pinned)
-        self.top = torch.empty(rows * MAX_LOGPROBS, dtype=torch.float32, pin_memory=pinned)
-        self.top_ids = torch.empty(rows * MAX_LOGPROBS, dtype=torch.int64, pin_memory=pinned)
-        self.prompts = PromptBuffers(prompt_rows, pinned)
-        self.event = torch.cuda.Event() if pinned else None
-
-    def fetch(self, plan: StepPlan, parts: list[Sampled], prompts: list[Logprobs]) -> Ticket:
-        """parts: what was sampled for plan.sampled, in that order; the last may have padded rows behind. prompts: of the rows that
-        are reported."""
-        used = 0
-
-        def copy(target: Tensor, source: Tensor) -> Tensor:
-            start = used * (source.numel() // len(source))
-            return target[start : start + source.numel()].view(source.shape).copy_(source, non_blocking=True)
-
-        copies: list[Sampled] = []
-        left = len(plan.sampled)
-        for part in parts:
-            rows, width = min(left, len(part.ids)), part.ids.shape[1]
-            ids = self.ids[used : used + rows * width].view(rows, width).copy_(part.ids[:rows], non_blocking=True)
-            logprobs = None
-            if part.logprobs is not None:
-                chosen, top, top_ids = part.logprobs
-                logprobs = copy(self.chosen, chosen), copy(self.top, top), copy(self.top_ids, top_ids)
-            copies.append(Sampled(ids, logprobs))
-            left -= rows
-            used += rows * width
-        on_host = self.prompts.fetch(prompts)
-        if self.event is not None:
-            self.event.record()
-        return Ticket(plan, copies, on_host, self.event)
 
 
 @dataclass(slots=True)
@@ -143,6 +55,8 @@ class ModelRunner:
         limits: SchedulerLimits,
         cache: KVCache,
         speculation: Speculation | None = None,
+        amateur: Amateur | None = None,
+        memories: Memories | None = None,
     ) -> None:
         self.decoder = decoder
         self.ops = ops
@@ -161,9 +75,10 @@ class ModelRunner:
             self.verifier: Verifier | None = None
             if speculation is not None:
                 self.verifier = Verifier(speculation, self.state, ops, decoder)
+            self.search = SearchRunner(decoder, ops, limits, self.state, STEPS_IN_FLIGHT, amateur, memories)
             tokens = limits.max_seqs * (1 if speculation is None else speculation.depth + 1)
             self._readbacks = [
-                _Readback(tokens, limits.max_batched_tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)
+                Readback(tokens, limits.max_batched_tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)
             ]
         self._sizes = padded_sizes(limits.max_seqs)
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
@@ -187,9 +102,16 @@ class ModelRunner:
         if plan.chunks:
             parts, prompts = self._launch_mixed(plan, mode)
         else:
-            parts, prompts = [self._launch_decodes(plan, mode)], []
+            parts, prompts = [], []
+            if plan.decodes:
+                parts.append(self._launch_decodes(plan, mode))
+            else:
+                self._staging.begin()
+                self._upload_changes(plan)
+        searched, candidates = self.search.launch(plan, self.cache) if plan.has_search else ([], [])
         self._launched += 1
-        return self._readbacks[self._launched % len(self._readbacks)].fetch(plan, parts, prompts)
+        readback = self._readbacks[self._launched % len(self._readbacks)]
+        return readback.fetch(plan, parts, prompts, searched, candidates)
 
     def _launch_decodes(self, plan: StepPlan, mode: SamplingMode) -> Sampled:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
@@ -233,10 +155,7 @@ class ModelRunner:
         ids = put(np.concatenate([np.frombuffer(c.sequence.tokens, np.int32, c.rows, 4 * c.start) for c in chunks]))
         positions = put(np.concatenate([np.arange(c.start, c.start + c.rows, dtype=np.int32) for c in chunks]))
         row_slots = put(np.repeat(np.array([c.sequence.slot for c in chunks], dtype=np.int32), lengths))
-        sources, copies = (put(places) for places in copied_rows(plan.copies, self.limits.block_size))
         self._upload_changes(plan)
-        if plan.copies:
-            self.ops.move_kv(self.cache.data[0], self.cache.data[1], sources, copies)
 
         slots = slots.long()
         ids, kv_slots, context_len = ids.long(), state.kv_slots(row_slots.long(), positions), chunk_context
@@ -279,6 +198,7 @@ class ModelRunner:
         """Ends the staging of a step: adds the plan's changes of state, sends all, and applies the changes."""
         state, admissions = self.state, None
         entries = blocks = None
+        sources, targets = (self._staging.put(rows) for rows in copied_rows(plan.copies, self.limits.block_size))
         if plan.admitted:
             admissions = state.stage_admissions(self._staging, plan.admitted)
         if plan.table_slots:
@@ -294,6 +214,9 @@ class ModelRunner:
                     state.reset_penalties(sequence)
         if entries is not None and blocks is not None:
             state.write_block_table(entries, blocks)
+        if plan.copies:
+            for cache in [self.cache] if self.search.amateur is None else [self.cache, self.search.amateur.cache]:
+                self.ops.move_kv(cache.data[0], cache.data[1], sources, targets)
 
     def _decode(self, staged_slots: Tensor, size: int, max_context: int, nodes: int) -> DecodeStep:
         """The forward pass of `size` sequences, with a row each or the rows of the tree that has so many nodes."""

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from enum import Enum, auto
 from typing import Any
 
-from services.model_worker.block_pool import ROOT_HASH, block_hash
+from services.model_worker.block_pool import block_hash
 from services.model_worker.interface import EngineRequest, FinishReason
+from services.model_worker.search.beam_group import BeamGroup
+from services.model_worker.search.strategy import Strategy
 
 
 class Status(Enum):
@@ -31,9 +33,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "acceptance", "block_hashes", "blocks", "computed", "device_row", "edit_row", "inflight", "limit", "order", "pending",
-        "prompt_len", "registered", "released", "reported", "request", "sampling_mode", "slack", "slot", "status", "stops", "tokens",
-        "verified",
+        "acceptance", "block_hashes", "blocks", "cached", "candidates", "computed", "device_row", "edit_row", "group", "inflight",
+        "limit", "memory", "order", "pending", "prompt_len", "registered", "released", "reported", "request", "sampling_mode", "slack",
+        "slot", "status", "stops", "strategy", "tokens", "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
@@ -48,8 +50,14 @@ class Sequence:
         self.limit = min(self.prompt_len + params.max_tokens, max_model_len)
         self.stops = {} if params.ignore_eos else dict.fromkeys(eos_ids, FinishReason.STOP)
         self.stops.update(dict.fromkeys(params.stop_token_ids, FinishReason.STOP_TOKEN))
+        self.strategy = Strategy.of(params)
+        self.candidates = params.top_k if self.strategy is Strategy.CONTRASTIVE_SEARCH else 1
+        self.group: BeamGroup | None = None
+        if self.strategy is Strategy.BEAM_SEARCH:
+            self.group = BeamGroup(request, self.stops, self.limit - self.prompt_len)
         self.status = Status.WAITING
         self.slot = -1
+        self.memory = -1  # where contrastive search keeps its hidden states
         self.blocks: list[int] = []  # -1: released, wholly before the attention window
         self.block_hashes: list[bytes] = []  # of the full blocks of `tokens`, as far as needed yet
         self.inflight = 0
@@ -68,7 +76,7 @@ class Sequence:
 
     def reset(self, cached: int) -> None:
         """Start (again) with `cached` tokens in the cache, from shared blocks that are registered already."""
-        self.computed = self.verified = cached
+        self.cached = self.computed = self.verified = cached
         self.registered = self.released = 0
 
     @property
@@ -78,7 +86,25 @@ class Sequence:
     @property
     def is_proven(self) -> bool:
         """For an isolated sequence: it has not killed its worker before its next token, so it may meet others again."""
-        return self.status is Status.FINISHED or self.num_generated > len(self.request.generated_ids)
+        survived = self.group is not None and self.group.steps > 0
+        return self.status is Status.FINISHED or survived or self.num_generated > len(self.request.generated_ids)
+
+    @property
+    def width(self) -> int:
+        """Slots that it takes."""
+        return 1 if self.group is None else self.group.width
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step that takes it further, without guesses."""
+        return self.candidates if self.group is None else self.group.rows
+
+    @property
+    def prefill_end(self) -> int:
+        """Known tokens that are computed in chunks. The last one of a search is left to its first step, which looks at its logits in
+        a way of its own."""
+        beforehand = self.strategy in (Strategy.BEAM_SEARCH, Strategy.CONTRASTIVE_DECODING)
+        return len(self.tokens) - 1 if beforehand else len(self.tokens)
 
     @property
     def reports(self) -> bool:
@@ -88,7 +114,9 @@ class Sequence:
     @property
     def reusable(self) -> int:
         """How many of its tokens may come from somebody else's cache: the row of the last is wanted, and so are those of the tokens
-        before the ones to be reported."""
+        before the ones to be reported. Contrastive search wants the hidden states of all."""
+        if self.strategy is Strategy.CONTRASTIVE_SEARCH:
+            return 0
         return max(0, self.reported - 1) if self.reports else len(self.tokens) - 1
 
     def finish_reason(self) -> FinishReason | None:
@@ -102,6 +130,6 @@ class Sequence:
         known = self.block_hashes
         while len(known) < count:
             start = len(known) * block_size
-            parent = known[-1] if known else ROOT_HASH
+            parent = known[-1] if known else self.strategy.root_hash
             known.append(block_hash(parent, self.tokens[start : start + block_size]))
         return known[:count]

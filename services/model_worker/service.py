@@ -33,6 +33,8 @@ from shared.service import Service
 
 # Entries of one log message. With the most log-probabilities and the longest keys this is about 1 MB.
 MAX_ENTRIES = 1000
+# Bytes of their token ids. Only the end of a search has so many at once.
+MAX_ID_BYTES = 1 << 20
 # A stage must be gone within a second of SIGTERM; what the log has not taken by then is generated again elsewhere.
 FLUSH_TIMEOUT = 0.7
 # The worker gives itself up when a step has taken this many times its bound.
@@ -252,16 +254,17 @@ class WorkerService(Service):
         for request in requests:
             lengths[request.choice] = len(request.generated_ids)
         partition = subjects.partition_of(run.key, self.settings.partitions)
-        choices = {request.choice for request in requests}
+        choices = set(range(run.choices)).difference(run.done)
         unproven = set(choices) if run.isolated else set()
         self._runs[run.key] = ActiveRun(run.key, run.epoch, partition, lengths, choices, unproven)
         self.log.info("run", key=run.key, epoch=run.epoch, prompt=len(run.prompt_ids) // 4, prefix=sum(lengths))
         return m.RunReply(True)
 
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
-        """A sequence for each choice that is not done yet."""
+        """A sequence for each choice that is not done yet. A beam search, which gives all choices out at once, begins anew."""
         prompt = codec.unpack_ids(run.prompt_ids)
         deadline = None if run.deadline is None else asyncio.get_running_loop().time() + run.deadline
+        beams = run.sampling.num_beams > 1
         return [
             EngineRequest(
                 run.key,
@@ -269,13 +272,14 @@ class WorkerService(Service):
                 run.epoch,
                 prompt,
                 run.sampling,
-                codec.unpack_ids(run.generated[choice]) if choice < len(run.generated) else (),
+                codec.unpack_ids(run.generated[choice]) if choice < len(run.generated) and not beams else (),
                 run.priority,
                 deadline,
                 run.isolated,
+                run.choices if beams else 1,
             )
-            for choice in range(run.choices)
-            if choice not in run.done
+            for choice in range(1 if beams else run.choices)
+            if beams or choice not in run.done
         ]
 
     def _on_abort(self, message: Message) -> None:
@@ -306,7 +310,11 @@ class WorkerService(Service):
         finished: dict[int, list[ActiveRun]] = {}
         for step in steps:
             for output in step.tokens:
-                if (run := self._run_of(output)) is not None:
+                if (run := self._run_of(output)) is None:
+                    continue
+                if not output.ids and output.finish is None:
+                    run.unproven.clear()  # a search that has survived a step
+                else:
                     by_partition.setdefault(run.partition, []).append(self._entry(run, output))
                     if not run.open:
                         finished.setdefault(run.partition, []).append(run)
@@ -375,10 +383,10 @@ class WorkerService(Service):
             for run in finished:
                 self._end(run, completed=True)
 
-        for start in range(0, len(entries), MAX_ENTRIES):
-            tokens = m.StepTokens(self.instance, step, tuple(entries[start : start + MAX_ENTRIES]))
-            last = start + MAX_ENTRIES >= len(entries)
-            self.outbox.put(subject, codec.encode(tokens), stored if last and finished else None)
+        parts = _parts(entries)
+        for part in parts:
+            tokens = m.StepTokens(self.instance, step, tuple(part))
+            self.outbox.put(subject, codec.encode(tokens), stored if part is parts[-1] and finished else None)
 
     def _pause(self, full: bool) -> None:
         self._paused = full
@@ -392,6 +400,19 @@ class WorkerService(Service):
         self.draining = True
         self.beat_now()
         self.fail(EngineDied(repr(error)))
+
+
+def _parts(entries: list[m.Tokens]) -> list[list[m.Tokens]]:
+    """Entries, in order, as they fit into log messages."""
+    parts: list[list[m.Tokens]] = []
+    size = 0
+    for entry in entries:
+        size += len(entry.ids)
+        if not parts or len(parts[-1]) == MAX_ENTRIES or size > MAX_ID_BYTES:
+            parts.append([])
+            size = len(entry.ids)
+        parts[-1].append(entry)
+    return parts
 
 
 def _speculation_detail(stats: EngineStats) -> dict[str, float]:

@@ -63,6 +63,13 @@ class WorkerSettings(StageSettings):
     typical_acceptance: tuple[float, float] | None = Field(
         None, description="epsilon and delta: take plausible guesses for sampled tokens; changes the distribution"
     )
+    amateur: str | None = Field(
+        None, description="folder of the second model of contrastive decoding, with the same tokenizer; default: none"
+    )
+    memories: int = Field(
+        4, ge=0, description="sequences of contrastive search at the same time; others wait. 0: refused"
+    )
+    memory_tokens: int = Field(4096, ge=2, description="longest sequence of contrastive search")
     prefix_cache: bool = True
     cuda_graphs: bool = True
     min_step_bound: float = Field(2.0, gt=0, description="seconds; no step is taken for stalled before")

@@ -71,4 +71,6 @@ def _key(sequence: Sequence) -> Key:
 def _in_cache(sequence: Sequence, plan: StepPlan) -> int:
     """Rows that steps before this one have written: what this one adds may be written after they are copied."""
     chunk = next((chunk for chunk in plan.chunks if chunk.sequence is sequence), None)
-    return chunk.start if chunk is not None else sequence.computed - (sequence in plan.decodes)
+    return (
+        chunk.start if chunk is not None else sequence.computed - (sequence in plan.decodes or sequence in plan.guided)
+    )

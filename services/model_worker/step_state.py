@@ -118,7 +118,7 @@ class StepState:
         self.edits = EditState(slots, device)
 
     def stage_admissions(self, staging: Staging, sequences: list[Sequence]) -> tuple[Tensor, ...]:
-        """Puts what `apply_admissions` needs. The context is set by the step itself: it has a chunk of each new sequence."""
+        """Puts what `apply_admissions` needs."""
         slots = [sequence.slot for sequence in sequences]
         edited = [sequence for sequence in sequences if sequence.edit_row is not None]
         rows = np.stack([sequence.device_row for sequence in sequences], axis=1)
@@ -126,6 +126,7 @@ class StepState:
         return (
             staging.put(slots),
             staging.put([sequence.tokens[-1] for sequence in sequences]),
+            staging.put([sequence.cached for sequence in sequences]),
             staging.put(rows[: len(FIELDS)].ravel()).view(len(FIELDS), -1),
             staging.put(seeds.ravel()).view(torch.int64),
             *self._stage_edits(staging, edited),
@@ -143,8 +144,9 @@ class StepState:
         )
 
     def apply_admissions(self, staged: tuple[Tensor, ...]) -> None:
-        slots, tokens, fields, seeds, *edits = staged
+        slots, tokens, cached, fields, seeds, *edits = staged
         slots = slots.long()
+        self.context.index_copy_(0, slots, cached)
         if edits:
             edited, rows, recent = edits
             self.edits.write(edited.long(), rows, recent)

@@ -79,7 +79,8 @@ class Dispatcher:
         if self._draining:
             raise Draining
         tenant = split_request_key(request.key)[0]
-        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), request.choices, isolated, tenant)
+        slots = request.sampling.slots(request.choices)
+        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), slots, isolated, tenant)
         turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         item = Waiting(request.key, request, need, turn, expires, prefix_chunks(request.prompt_ids))
         if prefix is not None:

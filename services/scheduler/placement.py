@@ -61,7 +61,8 @@ class PrefixIndex:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a request takes: `tokens` of prompt (and committed prefix), `choices` sequences, and a worker without another suspect."""
+    """What a request takes: `tokens` of prompt (and committed prefix), `choices` sequences (or beams), and a worker without another
+    suspect."""
 
     tokens: int
     choices: int = 1

@@ -204,7 +204,8 @@ class SchedulerService(Service):
 
     async def _create(self, known: Known, worker: str) -> None:
         request, key = known.request, known.request.key
-        assignment = m.Assignment(known.seq, 1, worker, request.body_hash, choices=request.choices, model=request.model)
+        slots = request.sampling.slots(request.choices)
+        assignment = m.Assignment(known.seq, 1, worker, request.body_hash, choices=slots, model=request.model)
         revision = await self._assign.create(key, codec.encode(assignment))
         self.ledger.apply(key, assignment, revision, self.fleet.link.proven)
         self.log.debug("assigned", request_id=key, epoch=1, worker=worker)

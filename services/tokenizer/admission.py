@@ -17,6 +17,7 @@ from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import ReplyTo, Request
 from shared.sampling import MAX_BAD_WORD_TOKENS, SamplingParams
+from shared.strategies import strategy_of
 from shared.subjects import is_token, request_key
 
 log = structlog.get_logger()
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 _MODEL_DEFAULTS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens",
 )  # fmt: skip
+_SAMPLED = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"})
 
 
 class Addressee(NamedTuple):
@@ -155,7 +157,9 @@ class Admission:
             wanted = f"{prompt_tokens} prompt tokens and {asked.max_tokens or 1} to generate"
             raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{wanted} exceed the context of {context} tokens")
         given = {name: value for name in _MODEL_DEFAULTS if (value := getattr(asked, name)) is not None}
-        chosen = self._defaults | given
+        strategy = strategy_of(asked.changed)
+        # The model's defaults are meant for sampling: searches take what the request says.
+        chosen = (self._defaults if strategy is None else self._unsampled(strategy)) | given
         if room is not None:
             chosen["max_tokens"] = min(chosen["max_tokens"], room)
         if chosen.get("min_tokens", 0) > chosen["max_tokens"]:
@@ -172,8 +176,21 @@ class Admission:
             frequency_penalty=asked.frequency_penalty,
             logprobs=asked.logprobs,
             logit_bias=tuple((int(token), bias) for token, bias in asked.logit_bias.items()),
-            bad_words=self._bad_words(asked),
+            bad_words=self._bad_words(asked) if strategy is None else (),
+            num_beams=asked.num_beams,
+            length_penalty=asked.length_penalty,
+            early_stopping=asked.early_stopping,
+            penalty_alpha=asked.penalty_alpha or 0.0,
+            cd_alpha=asked.cd_alpha or 0.0,
+            cd_beta=asked.cd_beta,
+            cd_temperature=asked.cd_temperature,
         )
+
+    def _unsampled(self, strategy: str) -> dict[str, Any]:
+        """Defaults of a request with another strategy than sampling."""
+        if strategy == "cd_alpha":  # which samples, too, but has no penalties
+            return {name: value for name, value in self._defaults.items() if name in _SAMPLED}
+        return {"max_tokens": self._defaults["max_tokens"], "temperature": 0.0}
 
     def _bad_words(self, asked: GenerateRequest) -> tuple[tuple[int, ...], ...]:
         if asked.bad_words is None:

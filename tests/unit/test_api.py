@@ -18,6 +18,85 @@ def refusal(body: dict) -> str:
     return caught.value.message
 
 
+SEARCH_FIELDS = {
+    "num_beams", "length_penalty", "early_stopping", "penalty_alpha", "cd_alpha", "cd_beta", "cd_temperature",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {
+            "num_beams": 4,
+            "length_penalty": -1,
+            "early_stopping": "never",
+            "n": 4,
+            "temperature": 0,
+            "stop_token_ids": [2],
+        },
+        {"num_beams": 1, "temperature": 0.5, "n": 3},
+        {"penalty_alpha": 0.6, "top_k": 4, "stop": "x"},
+        {
+            "cd_alpha": 0.1,
+            "cd_beta": 0.5,
+            "cd_temperature": 0.5,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "n": 2,
+            "logprobs": 2,
+        },
+    ],
+)
+def test_searches(search: dict):
+    request = api.parse_request({"prompt": "a", "max_tokens": 5, "metadata": {"k": 1}, "stream": False} | search)
+    assert search.items() <= (request.model_dump() | {"stop": "x"}).items()
+
+
+@pytest.mark.parametrize(
+    ("named", "search"),
+    [
+        ("temperature", {"num_beams": 2, "temperature": 0.5}),
+        ("top_p", {"num_beams": 2, "top_p": 0.5}),
+        ("stop", {"num_beams": 2, "stop": ["x"]}),
+        ("logprobs", {"num_beams": 2, "logprobs": 0}),
+        ("repetition_penalty", {"num_beams": 2, "repetition_penalty": 1.1}),
+        ("penalty_alpha", {"num_beams": 2, "penalty_alpha": 0.5, "top_k": 4}),
+        ("beams", {"num_beams": 2, "n": 3}),
+        ("num_beams", {"num_beams": 17}),
+        ("num_beams", {"length_penalty": 2.0}),
+        ("num_beams", {"num_beams": 1, "early_stopping": True}),
+        ("early_stopping", {"num_beams": 2, "early_stopping": "always"}),
+        ("top_k", {"penalty_alpha": 0.5}),
+        ("top_k", {"penalty_alpha": 0.5, "top_k": 1}),
+        ("top_k", {"penalty_alpha": 0.5, "top_k": 17}),
+        ("'n'", {"penalty_alpha": 0.5, "top_k": 4, "n": 2}),
+        ("temperature", {"penalty_alpha": 0.5, "top_k": 4, "temperature": 1}),
+        ("penalty_alpha", {"penalty_alpha": 0, "top_k": 4}),
+        ("cd_alpha", {"penalty_alpha": 0.5, "top_k": 4, "cd_alpha": 0.1}),
+        ("cd_alpha", {"cd_beta": 0.5}),
+        ("cd_alpha", {"cd_temperature": 0.5}),
+        ("presence_penalty", {"cd_alpha": 0.1, "presence_penalty": 1}),
+        ("cd_alpha", {"cd_alpha": 1.5}),
+        ("cd_beta", {"cd_alpha": 0.1, "cd_beta": -1}),
+    ],
+)
+def test_what_a_search_does_not_honour_is_refused(named: str, search: dict):
+    assert named in refusal({"prompt": "a"} | search)
+
+
+def test_a_field_goes_with_a_search_only_if_the_search_names_it():
+    odd = {
+        "temperature": 0.5,
+        "repetition_penalty": 2.0,
+        "presence_penalty": 1.0,
+        "logprobs": 1,
+        "top_p": 0.5,
+        "min_p": 0.5,
+    }
+    for field, value in odd.items():
+        assert field in refusal({"prompt": "a", "num_beams": 2, field: value})
+
+
 def test_defaults_and_every_field():
     request = api.parse_request({"prompt": "a"})
     assert (request.n, request.stop, request.temperature, request.tenant) == (1, [], None, "default")
@@ -30,7 +109,7 @@ def test_defaults_and_every_field():
         "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": "00-a-b-01",
         "typical_p": 0.5, "logit_bias": {"5": -100, "0": 2.5}, "bad_words": ["x y"], "min_tokens": 3,
     }  # fmt: skip
-    assert set(body) | {"prompt"} == set(api.GenerateRequest.model_fields)
+    assert set(body) | SEARCH_FIELDS | {"prompt"} == set(api.GenerateRequest.model_fields)
     request = api.parse_request(body)
     assert request.stop == ["x"]
     assert request.messages is not None and request.messages[0].model_extra == {"name": "bob"}

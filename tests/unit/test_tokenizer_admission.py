@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,21 @@ def test_jobs(admission: Admission):
     assert admit(admission, {"prompt": "Once", "id": "mine"}, job_id="job-7").request.key == "default.mine"
     waiting = admit(admission, {"prompt": "Once", "id": "job-7"}).request
     assert waiting.body_hash != job.body_hash
+
+
+def test_a_search_does_not_take_the_defaults_of_sampling(files: ModelFiles):
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 99}
+    admission = Admission(dataclasses.replace(files, defaults=defaults), "demo", 256)
+    params = admit(admission, {"prompt": "Once"}).request.sampling
+    assert (params.temperature, params.repetition_penalty, params.max_tokens) == (0.6, 1.1, 99)
+    beams = admit(admission, {"prompt": "Once", "num_beams": 3, "n": 2, "early_stopping": "never"}).request
+    assert beams.choices == 2 and beams.sampling.slots(beams.choices) == 3
+    assert codec.decode(codec.encode(beams)) == beams
+    params = beams.sampling
+    assert (params.num_beams, params.early_stopping, params.max_tokens) == (3, "never", 99)
+    assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0.0, 1.0, 0, 1.0)
+    params = admit(admission, {"prompt": "Once", "penalty_alpha": 0.6, "top_k": 4}).request.sampling
+    assert (params.penalty_alpha, params.top_k, params.top_p, params.repetition_penalty) == (0.6, 4, 1.0, 1.0)
+    params = admit(admission, {"prompt": "Once", "cd_alpha": 0.1, "cd_beta": 0.0, "top_p": 0.5}).request.sampling
+    assert (params.cd_alpha, params.cd_beta, params.temperature, params.top_k, params.top_p) == (0.1, 0.0, 0.6, 20, 0.5)
+    assert params.repetition_penalty == 1.0
