@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ import pytest
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 
-from services.supervisor import STAGES, Plan, Supervisor
+from services.supervisor import GATEWAY, STAGES, Plan, Supervisor
 from shared import presence
 from shared.broker import free_port
 from shared.config import StageSettings
@@ -80,6 +81,19 @@ def complaints(beat: Heartbeat | WorkerHeartbeat) -> list[str]:
     return found
 
 
+def free_ports(count: int) -> int:
+    """The first of `count` TCP ports in a row that were free a moment ago."""
+    while True:
+        first = free_port()
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            continue
+        return first
+
+
 @asynccontextmanager
 async def deployed(
     data: Path,
@@ -91,7 +105,7 @@ async def deployed(
     """One of each stage, ready. The worker computes on one CPU thread."""
     flags = {"model_worker": ["--device", "cpu", "--threads", "1", "--max-seqs", "64"]} | (flags or {})
     plan = Plan(data, model, model_path, free_port(), dict.fromkeys(STAGES, 1) | (copies or {}), flags)
-    plan.http_port = free_port()
+    plan.http_port = free_ports(plan.copies.get(GATEWAY, 0))
     supervisor = Supervisor(plan)
     bus: NatsBus | None = None
     try:
