@@ -8,18 +8,20 @@ import time
 from typing import Annotated, Any
 
 import structlog
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from services.gateway.auth import Authenticator, Caller
+from services.gateway.auth import Authenticator
 from services.gateway.body_limit import BodyLimit
 from services.gateway.completions import Completions
 from services.gateway.errors import ApiError, refused, unknown_model
 from services.gateway.fleet import Fleet
 from services.gateway.generation import Generations
+from services.gateway.identity import CallerOf
 from services.gateway.metrics import Metrics
+from services.gateway.page import page_router
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorBody
 from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
@@ -49,13 +51,6 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def caller_of(request: Request) -> Caller:
-    """Whose request it is. Raises ApiError 401."""
-    authenticator: Authenticator = request.app.state.authenticator
-    return authenticator.caller(request.headers)
-
-
-CallerOf = Annotated[Caller, Depends(caller_of)]
 Timeout = Annotated[
     str | None, Header(alias="X-Request-Timeout", description="seconds from acceptance within which all must end")
 ]
@@ -155,6 +150,8 @@ def build_app(settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: Ge
         """For Prometheus."""
         metrics.in_flight.set(len(generations))
         return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(page_router(settings, bus, fleet, generations))
 
     def answer(request: Request, error: ApiError) -> JSONResponse:
         metrics.requests.labels(_route(request), str(error.status)).inc()

@@ -25,7 +25,12 @@ class Model(NamedTuple):
 
     @property
     def ready(self) -> bool:
-        return self.stages >= NEEDED
+        return not self.missing
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Stages that nobody runs at the moment."""
+        return NEEDED - self.stages
 
 
 class Fleet:
