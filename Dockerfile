@@ -37,6 +37,19 @@ RUN pip install ".[detokenizer]"
 USER gorgon
 ENTRYPOINT ["python", "-m", "services.detokenizer"]
 
+FROM base AS gateway
+COPY pyproject.toml README.md ./
+COPY shared ./shared
+COPY services/__init__.py ./services/__init__.py
+COPY services/gateway ./services/gateway
+RUN pip install ".[gateway]"
+USER gorgon
+ENV GORGON_HOST=0.0.0.0 GORGON_PORT=8000
+EXPOSE 8000
+HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=4 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['GORGON_PORT'] + '/health', timeout=3)"]
+ENTRYPOINT ["python", "-m", "services.gateway"]
+
 # TORCH and PIP_ARGS choose torch's build, e.g. PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 FROM base AS model_worker
 ARG TORCH=torch==2.13.0

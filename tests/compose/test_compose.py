@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from shared import presence
 from shared.client import Client
@@ -24,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT = 14222
 URL = f"nats://127.0.0.1:{PORT}"
 SCALED = {"tokenizer": 2, "model_worker": 2, "detokenizer": 2}
-COPIES = {"scheduler": 1, **SCALED}
+COPIES = {"gateway": 1, "scheduler": 1, **SCALED}
+HTTP_PORT = 18000
 
 
 def compose(*args: str, wait: float = 900) -> str:
-    env = os.environ | {"NATS_PORT": str(PORT), "COMPOSE_PROJECT_NAME": "gorgontest"}
+    env = os.environ | {"NATS_PORT": str(PORT), "HTTP_PORT": str(HTTP_PORT), "COMPOSE_PROJECT_NAME": "gorgontest"}
     done = subprocess.run(
         ["docker", "compose", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=wait, check=False
     )
@@ -107,8 +111,20 @@ async def test_up_scaled_killed_and_answered(deployment: None) -> None:
     await wait_ready()
 
 
+def test_the_openai_door_and_its_page(deployment: None) -> None:
+    url = f"http://127.0.0.1:{HTTP_PORT}"
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    answer = client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
+    assert answer.usage is not None and answer.usage.completion_tokens > 0
+    with urllib.request.urlopen(url, timeout=5) as page:
+        assert b"<title>Gorgon</title>" in page.read()
+    kill = urllib.request.Request(f"{url}/api/kill", b'{"instance": "x"}', {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(kill, timeout=5)
+
+
 def test_stages_without_torch_are_small(deployment: None) -> None:
-    for stage in ("tokenizer", "scheduler", "detokenizer"):
+    for stage in ("gateway", "tokenizer", "scheduler", "detokenizer"):
         found = subprocess.run(
             ["docker", "run", "--rm", "--entrypoint", "python", f"gorgontest-{stage}", "-c", "import torch"],
             capture_output=True,
