@@ -2,6 +2,7 @@
 
     python benchmarks/detokenizer.py core       fold, text, events and their encoding, without messaging
     python benchmarks/detokenizer.py pipeline   through a real nats-server: token log in, events out, latency of each token's event
+    python benchmarks/detokenizer.py metrics    what recording latencies for Prometheus costs: `core` with and without, in turns
     python benchmarks/detokenizer.py profile    cProfile of `core`
 
 Tokens are those of a text, in one message a step and partition as a worker writes them.
@@ -16,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import pstats
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +30,14 @@ from tokenizers import Tokenizer
 
 from services.detokenizer.decoding import decoder_for
 from services.detokenizer.partition import Partition
+from services.detokenizer.recorder import Recorder
 from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Message, Stored
+from shared.metrics import Meter
+from shared.micro import Endpoint
+from shared.tracing import Tracer
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and then it stops to think about why foxes are always quick in such sentences. "
@@ -76,18 +82,25 @@ def steps(ids: list[int], streams: int) -> Iterator[m.StepTokens]:
         )
 
 
-def core(tokenizer: Tokenizer, kind: str, streams: int, stops: tuple[str, ...], count: int) -> tuple[float, Sink]:
+def core(
+    tokenizer: Tokenizer, kind: str, streams: int, stops: tuple[str, ...], count: int, measured: bool = True
+) -> tuple[float, Sink]:
     """Tokens a second of CPU time from a stored entry to encoded messages."""
     sink = Sink()
-    partition = Partition(sink, DetokenizerSettings(), 0, decoder_for(tokenizer), _no_task)  # type: ignore[arg-type]
+    recorder = Recorder(Meter("detokenizer"), Tracer(), Endpoint("replay", "replay"), Endpoint("prefix", "prefix"))
+    settings, decoding = DetokenizerSettings(), decoder_for(tokenizer)
+    partition = Partition(sink, settings, 0, decoding, _no_task, recorder)  # type: ignore[arg-type]
+    partition.core.recorder = recorder if measured else None
     ids = tokenizer.encode(TEXT).ids
     for i, reply in enumerate(replies(kind, streams)):
         partition.fold(Stored(i + 1, "", codec.encode(opened(i, reply, stops)), 1.0))
     data = [codec.encode(entry) for entry in itertools.islice(steps(ids, streams), count // streams)]
     began = time.process_time()
     for seq, entry in enumerate(data, streams + 1):
-        partition.fold(Stored(seq, "", entry, 1.0))
+        partition.fold(Stored(seq, "", entry, 1.0 + seq / 64))
         partition.deliver()
+    if measured:
+        assert recorder.inter_token.count == (len(data) - 1) * streams
     return len(data) * streams / (time.process_time() - began), sink
 
 
@@ -105,6 +118,23 @@ def run_core(tokenizer: Tokenizer) -> None:
                 print(
                     f"{kind:16} {streams:8} {len(stops):6} {rate:10,.0f} {sink.messages:9,} {sink.bytes / count:12.0f}"
                 )
+
+
+def run_metrics(tokenizer: Tokenizer, rounds: int = 15, count: int = 100_000) -> None:
+    """Pairs of runs, in alternating order: what the machine does besides hits both alike."""
+    print(
+        f"{'streams':>8} {'without':>10} {'with':>10} {'cost':>8}   (tokens/s, medians; cost: median of the pairs, quartiles)"
+    )
+    for streams in (64, 1024):
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        costs: list[float] = []
+        for number in range(rounds):
+            for measured in (False, True) if number % 2 else (True, False):
+                rates[measured].append(core(tokenizer, "msgpack-batched", streams, (), count, measured)[0])
+            costs.append(rates[False][-1] / rates[True][-1] - 1)
+        low, middle, high = statistics.quantiles(costs, n=4)
+        without, with_ = statistics.median(rates[False]), statistics.median(rates[True])
+        print(f"{streams:8} {without:10,.0f} {with_:10,.0f} {middle:8.1%}   {low:.1%} .. {high:.1%}")
 
 
 # ---------------------------------------------------------------- through NATS
@@ -224,7 +254,7 @@ def run_pipeline(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["core", "pipeline", "profile"])
+    parser.add_argument("what", choices=["core", "pipeline", "metrics", "profile"])
     parser.add_argument("--tokenizer", type=Path, default=Path("models/demo/tokenizer.json"))
     parser.add_argument("--replies", choices=["json", "json-batched", "msgpack-batched"], default="msgpack-batched")
     parser.add_argument("--streams", type=int, default=1024)
@@ -237,6 +267,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
     if args.what == "core":
         run_core(tokenizer)
+    elif args.what == "metrics":
+        run_metrics(tokenizer)
     elif args.what == "pipeline":
         run_pipeline(tokenizer, args)
     else:

@@ -19,11 +19,13 @@ from typing import Annotated, Any
 import structlog
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from services.bench.command import main as bench
 from services.supervisor import GATEWAY, IN_ORDER, STAGES, Plan, Supervisor
+from services.top import View
 from shared import codec, presence, subjects
 from shared.bus import Bus, Message
 from shared.client import Client, Stream
@@ -142,6 +144,9 @@ def up(
     gateway: Annotated[int, typer.Option(min=0, help="HTTP gateways; 0 for none")] = 1,
     http_port: Annotated[int, typer.Option(help="of the first gateway; the others get the next ones")] = 8000,
     servers: Annotated[int, typer.Option(min=1, max=5, help="NATS servers; 3 keep three copies of everything")] = 1,
+    metrics_port: Annotated[
+        int, typer.Option(help="Prometheus may scrape the stages here and on the ports after it; 0: not at all")
+    ] = 0,
 ) -> None:
     """Serve a model on this machine until Ctrl-C: the embedded NATS server and every stage, restarted when they die.
 
@@ -154,7 +159,7 @@ def up(
         )
     copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True)) | {GATEWAY: gateway}
     plan = _plan(data, model, model_path, port, copies)
-    plan.http_port, plan.servers = http_port, servers
+    plan.http_port, plan.servers, plan.metrics_port = http_port, servers, metrics_port
     plan.flags[GATEWAY] = ["--dev-kill", "true"]  # one's own machine, and the gateway listens on loopback only
     _run(_up(plan))
 
@@ -353,6 +358,36 @@ def ps(nats: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json")]
         else:
             err.print("no stage answers")
         return 0 if beats else 1
+
+    _run(main())
+
+
+@app.command()
+def top(
+    nats: Url = DEFAULT_URL,
+    model: Annotated[str, typer.Option(help="only this model; default: all")] = "*",
+    once: Annotated[bool, typer.Option("--once", help="print one picture and end")] = False,
+    wait: Annotated[float, typer.Option(help="seconds that --once listens")] = 1.0,
+) -> None:
+    """Stages, load, requests in flight, tokens/s, batch, KV cache and acceptance, live, by worker and in total."""
+
+    async def main() -> int:
+        loop, view = asyncio.get_running_loop(), View()
+        bus = await _connect(nats)
+        try:
+            await bus.subscribe(
+                subjects.heartbeats(model=model), lambda message: view.hear(codec.decode(message.data), loop.time())
+            )
+            if once:
+                await asyncio.sleep(wait)
+                out.print(view.render(loop.time()), highlight=False)
+                return 0 if view.seen else 1
+            with Live(console=out, auto_refresh=False, screen=True) as live:
+                while True:
+                    live.update(view.render(loop.time()), refresh=True)
+                    await asyncio.sleep(0.25)
+        finally:
+            await bus.close()
 
     _run(main())
 

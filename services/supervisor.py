@@ -111,6 +111,7 @@ class Plan:
 
     http_port    of the first gateway; the next ones get the ports after it
     modules      what is run as a stage (`python -m`) where that is not services.<stage>
+    metrics_port  the first stage is scraped there, the others on the ports after it; 0: none is
     servers      of NATS: 1, or 3 that keep three copies of everything, on the ports after `port`
     store_limit  bytes that NATS may take on disk; 0: its own default
     stages_url   where the stages find the server, if not at its own port
@@ -128,6 +129,7 @@ class Plan:
     stages_url: str = ""
     store_limit: int = 0
     servers: int = 1
+    metrics_port: int = 0
 
     @property
     def nats_url(self) -> str:
@@ -173,6 +175,10 @@ class Supervisor:
                 if stage == GATEWAY:
                     command += ["--port", str(plan.http_port + number - 1)]
                 command += plan.flags.get(stage, [])
+                if plan.metrics_port and stage != GATEWAY:  # which has its metrics where it serves
+                    port = plan.metrics_port + sum(not name.startswith(GATEWAY) for name in self.stages)
+                    command += ["--metrics-port", str(port)]
+                    command += ["--metrics-host", "127.0.0.1"]
                 self.stages[name] = Child(name, command, logs / f"{name}.log", env)
 
     async def start(self) -> None:

@@ -37,6 +37,7 @@ from shared.sampling import (
 )
 from shared.strategies import complaint
 from shared.subjects import is_token
+from shared.traceparent import parse as parse_traceparent
 
 DEFAULT_TENANT = "default"
 MAX_STOPS = 16
@@ -157,6 +158,13 @@ class GenerateRequest(Strict):
     def _is_token(cls, value: str | None) -> str | None:
         if value is not None and not is_token(value):
             raise ValueError("1 to 64 of letters, digits, '_' and '-'")
+        return value
+
+    @field_validator("traceparent")
+    @classmethod
+    def _is_traceparent(cls, value: str | None) -> str | None:
+        if value is not None and parse_traceparent(value) is None:
+            raise ValueError("not a W3C traceparent: 00-<32 hex digits>-<16 hex digits>-<2 hex digits>")
         return value
 
     @field_validator("metadata")

@@ -175,6 +175,10 @@ class Bus(Protocol):
         """Seconds since the connection was (re-)established; 0 while there is none. Silence of others proves nothing before
         this exceeds a grace period."""
 
+    @property
+    def dropped(self) -> int:
+        """Core messages that were published while there was no connection."""
+
     # ------------------------------------------------ core
 
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:

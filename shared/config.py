@@ -62,6 +62,12 @@ class StageSettings(BaseSettings):
     log_format: str = Field("auto", pattern="^(auto|json|console)$")
     log_level: str = "info"
     ready_file: str = Field("", description="touched at each heartbeat while ready and connected, for health checks")
+    otlp_endpoint: str = Field(
+        "",
+        description="OpenTelemetry collector for traces, e.g. http://host:4318; default: OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus may scrape the stage here; 0: not at all")
+    metrics_host: str = Field("0.0.0.0", description="address that it is scraped on")
     replicas: int = Field(1, ge=1, le=5, description="JetStream replicas of every stream and bucket")
 
     @field_validator("model", "name")

@@ -1,6 +1,7 @@
 """Structured logs: JSON lines on stderr (coloured text on a terminal), and the same lines on NATS for `gorgon tail`.
 
-Every line begins with ts, level, stage, instance, event, and request_id and epoch where there are any.
+Every line begins with ts, level, stage, instance, event; a line about a request has request_id (`<tenant>.<id>`), and its trace_id and
+epoch as soon as the stage knows them: `note_request` tells them once, no line has to repeat it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import structlog
@@ -17,10 +18,10 @@ from structlog.typing import EventDict, WrappedLogger
 from shared import subjects
 from shared.bus import Bus, BusError
 from shared.config import StageSettings
+from shared.traceparent import trace_id_of
 
-FIRST = ("ts", "level", "stage", "instance", "event", "request_id", "epoch")
-# What the code calls a request's name, in the order of preference; `gorgon tail` looks for request_id.
-REQUEST_NAMES = ("request_id", "request", "key")
+FIRST = ("ts", "level", "stage", "instance", "event", "request_id", "epoch", "trace_id")
+REMEMBERED = 16_384  # requests whose trace and epoch are known, the latest
 MAX_WAITING = 1000  # lines that wait for the bus
 MAX_BATCH = 64 * 1024  # bytes of lines in one message
 
@@ -33,6 +34,9 @@ class _Process:
     def __init__(self) -> None:
         self.fields: dict[str, str] = {}
         self.tap: LogTap | None = None
+        self.requests: OrderedDict[str, tuple[int, str]] = (
+            OrderedDict()
+        )  # epoch (0: none) and trace id ("": none) by key
 
 
 _process = _Process()
@@ -80,16 +84,27 @@ def attach_bus(bus: Bus, stage: str, instance: str) -> None:
     _process.tap = LogTap(bus, subjects.log(stage, instance))
 
 
+def note_request(key: str, epoch: int = 0, trace: str = "") -> None:
+    """What this process knows of a request, for its log lines from now on. `trace`: W3C traceparent. What is not given stays."""
+    requests = _process.requests
+    known_epoch, known_trace = requests.get(key, (0, ""))
+    requests[key] = (max(epoch, known_epoch), trace_id_of(trace) or known_trace)
+    if len(requests) > REMEMBERED:
+        requests.popitem(last=False)
+
+
 def detach_bus() -> None:
     _process.tap = None
 
 
 def _order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     fields: dict[str, Any] = {**_process.fields, **event}
-    for name in REQUEST_NAMES:
-        if name in fields:
-            fields["request_id"] = fields.pop(name)
-            break
+    if (known := _process.requests.get(fields.get("request_id", ""))) is not None:
+        epoch, trace_id = known
+        if epoch:
+            fields.setdefault("epoch", epoch)
+        if trace_id:
+            fields.setdefault("trace_id", trace_id)
     return {name: fields[name] for name in FIRST if name in fields} | fields
 
 
@@ -115,6 +130,7 @@ def configure_logging(settings: StageSettings, stage: str) -> None:
     level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
     on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     _process.fields = {"stage": stage}
+    _process.requests.clear()
     _process.tap = None
     structlog.configure(
         processors=[

@@ -9,9 +9,9 @@ import contextlib
 import gc
 import signal
 import sys
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
 
@@ -19,12 +19,19 @@ from shared import codec, subjects
 from shared.bus import Bus, BusError, BusTimeout, Message
 from shared.config import StageSettings
 from shared.messages import Heartbeat, WorkerHeartbeat
+from shared.metrics import Meter
+from shared.micro import Endpoint, MicroService
+from shared.tracing import open_tracer
+
+if TYPE_CHECKING:
+    from shared.metrics_exporter import MetricsExporter
 
 log = structlog.get_logger()
 
 
 class Service:
-    """Base of the four stages. A subclass implements `on_start`, `on_drain`, `on_stop` and adds its figures in `heartbeat`.
+    """Base of the four stages. A subclass implements `on_start`, `on_drain`, `on_stop`, adds its figures in `heartbeat` and counts
+    the rest in `meter`.
 
     Runs unchanged on the real bus (`run_stage`) and on the in-memory one (tests and the simulation call start, drain, stop).
     """
@@ -39,6 +46,19 @@ class Service:
         self.draining = False
         self.ready = False
         self.failed: asyncio.Future[None] | None = None  # resolves to the exception of a dead task
+        self.meter = Meter(self.stage)
+        self.tracer = open_tracer(settings, self.stage, self.instance)
+        self.last_beat: Heartbeat | WorkerHeartbeat | None = None
+        self.endpoints: list[Endpoint] = []  # what NATS micro shows of the stage
+        self._micro = MicroService(
+            bus,
+            subjects.micro_name(self.stage),
+            self.instance,
+            f"Gorgon's {self.stage} stage",
+            {"stage": self.stage, "model": settings.model},
+            self.endpoints,
+        )
+        self._exporter: MetricsExporter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._beat = 0
 
@@ -80,16 +100,49 @@ class Service:
         """An extra heartbeat, for news that should not wait for the next one."""
         self._beat += 1
         subject = subjects.heartbeat(self.stage, self.settings.model, self.instance)
-        self.bus.publish(subject, codec.encode(self.heartbeat()))
+        self.last_beat = self.heartbeat()
+        self.bus.publish(subject, codec.encode(self.last_beat))
+
+    def endpoint(self, name: str, subject: str, queue: str = "") -> Endpoint:
+        """A subject that the stage answers on, for NATS micro and the metrics. Count what is done there."""
+        endpoint = Endpoint(name, subject, queue)
+        self.endpoints.append(endpoint)
+        return endpoint
+
+    async def serve(self, name: str, subject: str, handler: Callable[[Message], str | None], queue: str = "") -> None:
+        """Answers on an endpoint until the stage ends. `handler` returns "code:description" if it answered with an error."""
+        endpoint = self.endpoint(name, subject, queue)
+        await self.bus.subscribe(subject, endpoint.counting(handler), queue=queue)
+
+    @property
+    def model(self) -> str:
+        return self.settings.model
+
+    def refresh_meter(self) -> None:
+        """Before the figures are shown, on another thread: takes over what is counted elsewhere. Extend it, read only."""
+        meter = self.meter
+        meter.set("gorgon_ready", float(self.ready))
+        meter.set("gorgon_nats_connected_seconds", self.bus.connected_for)
+        meter.set("gorgon_nats_dropped_messages_total", self.bus.dropped)
+        for endpoint in list(self.endpoints):
+            meter.set("gorgon_endpoint_requests_total", endpoint.requests, endpoint.name)
+            meter.set("gorgon_endpoint_errors_total", endpoint.errors, endpoint.name)
+            meter.set("gorgon_endpoint_processing_seconds_total", endpoint.seconds, endpoint.name)
 
     # ------------------------------------------------ life
 
     async def start(self) -> None:
         self.failed = asyncio.get_running_loop().create_future()
         self.bus.on_closed(self.fail)
+        if self.settings.metrics_port:
+            from shared.metrics_exporter import MetricsExporter
+
+            self._exporter = MetricsExporter(self)
+            self._exporter.start(self.settings.metrics_host, self.settings.metrics_port)
         await self.on_start()
         self.ready = True
         await self.bus.subscribe(subjects.PS, self._answer_ps)
+        await self._micro.start()
         self.spawn(self._beat_forever(), "heartbeat")
         self.log.info("ready", model=self.settings.model)
 
@@ -110,7 +163,10 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._exporter is not None:
+            self._exporter.stop()
         await self.on_stop()
+        await self.tracer.close()
         self.log.info("stopped")
 
     def fail(self, error: BaseException) -> None:

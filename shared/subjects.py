@@ -16,6 +16,7 @@ llm.v1.ctl.ps                          "who is there" for gorgon ps (core; every
 llm.v1.ctl.held                        "who reads this request" among gateways (core; who does answers)
 llm.v1.pieces.<model>                  texts of token ids, ids of texts (core, queue group TOKENIZERS)
 llm.v1.log.<stage>.<instance>          structured log lines for gorgon tail (core)
+$SRV.<verb>[.gorgon-<stage>[.<instance>]]   PING, INFO, STATS of the NATS micro protocol (core; every instance answers)
 """
 
 from __future__ import annotations
@@ -133,6 +134,26 @@ def log(stage: str, instance: str) -> str:
 
 def logs() -> str:
     return f"{ROOT}.log.>"
+
+
+def micro(verb: str, service: str, instance: str) -> tuple[str, str, str]:
+    """Where an instance of a NATS micro service answers a verb: asked of all services, of its kind, of itself (ADR-32)."""
+    return f"$SRV.{verb}", f"$SRV.{verb}.{service}", f"$SRV.{verb}.{service}.{instance}"
+
+
+def micro_name(stage: str) -> str:
+    """A stage's name as a NATS micro service."""
+    return f"gorgon-{stage}"
+
+
+def replays(model: str) -> str:
+    """The replay subjects of all partitions."""
+    return f"{ROOT}.replay.{model}.*"
+
+
+def prefixes(model: str) -> str:
+    """The prefix subjects of all partitions."""
+    return f"{ROOT}.prefix.{model}.*"
 
 
 def consumer_req(model: str, tenant_class: int) -> str:

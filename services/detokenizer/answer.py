@@ -33,6 +33,8 @@ class Answer:
     terminal_sent   so did the terminal event
     declared        choices whose stop string has been reported to the log by this process
     opened_at, first_at, ended_at   stream time of OPEN, of the first tokens, of the end; seconds, 0 if not yet
+    fences          (epoch, stream time) of its migrations, as far as this process has folded them
+    last_at         stream time of the last tokens that were recorded (recorder.py), 0 if none were
     """
 
     def __init__(self, state: RequestState, new_decoding: NewDecoding, opened_at: float) -> None:
@@ -51,6 +53,8 @@ class Answer:
         self.opened_at = opened_at
         self.first_at = 0.0
         self.ended_at = 0.0
+        self.fences: list[tuple[int, float]] = []
+        self.last_at = 0.0
 
     # ------------------------------------------------ from the fold
 
@@ -196,7 +200,7 @@ class Answer:
             [self._choice_end(index, stream) for index in range(len(self.streams))],
             prompt_tokens=opened.prompt_tokens,
             completion_tokens=self.completion_tokens,
-            timings=self._timings(),
+            timings=self.timings(),
             metadata=opened.metadata,
         )
 
@@ -232,7 +236,7 @@ class Answer:
             content=content,
         )
 
-    def _timings(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """ms; all but tokenize_ms count from the moment at which the request was accepted, on the stream's clock."""
         queue = self.opened.queue_ms
         return dict(

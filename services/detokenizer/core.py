@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from services.detokenizer.answer import BEGINNING, Answer, Cursor
 from services.detokenizer.decoding import NewDecoding
+from services.detokenizer.recorder import Recorder
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
+from shared.logging import note_request
 from shared.messages import LogEntry, ReplyTo
 from shared.tokenlog import PartitionFold, RequestState
 
@@ -31,6 +33,7 @@ class PartitionCore:
             snapshot = Snapshot(0, 0.0, PartitionFold(), {}, set(), set())
         self.seq, self.stamp, self.fold, self.answers, self.settled, self.archived = snapshot
         self.tokens = 0
+        self.recorder: Recorder | None = None  # while the partition is served
         self.fenced: list[str] = []
         self.recalled: list[tuple[str, ReplyTo]] = []
         self._new_decoding = new_decoding
@@ -38,7 +41,9 @@ class PartitionCore:
         self._attaching: dict[tuple[str, str], dict[int, Cursor]] = {}
 
     def apply(self, seq: int, stamp: float, entry: LogEntry) -> None:
-        answers, dirty = self.answers, self._dirty
+        answers, dirty, recorder = self.answers, self._dirty, self.recorder
+        # Most requests of a step had their last tokens in the same step before: equal times are recorded together.
+        last, times = -1.0, 0
         for effect in self.fold.apply(entry, stamp):
             kind = type(effect)
             key = effect.key
@@ -46,19 +51,38 @@ class PartitionCore:
                 answer = dirty[key] = answers[key]
                 answer.commit(effect, stamp)  # type: ignore[arg-type]
                 self.tokens += len(effect.ids)  # type: ignore[union-attr]
+                if recorder is not None:
+                    before = answer.last_at
+                    answer.last_at = stamp
+                    if before == last:
+                        times += 1
+                    elif not before:
+                        recorder.began(answer)
+                    elif before != stamp:  # else it is another choice of the same step
+                        if times:
+                            recorder.inter_token.observe(stamp - last, times)
+                        last, times = before, 1
             elif kind is tokenlog.ChoiceFinished:
                 answer = dirty[key] = answers[key]
                 answer.finish(effect.choice)  # type: ignore[union-attr]
             elif kind is tokenlog.Opened:
-                dirty[key] = answers[key] = Answer(self.fold.requests[key], self._new_decoding, stamp)
+                answer = dirty[key] = answers[key] = Answer(self.fold.requests[key], self._new_decoding, stamp)
+                note_request(key, 1, answer.opened.trace)
             elif kind is tokenlog.Ended:
                 answer = dirty[key] = answers[key]
                 answer.end(stamp)
                 self.fenced.append(key)
             elif kind is tokenlog.Fenced:
                 self.fenced.append(key)
+                note_request(key, effect.epoch)  # type: ignore[union-attr]
+                if (migrated := answers.get(key)) is not None:
+                    migrated.fences.append((effect.epoch, stamp))  # type: ignore[union-attr]
+                if recorder is not None:
+                    recorder.fenced()
             elif kind is tokenlog.Attached:
                 self._attached(key, effect.reply)  # type: ignore[union-attr]
+        if times:
+            recorder.inter_token.observe(stamp - last, times)  # type: ignore[union-attr]
         self.skip(seq, stamp)
 
     def skip(self, seq: int, stamp: float) -> None:

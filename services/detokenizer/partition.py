@@ -13,6 +13,7 @@ from services.detokenizer.answer import Answer
 from services.detokenizer.core import PartitionCore
 from services.detokenizer.decoding import NewDecoding
 from services.detokenizer.queries import Replay, parse_replay, prefix_reply
+from services.detokenizer.recorder import Recorder
 from services.detokenizer.results import ResultsWriter
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
@@ -21,6 +22,7 @@ from shared.api import encode_event, encode_for, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
+from shared.micro import Endpoint
 from shared.retry import until_done
 
 log = structlog.get_logger()
@@ -46,8 +48,10 @@ class Partition:
         number: int,
         new_decoding: NewDecoding,
         spawn: Spawn,
+        recorder: Recorder,
     ) -> None:
         self.number = number
+        self._recorder = recorder
         self.core = PartitionCore(new_decoding)
         self.serving = False
         self.backlog = 0
@@ -77,6 +81,7 @@ class Partition:
     async def close(self) -> None:
         """Lets go; the state as it is goes into a last snapshot, so that the next owner need not replay much."""
         was_serving, self.serving = self.serving, False
+        self.core.recorder = None
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -140,9 +145,10 @@ class Partition:
     async def _serve(self) -> None:
         self.core.drop_stale()
         model = self._settings.model
-        await self._listen(subjects.replay(model, self.number), self._on_replay)
-        await self._listen(subjects.prefix(model, self.number), self._on_prefix_query)
+        await self._listen(subjects.replay(model, self.number), self._on_replay, self._recorder.replays)
+        await self._listen(subjects.prefix(model, self.number), self._on_prefix_query, self._recorder.prefixes)
         self.serving = True
+        self.core.tokens, self.core.recorder = 0, self._recorder
         self._spawn(self._save_forever(), "snapshots")
         self._spawn(self._prune_forever(), "prune")
         if self._settings.vanished_after:
@@ -150,9 +156,10 @@ class Partition:
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
         self.deliver()
 
-    async def _listen(self, subject: str, handler: Callable[[Message], None]) -> None:
+    async def _listen(self, subject: str, handler: Callable[[Message], str | None], endpoint: Endpoint) -> None:
+        counting = endpoint.counting(handler)
         self._subscriptions.append(
-            await until_done("subscribe", subject, lambda: self._bus.subscribe(subject, handler))
+            await until_done("subscribe", subject, lambda: self._bus.subscribe(subject, counting))
         )
 
     # ------------------------------------------------ folding and delivery
@@ -234,7 +241,7 @@ class Partition:
                 self._publish(reply, [event])
             return
         request_id = events[0]["id"]
-        self._log.warning("answer_too_large", id=request_id, error=str(error))
+        self._log.warning("answer_too_large", request_id=request_id, error=str(error))
         text = "the answer does not fit into a message; ask for a replay with stream"
         self._publish(reply, [error_event(request_id, GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, text))])
 
@@ -271,7 +278,7 @@ class Partition:
         try:
             await until_done("archive", key, lambda: self._snapshots.put(archive_key, pack_answer(answer), window))
         except PayloadTooLarge as error:
-            self._log.warning("archive_too_large", request=key, error=str(error))  # it stays in memory until pruned
+            self._log.warning("archive_too_large", request_id=key, error=str(error))  # it stays in memory until pruned
             return
         self.core.archive(answer)
         self._settling.discard(key)
@@ -290,6 +297,7 @@ class Partition:
                 body_hash = known.body_hash
         tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
         await self._assignments.put(state.key, codec.encode(tombstone), self._settings.attach_window + REDELIVERY)
+        self._recorder.ended(answer)
 
     async def _prune_forever(self) -> None:
         while True:
@@ -299,14 +307,14 @@ class Partition:
 
     # ------------------------------------------------ questions
 
-    def _on_replay(self, message: Message) -> None:
+    def _on_replay(self, message: Message) -> str | None:
         if not message.reply:
-            return
+            return None
         try:
             asked = parse_replay(message.data, message.reply)
         except GorgonError as error:
             self._publish(ReplyTo(message.reply), [error_event(None, error)])
-            return
+            return f"{error.code}:{error.message}"
         answer = self.core.answers.get(asked.key)
         if answer is not None:
             self._answer_replay(asked, answer)
@@ -314,6 +322,8 @@ class Partition:
             self._spawn(self._answer_from_archive(asked), "archive")
         else:
             self._publish_not_found(asked)
+            return f"{ErrorCode.NOT_FOUND}:{asked.key}"
+        return None
 
     def _answer_replay(self, asked: Replay, answer: Answer) -> None:
         self.deliver()  # so that what goes to the old reply subject is not behind this answer
@@ -326,7 +336,7 @@ class Partition:
         try:
             entry = await self._snapshots.get(subjects.archive_key(self._settings.model, asked.key))
         except BusError as error:
-            self._log.warning("archive_unreachable", request=asked.key, error=repr(error))
+            self._log.warning("archive_unreachable", request_id=asked.key, error=repr(error))
             return  # the asker asks again
         if entry is None or entry.value is None:
             self._publish_not_found(asked)
@@ -338,16 +348,17 @@ class Partition:
         text = "no such request here: not started yet, or ended too long ago"
         self._publish(asked.reply, [error_event(asked.id, GorgonError(ErrorCode.NOT_FOUND, text))])
 
-    def _on_prefix_query(self, message: Message) -> None:
+    def _on_prefix_query(self, message: Message) -> str | None:
         try:
             query = codec.decode_as(PrefixQuery, message.data)
         except codec.CodecError as error:
             self._log.error("prefix_query_unreadable", error=str(error))
-            return
+            return f"{ErrorCode.INTERNAL}:{error}"
         if not self._answer_prefix(query, message.reply):
             held = (query, message.reply)
             self._held.setdefault(query.key, []).append(held)
             asyncio.get_running_loop().call_later(PREFIX_HELD, self._give_up_on, held)
+        return None
 
     def _answer_prefix(self, query: PrefixQuery, reply_subject: str) -> bool:
         reply = prefix_reply(query, self.core.request(query.key), self.core.answers.get(query.key))
@@ -393,6 +404,7 @@ class Partition:
         seq, began = self.core.seq, loop.time()
         data = self.core.snapshot()
         self._pack_seconds = loop.time() - began
+        self._recorder.packed(self._pack_seconds)
         await self._snapshots.put(subjects.snapshot_key(self._settings.model, self.number), data)
         self._saved_seq = seq
 
@@ -410,7 +422,8 @@ class Partition:
             now = loop.time()
             for key, since in list(self._gone_since.items()):
                 if now - since >= self._settings.vanished_after:
-                    self._log.info("client_vanished", request=key)
+                    self._log.info("client_vanished", request_id=key)
+                    self._recorder.vanished()
                     del self._gone_since[key]
                     self._append(End(key, "cancelled"))
 

@@ -48,7 +48,7 @@ class ResultsWriter:
             except WrongRevision:
                 await self._read_again()
             except BusError as error:
-                log.warning("result_not_stored", request=self._answer.state.key, error=repr(error))
+                log.warning("result_not_stored", request_id=self._answer.state.key, error=repr(error))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 2.0)
         self.finished.set()

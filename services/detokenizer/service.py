@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from services.detokenizer.decoding import NewDecoding, decoder_for
 from services.detokenizer.ownership import Fleet, partitions_of
 from services.detokenizer.partition import Partition
+from services.detokenizer.recorder import Recorder
 from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
 from shared.bus import Bus, BusError, Message, Subscription
@@ -37,6 +38,10 @@ class DetokenizerService(Service):
         self._fleet = Fleet(self.instance, settings.silence_grace)
         self._leaving: dict[int, Subscription] = {}  # partitions that go to another owner, and the ear for its beacon
         self._changing = asyncio.Lock()
+        self._tokens_before = 0  # committed in partitions that are another's now
+        replays = self.endpoint("replay", subjects.replays(settings.model))
+        prefixes = self.endpoint("prefix", subjects.prefixes(settings.model))
+        self._recorder = Recorder(self.meter, self.tracer, replays, prefixes)
 
     # ------------------------------------------------ life
 
@@ -65,7 +70,7 @@ class DetokenizerService(Service):
             in_flight=live,
             partitions=len(self.partitions),
             serving=sum(p.serving for p in partitions),
-            tokens=sum(p.core.tokens for p in partitions),
+            tokens=self._tokens_before + sum(p.core.tokens for p in partitions if p.serving),
             backlog=sum(p.backlog for p in partitions),
         )
 
@@ -101,8 +106,9 @@ class DetokenizerService(Service):
 
     def _take(self, number: int) -> None:
         assert self._new_decoding is not None
-        partition = Partition(self.bus, self.settings, number, self._new_decoding, self.spawn)
+        partition = Partition(self.bus, self.settings, number, self._new_decoding, self.spawn, self._recorder)
         self.partitions[number] = partition
+        self._recorder.taken()
         partition.start()
         self.log.info("partition_taken", partition=number)
 
@@ -123,7 +129,9 @@ class DetokenizerService(Service):
             if subscription is not None:
                 await subscription.unsubscribe()
             if partition is not None:
+                served = partition.serving
                 await partition.close()
+                self._tokens_before += partition.core.tokens if served else 0
                 self.log.info("partition_given_up", partition=number)
 
     async def _shine_forever(self) -> None:

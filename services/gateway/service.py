@@ -18,6 +18,7 @@ from services.gateway.settings import GatewaySettings
 from shared import codec, subjects
 from shared.bus import Bus, Message
 from shared.messages import Heartbeat
+from shared.metrics_exporter import StageCollector
 from shared.service import Service
 
 FORGET_EVERY = 60.0  # seconds
@@ -40,6 +41,7 @@ class GatewayService(Service):
         self.port = settings.port
         self._fleet = Fleet()
         self._metrics = Metrics()
+        self._metrics.registry.register(StageCollector(self))
         self._generations = Generations(bus, settings, self.spawn)
         self._server: _Server
         self._serving: asyncio.Task[None] | None = None

@@ -26,6 +26,7 @@ from services.model_worker.interface import (
     FinishReason,
     RequestError,
     RequestRejected,
+    SlotGiven,
     StepOutput,
     TokenLogprobs,
     TokenOutput,
@@ -292,7 +293,7 @@ class Engine:
         idle = plan is None and not self._in_flight
         if len(self._in_flight) > (self._depth if plan is not None else 0):
             self._retire(output)
-        if output.tokens or output.errors:
+        if output.tokens or output.errors or output.seconds is not None:
             self._on_step(output)
         if idle:
             self._sleep()
@@ -378,7 +379,10 @@ class Engine:
         plan, seconds = flight.ticket.plan, now - max(flight.launched, self._last_retired)
         self._bound.observe(flight.prompt_rows, seconds)
         self._last_retired = now
-        output.step = plan.step
+        output.step, output.seconds = plan.step, seconds
+        if plan.admitted:
+            given = flight.launched
+            output.admitted = [SlotGiven(s.request.request_id, s.request.choice, given) for s in plan.admitted]
         if self.trees is not None and plan.decodes:
             outcomes = zip((s.acceptance for s in plan.decodes), result.ids, strict=False)
             self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)

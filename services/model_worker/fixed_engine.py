@@ -23,6 +23,7 @@ from services.model_worker.interface import (
     FinishReason,
     RequestError,
     RequestRejected,
+    SlotGiven,
     StepOutput,
     TokenLogprobs,
     TokenOutput,
@@ -109,6 +110,7 @@ class FixedEngine:
         self._timer: asyncio.Handle | None = None
         self._step_started: float | None = None
         self._steps = self._tokens = self._prompt_tokens = 0
+        self._admitted: list[SlotGiven] = []
 
     @property
     def limits(self) -> EngineLimits:
@@ -196,7 +198,9 @@ class FixedEngine:
             return
         while self._waiting and len(self._running) < self._max_seqs:
             sequence = heappop(self._waiting)
-            self._running[sequence.request.request_id, sequence.request.choice] = sequence
+            name = sequence.request.request_id, sequence.request.choice
+            self._running[name] = sequence
+            self._admitted.append(SlotGiven(*name, asyncio.get_running_loop().time()))
         if not self._running:
             return
         loop = asyncio.get_running_loop()
@@ -234,6 +238,9 @@ class FixedEngine:
             if self._generate(sequence, output):
                 del live[name]
         self._expire(now, output)
+        assert self._step_started is not None
+        output.seconds = now - self._step_started
+        output.admitted, self._admitted = self._admitted, []
         self._step_started = None
         self._begin_step(planned)
         self._on_steps([output])

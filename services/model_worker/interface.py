@@ -99,11 +99,25 @@ class RequestError:
     retryable: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class SlotGiven:
+    """A sequence has got its slot (again, after a preemption), at `when`, time.monotonic() seconds."""
+
+    request_id: str
+    choice: int
+    when: float
+
+
 @dataclass(slots=True)
 class StepOutput:
+    """What a step brought; `seconds` is the time that it took, None where no step retired. Steps that only compute a part of a prompt
+    have neither tokens nor errors."""
+
     step: int
     tokens: list[TokenOutput] = field(default_factory=list)
     errors: list[RequestError] = field(default_factory=list)
+    admitted: list[SlotGiven] = field(default_factory=list)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,10 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus, Message
 from shared.errors import ErrorCode
+from shared.logging import note_request
 from shared.outbox import Outbox
 from shared.service import Service
+from shared.tracing import SpanEvent, wall_clock
 
 # Entries of one log message. With the most log-probabilities and the longest keys this is about 1 MB.
 MAX_ENTRIES = 1000
@@ -54,6 +56,8 @@ class ActiveRun:
     lengths    number of generated tokens of each choice
     open       choices that go on
     unproven   choices of an isolated request that have not come one token further yet
+    taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
+    trace      traceparent of the order;  prefix: tokens generated elsewhere before
     """
 
     key: str
@@ -62,6 +66,13 @@ class ActiveRun:
     lengths: list[int]
     open: set[int]
     unproven: set[int]
+    taken: float
+    prompt: int
+    prefix: int
+    trace: str
+    admitted: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
 
 
 class EndedRuns:
@@ -122,6 +133,11 @@ class WorkerService(Service):
         self._paused = False
         self._suspects: tuple[str, ...] = ()
         self._stall = StallWatch()
+        self._stats: EngineStats | None = None  # of the last heartbeat
+        self._step_seconds = self.meter.histogram("gorgon_worker_step_seconds")
+        self._step_sequences = self.meter.histogram("gorgon_worker_step_sequences")
+        self._queue_seconds = self.meter.histogram("gorgon_worker_queue_seconds")
+        self._prefill_seconds = self.meter.histogram("gorgon_worker_prefill_seconds")
 
     # ------------------------------------------------ life
 
@@ -133,8 +149,8 @@ class WorkerService(Service):
             beating.cancel()
         self._loaded = True
         self.outbox.start(self)
-        await self.bus.subscribe(subjects.worker_run(self.instance), self._on_run)
-        await self.bus.subscribe(subjects.worker_abort(self.instance), self._on_abort)
+        await self.serve("run", subjects.worker_run(self.instance), self._on_run)
+        await self.serve("abort", subjects.worker_abort(self.instance), self._on_abort)
         self.bus.on_reconnect(self.beat_now)
         self.spawn(self._watch_engine(), "watch")
 
@@ -147,7 +163,7 @@ class WorkerService(Service):
         except TimeoutError:
             self.log.warning("not_flushed", messages=len(self.outbox))
         for run in list(self._runs.values()):
-            self.log.info("handed_over", key=run.key, epoch=run.epoch, generated=sum(run.lengths))
+            self.log.info("handed_over", request_id=run.key, epoch=run.epoch, generated=sum(run.lengths))
             self._end(run, completed=False)
         self.beat_now()
 
@@ -165,6 +181,7 @@ class WorkerService(Service):
             what, fraction = self._loading
             return self.base_heartbeat()._replace(detail={"loading": what, "load": round(fraction, 3)})
         stats, limits = self.engine.stats(), self.engine.limits
+        self._stats = stats
         base = self.base_heartbeat(
             load=1 - stats.slots_free / stats.slots_total,
             in_flight=len(self._runs),
@@ -197,6 +214,17 @@ class WorkerService(Service):
             tuple(run.key for run in self._runs.values() if run.unproven),
         )
 
+    def refresh_meter(self) -> None:
+        super().refresh_meter()
+        meter = self.meter
+        meter.set("gorgon_worker_outbox_retries_total", self.outbox.retries)
+        if self._stats is not None and (speculation := self._stats.speculation) is not None:
+            meter.set("gorgon_worker_drafted_total", speculation.drafted)
+            for head, accepted in enumerate(speculation.accepted, 1):
+                meter.set("gorgon_worker_accepted_tokens_total", accepted, str(head))
+            for nodes, steps in speculation.steps.items():
+                meter.set("gorgon_worker_tree_steps_total", steps, str(nodes))
+
     def _reported(self) -> dict[str, int]:
         """What is running, and what was between two heartbeats: a scheduler that has never heard of a run takes it for lost."""
         self._lately = {
@@ -216,14 +244,16 @@ class WorkerService(Service):
 
     # ------------------------------------------------ orders
 
-    def _on_run(self, message: Message) -> None:
+    def _on_run(self, message: Message) -> str | None:
         try:
             reply = self._accept(codec.decode_as(m.Run, message.data))
         except codec.CodecError as error:
             self.log.error("bad_run", error=str(error))
             reply = m.RunReply(False, ErrorCode.INTERNAL.value, f"the worker cannot read the order: {error}")
+        self.meter.count("gorgon_worker_runs_total", "accepted" if reply.accepted else reply.code)
         if message.reply:
             self.bus.publish(message.reply, codec.encode(reply))
+        return None if reply.accepted else f"{reply.code}:{reply.message}"
 
     def _accept(self, run: m.Run) -> m.RunReply:
         if self.draining:
@@ -235,7 +265,7 @@ class WorkerService(Service):
         if (present is not None and present.epoch > run.epoch) or self._ended.epoch(run.key) >= run.epoch:
             return m.RunReply(False, "stale_epoch")
         if present is not None:
-            self.log.info("replaced", key=run.key, epoch=present.epoch, by=run.epoch)
+            self.log.info("replaced", request_id=run.key, epoch=present.epoch, by=run.epoch)
             self.engine.abort(run.key, present.epoch)
             self._end(present, completed=False)
         if self._paused:
@@ -247,7 +277,7 @@ class WorkerService(Service):
             return m.RunReply(False, ErrorCode.OVERLOADED.value, str(error))
         except RequestRejected as rejected:
             self.log.warning(
-                "rejected", key=run.key, epoch=run.epoch, code=rejected.error.code, error=rejected.error.message
+                "rejected", request_id=run.key, epoch=run.epoch, code=rejected.error.code, error=rejected.error.message
             )
             return m.RunReply(False, rejected.error.code, rejected.error.message)
         lengths = [0] * run.choices
@@ -256,8 +286,13 @@ class WorkerService(Service):
         partition = subjects.partition_of(run.key, self.settings.partitions)
         choices = set(range(run.choices)).difference(run.done)
         unproven = set(choices) if run.isolated else set()
-        self._runs[run.key] = ActiveRun(run.key, run.epoch, partition, lengths, choices, unproven)
-        self.log.info("run", key=run.key, epoch=run.epoch, prompt=len(run.prompt_ids) // 4, prefix=sum(lengths))
+        now = asyncio.get_running_loop().time()
+        prompt, prefix = len(run.prompt_ids) // 4, sum(lengths)
+        self._runs[run.key] = ActiveRun(
+            run.key, run.epoch, partition, lengths, choices, unproven, now, prompt, prefix, run.trace
+        )
+        note_request(run.key, run.epoch, run.trace)
+        self.log.info("run", request_id=run.key, epoch=run.epoch, prompt=prompt, prefix=prefix)
         return m.RunReply(True)
 
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
@@ -282,26 +317,55 @@ class WorkerService(Service):
             if beams or choice not in run.done
         ]
 
-    def _on_abort(self, message: Message) -> None:
+    def _on_abort(self, message: Message) -> str | None:
         try:
             abort = codec.decode_as(m.Abort, message.data)
         except codec.CodecError as error:
             self.log.error("bad_abort", error=str(error))
-            return
+            return f"{ErrorCode.INTERNAL.value}:{error}"
         run = self._runs.get(abort.key)
         if run is not None and run.epoch <= abort.epoch:
-            self.log.info("aborted", key=run.key, epoch=run.epoch, generated=sum(run.lengths))
+            self.log.info("aborted", request_id=run.key, epoch=run.epoch, generated=sum(run.lengths))
             self.engine.abort(run.key, abort.epoch)
             self._end(run, completed=False)
         self._ended.add(abort.key, abort.epoch, completed=False)
+        return None
 
     def _end(self, run: ActiveRun, completed: bool) -> None:
         """The worker is through with a run, if it still is the one that it holds."""
         if self._runs.get(run.key) is run:
             del self._runs[run.key]
+            self._trace(run, "" if completed else "not completed here")
             self._ended.add(run.key, run.epoch, completed)
             if completed:
                 self._lately[run.key] = run.epoch, self._beat + 1
+
+    def _trace(self, run: ActiveRun, error: str = "") -> None:
+        if not self.tracer.enabled:
+            return
+        now = asyncio.get_running_loop().time()
+        taken, admitted, first, last = (
+            wall_clock(t) if t else 0.0 for t in (run.taken, run.admitted, run.first, run.last)
+        )
+        end = wall_clock(now)
+        events = [SpanEvent("resumed", taken, {"prefix_tokens": run.prefix})] if run.epoch > 1 else []
+        span = self.tracer.record(
+            "generate",
+            run.trace,
+            taken,
+            end,
+            events=events,
+            error=error,
+            request_id=run.key,
+            epoch=run.epoch,
+            prompt_tokens=run.prompt,
+            prefix_tokens=run.prefix,
+            generated_tokens=sum(run.lengths) - run.prefix,
+        )
+        phases = (("queue", taken, admitted), ("prefill", admitted, first), ("decode", first, last))
+        for name, began, ended in phases:
+            if began:
+                self.tracer.record(name, span.traceparent, began, ended or end, request_id=run.key, epoch=run.epoch)
 
     # ------------------------------------------------ what the engine generates
 
@@ -309,6 +373,7 @@ class WorkerService(Service):
         by_partition: dict[int, list[m.Tokens]] = {}
         finished: dict[int, list[ActiveRun]] = {}
         for step in steps:
+            self._measure(step)
             for output in step.tokens:
                 if (run := self._run_of(output)) is None:
                     continue
@@ -317,6 +382,7 @@ class WorkerService(Service):
                 else:
                     by_partition.setdefault(run.partition, []).append(self._entry(run, output))
                     if not run.open:
+                        run.last = asyncio.get_running_loop().time()
                         finished.setdefault(run.partition, []).append(run)
             for error in step.errors:
                 if (run := self._run_of(error)) is not None:
@@ -324,6 +390,16 @@ class WorkerService(Service):
                     finished.setdefault(run.partition, []).append(run)
         for partition, entries in by_partition.items():
             self._append(steps[-1].step, partition, entries, finished.get(partition, ()))
+
+    def _measure(self, step: StepOutput) -> None:
+        if step.seconds is not None:
+            self._step_seconds.observe(step.seconds)
+            self._step_sequences.observe(len(step.tokens))
+        for slot in step.admitted:
+            run = self._runs.get(slot.request_id)
+            if run is not None and not run.admitted:
+                run.admitted = slot.when
+                self._queue_seconds.observe(max(0.0, slot.when - run.taken))
 
     def _run_of(self, output: TokenOutput | RequestError) -> ActiveRun | None:
         """The run that an output belongs to; None if the run has been aborted or replaced, or if that choice has ended."""
@@ -334,12 +410,17 @@ class WorkerService(Service):
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
         run.lengths[output.choice] = output.position + len(output.ids)
+        if not run.first:
+            run.first = asyncio.get_running_loop().time()
+            if run.admitted:
+                self._prefill_seconds.observe(max(0.0, run.first - run.admitted))
         run.unproven.discard(output.choice)
         failure = logprobs = None
         finish = output.finish
         if finish is not None:
-            self.log.info("finished", key=run.key, epoch=run.epoch, choice=output.choice, reason=finish.value)
+            self.log.info("finished", request_id=run.key, epoch=run.epoch, choice=output.choice, reason=finish.value)
             run.open.discard(output.choice)
+            self.meter.count("gorgon_worker_finished_total", finish.value)
             if finish is FinishReason.DEADLINE:
                 failure = m.Failure(
                     ErrorCode.DEADLINE_EXCEEDED.value, "the deadline passed while the model was generating"
@@ -363,9 +444,10 @@ class WorkerService(Service):
 
     def _failed(self, run: ActiveRun, error: RequestError) -> m.Tokens:
         self.log.error(
-            "failed", key=run.key, epoch=run.epoch, choice=error.choice, code=error.code, error=error.message
+            "failed", request_id=run.key, epoch=run.epoch, choice=error.choice, code=error.code, error=error.message
         )
         run.open.discard(error.choice)
+        self.meter.count("gorgon_worker_finished_total", "error")
         self._abort_rest(run)
         failure = m.Failure(error.code, error.message)
         return m.Tokens(run.key, error.choice, run.epoch, run.lengths[error.choice], b"", "error", failure=failure)
@@ -397,6 +479,8 @@ class WorkerService(Service):
         """Tells who took part in the step that killed the engine, as the last thing that this worker says."""
         self.log.critical("engine_died", error=repr(error), suspects=list(suspects), exc_info=error)
         self._suspects = tuple(suspects)
+        for run in self._runs.values():
+            self._trace(run, repr(error))
         self.draining = True
         self.beat_now()
         self.fail(EngineDied(repr(error)))

@@ -10,6 +10,7 @@ from services.scheduler.clock import ServerClock
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Bus, Stored
+from shared.logging import note_request
 from shared.retry import until_done
 
 REMEMBERED = 4096
@@ -17,11 +18,13 @@ REMEMBERED = 4096
 
 @dataclass(slots=True)
 class Known:
-    """`stamp`: the server's time at which it was stored. `opened`: this process has seen its OPEN acknowledged."""
+    """`stamp`: the server's time at which it was stored. `opened`: this process has seen its OPEN acknowledged. `trace`: the
+    traceparent for the worker that is next ordered to run it."""
 
     request: m.Request
     seq: int
     stamp: float
+    trace: str
     opened: bool = False
 
 
@@ -38,7 +41,9 @@ class Requests:
         self.observe_clock(stored.stamp)
         known = self._known.get(stored.seq)
         if known is None:
-            known = self._known[stored.seq] = Known(codec.decode_as(m.Request, stored.data), stored.seq, stored.stamp)
+            request = codec.decode_as(m.Request, stored.data)
+            known = self._known[stored.seq] = Known(request, stored.seq, stored.stamp, request.trace)
+            note_request(request.key, trace=request.trace)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         return known

@@ -7,6 +7,7 @@ of KV `assign`), and each looks after the part that rendezvous hashing gives it.
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgpack
 
@@ -22,6 +23,7 @@ from shared import api, codec, subjects
 from shared import messages as m
 from shared.bus import Bucket, Bus, BusError, Consumer, Delivery, Entry, Message, PayloadTooLarge, WrongRevision
 from shared.errors import ErrorCode, GorgonError
+from shared.logging import note_request
 from shared.rendezvous import owner
 from shared.retry import until_done
 from shared.service import Service
@@ -53,6 +55,9 @@ class SchedulerService(Service):
         self._requests = Requests(bus)
         self._acked_before: dict[str, int] = {}  # by intake subject: all below was acked a round of trimming ago
         self._migrations = 0
+        self._cancels = self.endpoint("cancel", subjects.cancel(settings.model), subjects.SCHEDULERS)
+        self._queue_seconds = self.meter.histogram("gorgon_scheduler_queue_seconds")
+        self._migration_seconds = self.meter.histogram("gorgon_scheduler_migration_seconds")
 
     # ------------------------------------------------ life
 
@@ -151,6 +156,8 @@ class SchedulerService(Service):
         if self.dispatcher.waiting_of(tenant) >= TENANT_SHARE * self._class_limit:
             await delivery.nak(COME_AGAIN)
             return
+        span = self.tracer.begin("schedule", request.trace, known.stamp, request_id=request.key, epoch=1)
+        known.trace = span.traceparent
         try:
             worker, need = await self.dispatcher.worker_for(request, expires=self._requests.expires(known))
         except Expired:
@@ -158,11 +165,15 @@ class SchedulerService(Service):
                 ErrorCode.DEADLINE_EXCEEDED, "the deadline passed while the request waited for a worker"
             )
             await self._end_unstarted(known, delivery, m.End(request.key, "error", failure=failure))
+            span.end(error=failure.code)
             return
         except Dropped:
             await self._end_unstarted(known, delivery, m.End(request.key, "cancelled"))
+            span.end(error="cancelled")
             return
+        span.event("placed", worker=worker.instance)
         await self._start(known, worker, need, delivery)
+        span.end()
 
     async def _start(self, known: Known, worker: Worker, need: Need, delivery: Delivery) -> None:
         """Assign, OPEN, run, ack: from the first of these on, the request survives this process."""
@@ -183,6 +194,8 @@ class SchedulerService(Service):
                 self.dispatcher.release(worker, need)
             await self._open(known)
             accepted = await self._run(known, 1, worker.instance)
+            if accepted:
+                self._queue_seconds.observe(self._requests.age(known))
             await delivery.ack()
         finally:
             self._busy.discard(request.key)
@@ -208,6 +221,7 @@ class SchedulerService(Service):
         assignment = m.Assignment(known.seq, 1, worker, request.body_hash, choices=slots, model=request.model)
         revision = await self._assign.create(key, codec.encode(assignment))
         self.ledger.apply(key, assignment, revision, self.fleet.link.proven)
+        note_request(key, 1)
         self.log.debug("assigned", request_id=key, epoch=1, worker=worker)
 
     async def _settle_duplicate(self, known: Known, entry: Entry, delivery: Delivery) -> None:
@@ -254,11 +268,14 @@ class SchedulerService(Service):
             self.spawn(self._migrate(key, reason, suspects), f"migrate.{key}")
 
     async def _migrate(self, key: str, reason: str, suspects: tuple[str, ...]) -> None:
+        began = self._now()
         try:
             pauses = iter(RETRY_PAUSES)
             while not await self._retarget(key, reason, suspects):
                 reason = "refused"
                 await asyncio.sleep(next(pauses, RETRY_PAUSES[-1]))
+            if (live := self.ledger.live.get(key)) is not None and live.assignment.worker:
+                self._migration_seconds.observe(self._now() - began)
         except WrongRevision:
             self.log.info("migration_left_to_another", request_id=key)
         except (Dropped, Draining):
@@ -276,10 +293,12 @@ class SchedulerService(Service):
         live = self.ledger.live.get(key)
         if live is None:
             return True
+        began = time.time()
         died = reason in DEATHS and (not suspects or key in suspects)
         assignment = live.assignment._replace(epoch=live.assignment.epoch + 1, worker="")
         epoch = assignment.epoch
         self._migrations += 1
+        self.meter.count("gorgon_scheduler_migrations_total", reason)
         self.log.info("migrating", request_id=key, epoch=epoch, reason=reason, worker=live.assignment.worker)
         revision = await self._update(key, assignment, live.revision)
         known = await self._requests.read(assignment.req_seq)
@@ -288,8 +307,14 @@ class SchedulerService(Service):
             await self._append(m.End(key, "error", failure=failure))
             self.log.error("request_lost", request_id=key, seq=assignment.req_seq)
             return True
+        gone = live.assignment.worker
+        span = self.tracer.begin(
+            "migrate", known.request.trace, began, request_id=key, epoch=epoch, reason=reason, gone=gone
+        )
+        known.trace = span.traceparent
         await self._open(known)
         await self._append(m.Fence(key, epoch))
+        span.event("fenced")
         prefix = await self._prefix(key, epoch)
         if prefix is None:
             return True
@@ -308,12 +333,17 @@ class SchedulerService(Service):
                 ErrorCode.DEADLINE_EXCEEDED, "the deadline passed while the request waited for another worker"
             )
             await self._append(m.End(key, "error", failure=failure))
+            span.end(error=failure.code)
             return True
+        span.event("placed", worker=worker.instance)
         try:
             await self._update(key, assignment._replace(worker=worker.instance), revision)
         finally:
             self.dispatcher.release(worker, need)
-        return await self._run(known, epoch, worker.instance, prefix, isolated)
+        accepted = await self._run(known, epoch, worker.instance, prefix, isolated)
+        span.set(prefix_tokens=length)
+        span.end(error="" if accepted else "refused")
+        return accepted
 
     async def _prefix(self, key: str, epoch: int) -> m.PrefixReply | None:
         """What the fence fixed. None if the request ended, or a higher epoch is in force."""
@@ -351,7 +381,7 @@ class SchedulerService(Service):
             request.priority,
             None if expires is None else max(0.001, expires - self._now()),
             isolated,
-            request.trace,
+            known.trace,
         )
         try:
             answer = await self.bus.request(subjects.worker_run(worker), codec.encode(order), self.settings.run_timeout)
@@ -360,12 +390,14 @@ class SchedulerService(Service):
             reply = m.RunReply(False, ErrorCode.PAYLOAD_TOO_LARGE, str(error))
         except (BusError, codec.CodecError) as error:
             self.fleet.answered(worker, accepted=False)
+            self.meter.count("gorgon_scheduler_runs_refused_total", "no_answer")
             self.log.warning("run_unanswered", request_id=request.key, epoch=epoch, worker=worker, error=repr(error))
             return False
         if reply.accepted or reply.code == "stale_epoch":
             self.fleet.answered(worker, accepted=True)
             return True
         self.fleet.answered(worker, accepted=False)
+        self.meter.count("gorgon_scheduler_runs_refused_total", reply.code)
         self.log.warning(
             "run_refused", request_id=request.key, epoch=epoch, worker=worker, code=reply.code, error=reply.message
         )
@@ -392,6 +424,7 @@ class SchedulerService(Service):
             f"the request killed its worker {assignment.suspect} times at the same token, the last two times alone"
         )
         await self._append(m.End(key, "error", failure=m.Failure(ErrorCode.QUARANTINED, message)))
+        self.meter.count("gorgon_scheduler_quarantined_total")
         self.log.error("quarantined", request_id=key, epoch=assignment.epoch, deaths=assignment.suspect)
 
     # ------------------------------------------------ what comes in
@@ -405,6 +438,8 @@ class SchedulerService(Service):
         if isinstance(value, m.Assignment) and value.model != self.settings.model:
             return
         ended = self.ledger.apply(entry.key, value, entry.revision, self.fleet.link.proven)
+        if value is not None:
+            note_request(entry.key, value.epoch)
         if not isinstance(value, m.Tombstone):
             return
         self.dispatcher.ended(entry.key, value.completion_tokens)
@@ -445,22 +480,26 @@ class SchedulerService(Service):
             return  # the member of the queue group answers
 
     def _on_cancel(self, message: Message) -> None:
+        began = self._now()
         try:
             key, encoding = _cancelled_key(message.data)
         except GorgonError as error:
+            self._cancels.done(self._now() - began, f"{error.code}:{error.message}")
             if message.reply:
                 self.bus.publish(message.reply, api.encode_event(api.error_event(None, error), "json"))
             return
-        self.spawn(self._cancel(key, encoding, message.reply), f"cancel.{key}")
+        self.spawn(self._cancel(key, encoding, message.reply, began), f"cancel.{key}")
 
-    async def _cancel(self, key: str, encoding: str, reply: str) -> None:
+    async def _cancel(self, key: str, encoding: str, reply: str, began: float) -> None:
         """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
         entry = await until_done("assign", key, lambda: self._assign.get(key))
         if entry is None or not isinstance(codec.decode(entry.value or b""), m.Tombstone):
             await self._append(m.End(key, "cancelled"))
+            self.meter.count("gorgon_scheduler_cancelled_total")
             self.log.info("cancelled", request_id=key)
         if reply:
             self.bus.publish(reply, api.encode_event({"ok": True}, encoding))
+        self._cancels.done(self._now() - began)
 
     # ------------------------------------------------ watching
 
@@ -483,6 +522,7 @@ class SchedulerService(Service):
             self.fleet.remove(instance)
             self.dispatcher.forget_worker(instance)
         if keys or verdict != "hung":
+            self.meter.count("gorgon_scheduler_workers_gone_total", verdict)
             self.log.warning("worker_gone", worker=instance, verdict=verdict, requests=len(keys))
         for key in keys:
             if self._responsible(key):

@@ -19,6 +19,7 @@ from shared.messages import ReplyTo, Request
 from shared.sampling import MAX_BAD_WORD_TOKENS, SamplingParams
 from shared.strategies import strategy_of
 from shared.subjects import is_token, request_key
+from shared.traceparent import trace_id_of
 
 log = structlog.get_logger()
 
@@ -36,6 +37,7 @@ class Addressee(NamedTuple):
     id: str | None = None
     tenant: str = DEFAULT_TENANT
     metadata: Mapping[str, Any] = {}
+    trace: str = ""  # the client's traceparent
 
     @property
     def key(self) -> str | None:
@@ -81,7 +83,7 @@ class Admission:
         except GorgonError as error:
             return Refused(error, to)
         except Exception as error:
-            log.error("admission_failed", request=to.id, exc_info=error)
+            log.error("admission_failed", request_id=to.key, exc_info=error)
             return Refused(GorgonError(ErrorCode.INTERNAL, "the request could not be prepared"), to)
 
     def _request(
@@ -116,7 +118,7 @@ class Admission:
             priority=asked.priority,
             deadline=asked.deadline,
             metadata=asked.metadata,
-            trace=asked.traceparent or "",
+            trace=to.trace,
             tokenize_ms=(time.perf_counter() - started) * 1e3,
             tool_format=self._files.tool_format if asked.uses_tools else "",
         )
@@ -207,11 +209,12 @@ class Admission:
 
 def addressee_of(body: Mapping[str, Any], to: Addressee) -> Addressee:
     """`to`, completed by what a body that may be wrong in any way says."""
-    request_id, tenant = body.get("id"), body.get("tenant")
+    request_id, tenant, trace = body.get("id"), body.get("tenant"), body.get("traceparent")
     return to._replace(
         reply=to.reply._replace(batched=body.get("batched") is True),
         id=request_id if isinstance(request_id, str) and is_token(request_id) else None,
         tenant=tenant if isinstance(tenant, str) and is_token(tenant) else DEFAULT_TENANT,
+        trace=trace if isinstance(trace, str) and trace_id_of(trace) else "",
     )
 
 

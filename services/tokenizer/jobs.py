@@ -47,4 +47,4 @@ class JobResults:
                 return
             except WrongRevision:
                 accepted_seq = 0
-        log.warning("refusal_stored_before", request=to.id, job=seq)
+        log.warning("refusal_stored_before", request_id=to.key, job=seq)

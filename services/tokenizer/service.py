@@ -21,8 +21,11 @@ from shared import codec, subjects
 from shared.api import accepted_event, decode_body, encode_for, encoding_of, error_event
 from shared.bus import Bus, BusError, Consumer, Delivery, Message, PayloadTooLarge, Subscription
 from shared.errors import ErrorCode, GorgonError
+from shared.logging import note_request
 from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo
 from shared.service import Service
+from shared.traceparent import generate as generate_trace
+from shared.tracing import Span, wall_clock
 
 _JOB_ACK_WAIT = 30.0  # seconds
 
@@ -53,6 +56,9 @@ class TokenizerService(Service):
         self._store: RequestStore
         self._encoder: Encoder
         self._pieces: Pieces
+        self._generate = self.endpoint("generate", subjects.generate(settings.model), subjects.TOKENIZERS)
+        self._encode_seconds = self.meter.histogram("gorgon_tokenizer_encode_seconds")
+        self._admission_seconds = self.meter.histogram("gorgon_tokenizer_admission_seconds")
 
     # ------------------------------------------------ life
 
@@ -114,6 +120,10 @@ class TokenizerService(Service):
         load = self._in_flight / self.settings.max_in_flight
         return self.base_heartbeat(load, self._in_flight, **self._counts)
 
+    def refresh_meter(self) -> None:
+        super().refresh_meter()
+        self.meter.set("gorgon_tokenizer_backlog_requests", self._waiting + self._stored_since)
+
     # ------------------------------------------------ load
 
     def _on_heartbeat(self, message: Message) -> None:
@@ -157,6 +167,7 @@ class TokenizerService(Service):
     def _on_request(self, message: Message) -> None:
         if not self._can_answer(message):
             return
+        began = asyncio.get_running_loop().time()
         size, most = len(message.data), self.settings.max_request_bytes
         if size > most:
             error = GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, f"a request of {size} bytes: at most {most} are taken")
@@ -164,10 +175,11 @@ class TokenizerService(Service):
             error = overload
         else:
             self._begin()
-            task = self.spawn(self._serve(message), "request")
+            task = self.spawn(self._serve(message, began), "request")
             task.add_done_callback(self._end)
             return
         self._refuse(Refused(error, self._addressee(message)))
+        self._answered(began, error)
 
     def _can_answer(self, message: Message) -> bool:
         """Nobody waits without a reply subject, and nobody may have us write into the pipeline's or the server's own subjects."""
@@ -175,7 +187,7 @@ class TokenizerService(Service):
             return True
         self._counts["dropped"] += 1
         to = self._addressee(message)
-        self.log.warning("no_reply_subject", request=to.key, subject=message.subject, reply=message.reply)
+        self.log.warning("no_reply_subject", request_id=to.key, subject=message.subject, reply=message.reply)
         return False
 
     def _addressee(self, message: Message) -> Addressee:
@@ -188,8 +200,15 @@ class TokenizerService(Service):
                 pass
         return to
 
-    async def _serve(self, message: Message) -> None:
+    def _answered(self, began: float, error: GorgonError | None = None) -> None:
+        seconds = asyncio.get_running_loop().time() - began
+        self._generate.done(seconds, "" if error is None else f"{error.code}:{error.message}")
+        if error is None:
+            self._admission_seconds.observe(seconds)
+
+    async def _serve(self, message: Message, began: float) -> None:
         outcome = await self._admit(message.data, message.reply)
+        outcome, span = self._traced(outcome, began)
         if isinstance(outcome, Admitted):
             try:
                 await self._put(outcome)
@@ -197,8 +216,24 @@ class TokenizerService(Service):
                 outcome = Refused(error, outcome.to)
             else:
                 self._send(outcome.to, self._accepted_event(outcome))
+                self._answered(began)
+                span.end()
                 return
         self._refuse(outcome)
+        self._answered(began, outcome.error)
+        span.end(error=f"{outcome.error.code}: {outcome.error.message}")
+
+    def _traced(self, outcome: Admitted | Refused, began: float) -> tuple[Admitted | Refused, Span]:
+        """The request's first span, and the request with its trace: a new one if the client has none."""
+        to = outcome.to
+        span = self.tracer.begin("tokenize", to.trace, wall_clock(began), request_id=to.key)
+        trace = span.traceparent or str(generate_trace())
+        if to.key is not None:
+            note_request(to.key, trace=trace)
+        if isinstance(outcome, Admitted):
+            span.set(prompt_tokens=outcome.prompt_tokens, durable=outcome.request.durable)
+            outcome = outcome._replace(request=outcome.request._replace(trace=trace))
+        return outcome, span
 
     async def _put(self, admitted: Admitted) -> None:
         """Raises GorgonError."""
@@ -207,13 +242,16 @@ class TokenizerService(Service):
         except GorgonError:
             raise
         except Exception as error:  # harms this request only
-            self.log.error("put_failed", request=admitted.request.key, exc_info=error)
+            self.log.error("put_failed", request_id=admitted.request.key, exc_info=error)
             raise GorgonError(ErrorCode.INTERNAL, "the request could not be stored") from None
         self._counts["accepted" if is_new else "repeated"] += 1
+        self._encode_seconds.observe(admitted.request.tokenize_ms / 1e3)
+        if is_new:
+            self.meter.count("gorgon_tokenizer_prompt_tokens_total", by=admitted.prompt_tokens)
         self._stored_since += is_new
         self.log.info(
             "accepted" if is_new else "repeated",
-            request=admitted.request.key,
+            request_id=admitted.request.key,
             prompt_tokens=admitted.prompt_tokens,
             tokenize_ms=round(admitted.request.tokenize_ms, 2),
         )
@@ -254,7 +292,7 @@ class TokenizerService(Service):
     def _note_refusal(self, refused: Refused) -> None:
         error, to = refused.error, refused.to
         self._counts[f"refused_{error.code}"] += 1
-        self.log.info("refused", request=to.key, code=str(error.code), message=error.message)
+        self.log.info("refused", request_id=to.key, code=str(error.code), message=error.message)
 
     def _send(self, to: Addressee, event: dict[str, Any]) -> None:
         for data in encode_for(to.reply, [event]):
@@ -331,7 +369,8 @@ class TokenizerService(Service):
     async def _take_job(self, delivery: Delivery) -> None:
         """Every step may be repeated, so the job is acked last."""
         seq, data = delivery.message.seq, delivery.message.data
-        outcome = await self._admit(data, "", job_id(seq))
+        began = asyncio.get_running_loop().time()
+        outcome, span = self._traced(await self._admit(data, "", job_id(seq)), began)
         accepted_seq = 0
         if isinstance(outcome, Admitted):
             accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome), seq)
@@ -345,3 +384,4 @@ class TokenizerService(Service):
             self._note_refusal(outcome)
             await self._job_results.store_refusal(outcome, seq, accepted_seq)
         await delivery.ack()
+        span.end(error=f"{outcome.error.code}: {outcome.error.message}" if isinstance(outcome, Refused) else "")

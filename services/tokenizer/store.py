@@ -88,7 +88,7 @@ class RequestStore:
             except PayloadTooLarge as error:
                 raise GorgonError(ErrorCode.PAYLOAD_TOO_LARGE, f"the encoded request is too large: {error}") from None
             except BusError as error:
-                log.warning("retrying", what=what, request=key, error=repr(error), attempts_left=left)
+                log.warning("retrying", what=what, request_id=key, error=repr(error), attempts_left=left)
                 if left and not isinstance(error, BusTimeout):
                     await asyncio.sleep(_PAUSE)
         message = "the log does not answer: whether the request was accepted is unknown; send it again with the same id"

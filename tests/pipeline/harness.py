@@ -101,10 +101,11 @@ async def deployed(
     model_path: Path,
     flags: dict[str, list[str]] | None = None,
     copies: dict[str, int] | None = None,
+    **more: Any,
 ) -> AsyncIterator[Deployment]:
-    """One of each stage, ready. The worker computes on one CPU thread."""
+    """One of each stage, ready. The worker computes on one CPU thread. `more` goes into the Plan."""
     flags = {"model_worker": ["--device", "cpu", "--threads", "1", "--max-seqs", "64"]} | (flags or {})
-    plan = Plan(data, model, model_path, free_port(), dict.fromkeys(STAGES, 1) | (copies or {}), flags)
+    plan = Plan(data, model, model_path, free_port(), dict.fromkeys(STAGES, 1) | (copies or {}), flags, **more)
     plan.http_port = free_ports(plan.copies.get(GATEWAY, 0))
     supervisor = Supervisor(plan)
     bus: NatsBus | None = None

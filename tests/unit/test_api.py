@@ -106,7 +106,7 @@ def test_defaults_and_every_field():
         "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 0,
         "min_p": 0.1, "seed": 2**63 - 1, "n": 16, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,
-        "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": "00-a-b-01",
+        "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": f"00-{10:032x}-{11:016x}-01",
         "typical_p": 0.5, "logit_bias": {"5": -100, "0": 2.5}, "bad_words": ["x y"], "min_tokens": 3,
     }  # fmt: skip
     assert set(body) | SEARCH_FIELDS | {"prompt"} == set(api.GenerateRequest.model_fields)
@@ -127,7 +127,8 @@ def test_defaults_and_every_field():
         ("stop_token_ids", [-5]), ("stop_token_ids", list(range(65))), ("ignore_eos", 1), ("repetition_penalty", 0),
         ("presence_penalty", 3), ("frequency_penalty", -3), ("logprobs", 21), ("priority", 101), ("deadline", 0),
         ("stream", "yes"), ("batched", None), ("metadata", []), ("metadata", {"k": "v" * 5000}), ("metadata", {"k": 2**70}),
-        ("traceparent", "x" * 65), ("typical_p", 0), ("typical_p", 1.5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}),
+        ("traceparent", "x" * 65), ("traceparent", "00-a-b-01"), ("typical_p", 0), ("typical_p", 1.5),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}),
         ("logit_bias", {"01": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": "1"}), ("logit_bias", [1]),
         ("logit_bias", {str(2**31): 1}), ("logit_bias", {"1" * 100: 1}), ("logit_bias", {str(i): 1 for i in range(385)}),
         ("logit_bias", {"²": 1}), ("bad_words", "x"), ("bad_words", [""]), ("bad_words", ["x"] * 129), ("bad_words", ["y" * 257]),
@@ -204,7 +205,7 @@ def test_hash_tells_what_is_to_be_generated_and_nothing_else():
         "prompt": "a",
         "stream": False,
         "batched": True,
-        "traceparent": "x",
+        "traceparent": f"00-{1:032x}-{1:016x}-00",
         "seed": None,
     }
     assert api.hash_body(body) == api.hash_body(same)

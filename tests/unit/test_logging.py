@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 
 from shared import subjects
 from shared.config import StageSettings
-from shared.logging import MAX_WAITING, attach_bus, configure_logging, detach_bus
+from shared.logging import MAX_WAITING, REMEMBERED, attach_bus, configure_logging, detach_bus, note_request
 from shared.memory_bus import MemoryBroker, MemoryBus
 
 
@@ -33,7 +35,7 @@ def lines(text: str) -> list[dict[str, object]]:
 
 def test_json_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(StageSettings(log_format="json"), "toy")
-    structlog.get_logger().bind(instance="i-1").info("started", epoch=3, key="t.r", extra=[1, {2}])
+    structlog.get_logger().bind(instance="i-1").info("started", epoch=3, request_id="t.r", extra=[1, {2}])
     (line,) = lines(capsys.readouterr().err)
     assert list(line) == ["ts", "level", "stage", "instance", "event", "request_id", "epoch", "extra"]
     assert (line["level"], line["stage"], line["event"], line["request_id"]) == ("info", "toy", "started", "t.r")
@@ -56,7 +58,7 @@ def test_levels_exceptions_and_standard_logging(capsys: pytest.CaptureFixture[st
 
 def test_text_on_a_console(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(StageSettings(log_format="console"), "toy")
-    structlog.get_logger().info("started", request="t.r")
+    structlog.get_logger().info("started", request_id="t.r")
     text = capsys.readouterr().err
     assert "started" in text and "t.r" in text and not text.startswith("{")
 
@@ -101,3 +103,49 @@ async def test_while_there_is_no_connection_the_oldest_lines_go(capsys: pytest.C
     broker.reconnect(bus)
     await asyncio.sleep(0.02)
     assert [json.loads(line)["number"] for line in got] == list(range(500, MAX_WAITING + 500))
+
+
+def test_trace_and_epoch_are_in_every_line_about_a_known_request(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(StageSettings(log_format="json"), "toy")
+    log = structlog.get_logger()
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    note_request("t.r", trace=f"00-{trace_id}-b7ad6b7169203331-01")
+    log.info("before any epoch", request_id="t.r")
+    note_request("t.r", epoch=2)
+    note_request("t.r", epoch=1)  # late news
+    log.info("known", request_id="t.r")
+    log.info("said", request_id="t.r", epoch=7)
+    log.info("another", request_id="t.other")
+    log.info("none")
+    first, known, said, another, none = lines(capsys.readouterr().err)
+    assert (first["trace_id"], "epoch" in first) == (trace_id, False)
+    assert (known["trace_id"], known["epoch"]) == (trace_id, 2)
+    assert said["epoch"] == 7
+    assert not {"trace_id", "epoch"} & (another.keys() | none.keys())
+    for number in range(REMEMBERED):
+        note_request(f"t.{number}", epoch=1)
+    log.info("forgotten", request_id="t.r")
+    assert "trace_id" not in lines(capsys.readouterr().err)[0]
+
+
+LOG_METHODS = {"debug", "info", "warning", "error", "critical", "exception"}
+
+
+def test_log_calls_name_a_request_request_id() -> None:
+    """So that `gorgon tail REQUEST` finds every line."""
+    root = Path(__file__).resolve().parents[2]
+    wrong = []
+    for folder in ("shared", "services"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in LOG_METHODS
+                ):
+                    wrong += [
+                        f"{path.relative_to(root)}:{node.lineno} {keyword.arg}="
+                        for keyword in node.keywords
+                        if keyword.arg in {"request", "key", "req", "request_key"}
+                    ]
+    assert not wrong, f"a request is named request_id in log lines: {wrong}"

@@ -43,7 +43,7 @@ def test_a_request_with_everything(admission: Admission, files: ModelFiles):
         "id": "a", "tenant": "t", "prompt": "Once", "max_tokens": 5, "temperature": 0.5, "top_p": 0.5, "top_k": 7,
         "min_p": 0.1, "seed": 9, "n": 2, "stop": ["x"], "stop_token_ids": [3], "ignore_eos": True, "repetition_penalty": 1.2,
         "presence_penalty": 0.1, "frequency_penalty": 0.2, "logprobs": 3, "priority": 4, "deadline": 2.5, "stream": False,
-        "batched": True, "metadata": {"k": 1}, "traceparent": "00-1-2-01", "model": "demo",
+        "batched": True, "metadata": {"k": 1}, "traceparent": f"00-{1:032x}-{2:016x}-01", "model": "demo",
     }  # fmt: skip
     request = admit(admission, body).request
     assert codec.decode(codec.encode(request)) == request
@@ -61,7 +61,7 @@ def test_a_request_with_everything(admission: Admission, files: ModelFiles):
     assert (sampling.seed, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (9, (3,), True, 3)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.2, 0.1, 0.2)
     assert (request.stop, request.priority, request.deadline, request.metadata) == (("x",), 4, 2.5, {"k": 1})
-    assert (request.trace, request.durable) == ("00-1-2-01", False)
+    assert (request.trace, request.durable) == (f"00-{1:032x}-{2:016x}-01", False)
     assert 0 < request.tokenize_ms < 1000
 
 
