@@ -100,7 +100,7 @@ class GenerateRequest(Strict):
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
     tool_choice: Literal["auto", "none"] | None = None  # with tools: "auto" unless given
     chat_template_kwargs: dict[str, Any] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
@@ -108,6 +108,7 @@ class GenerateRequest(Strict):
     typical_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     seed: Seed | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
         default_factory=list, max_length=MAX_STOPS
     )
@@ -133,6 +134,8 @@ class GenerateRequest(Strict):
     cd_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = None
     cd_beta: Annotated[Finite, Field(ge=0, le=10)] | None = None
     cd_temperature: Annotated[Finite, Field(gt=0, le=100)] = 1.0
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
     deadline: Annotated[Finite, Field(gt=0, le=86_400)] | None = None  # seconds from acceptance
     stream: bool = True
@@ -215,6 +218,18 @@ class GenerateRequest(Strict):
     def uses_tools(self) -> bool:
         """Whether the model is told of tools, and its calls are looked for."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @model_validator(mode="after")
+    def _enough_choices(self) -> GenerateRequest:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of: {self.best_of} is less than n, {self.n}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> GenerateRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens: 0 is for 'echo' and 'prompt_logprobs' only")
+        return self
 
 
 # ---------------------------------------------------------------- bytes
@@ -367,7 +382,8 @@ def tokens_event(
     logprobs: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """`ids` extend the choice at `position` (index of ids[0]); `text` extends its text at character `offset`. The two advance on
-    their own: text lags while a character or a possible stop string is incomplete, so either may be empty.
+    their own: text lags while a character or a possible stop string is incomplete, so either may be empty. Choice PROMPT (-1) is the
+    prompt, told like a choice.
 
     logprobs, one for each id: {"id", "logprob", "top": [[id, logprob], ...]}.
     """
@@ -385,8 +401,11 @@ def finished_event(
     completion_tokens: int,
     timings: Mapping[str, float],
     metadata: Mapping[str, Any],
+    prompt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """choices: {"choice", "finish_reason": "stop", "length" or "tool_calls", "stop": stop string, stop id or null, "tokens": count,
+    """prompt: lengths (and with stream=false contents) of what was told of the prompt, as of a choice.
+
+    choices: {"choice", "finish_reason": "stop", "length" or "tool_calls", "stop": stop string, stop id or null, "tokens": count,
     "chars": length of its text} and, with stream=false, "ids", "text" and "logprobs" too. A choice that calls tools also has
     "tool_calls": [{"id", "name", "arguments": JSON text, for a broken call "error"}] and "content", its text without the calls."""
     usage = dict(
@@ -394,20 +413,35 @@ def finished_event(
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
+    told = {} if prompt is None else {"prompt": prompt}
     return dict(
-        event="finished", id=request_id, choices=choices, usage=usage, timings=dict(timings), metadata=dict(metadata)
+        event="finished",
+        id=request_id,
+        choices=choices,
+        **told,
+        usage=usage,
+        timings=dict(timings),
+        metadata=dict(metadata),
     )
 
 
 def cancelled_event(
-    request_id: str, *, prompt_tokens: int, completion_tokens: int, metadata: Mapping[str, Any]
+    request_id: str,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    metadata: Mapping[str, Any],
+    choices: list[dict[str, Any]],
+    prompt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """choices: {"choice", "tokens", "chars"} of what was told; prompt: the same of the prompt, if it was to be told."""
     usage = dict(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
-    return dict(event="cancelled", id=request_id, usage=usage, metadata=dict(metadata))
+    told = {} if prompt is None else {"prompt": prompt}
+    return dict(event="cancelled", id=request_id, choices=choices, **told, usage=usage, metadata=dict(metadata))
 
 
 def error_event(

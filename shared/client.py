@@ -24,6 +24,7 @@ from shared import subjects
 from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
+from shared.messages import PROMPT
 from shared.tool_calls import FORMATS, Parsed, ToolCall, ToolCallDelta, ToolCallParser
 
 log = structlog.get_logger()
@@ -42,7 +43,8 @@ FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice: `ids` from `position` on, `text` from character `offset` on. Either may be empty.
+    """What is new of one choice (PROMPT: of the prompt): `ids` from `position` on, `text` from character `offset` on. Either may be
+    empty.
 
     `content` and `tool_calls` are what the text says, if the request has tools; else `content` is the text. They may lag behind the
     text, and then come in a last delta without ids and text."""
@@ -70,7 +72,8 @@ class ChoiceResult:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request ended. `status` is "finished" or "cancelled"; an error raises instead. usage: counts of tokens. timings: ms."""
+    """How a request ended. prompt: what was told of it, with echo or prompt_logprobs.
+    `status` is "finished" or "cancelled"; an error raises instead. usage: counts of tokens. timings: ms."""
 
     id: str
     status: str
@@ -78,6 +81,7 @@ class Result:
     usage: dict[str, int]
     timings: dict[str, float]
     metadata: dict[str, Any]
+    prompt: ChoiceResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +166,16 @@ class Stream:
         for index in ends:
             self._choice(index)
         results = []
+        prompt = None
         for index, choice in sorted(self._choices.items()):
             result = choice.result
             result.text = "".join(choice.parts)
+            if index == PROMPT:
+                prompt = result
+                continue
             if index in ends:
                 end = ends[index]
-                result.finish_reason, result.stop = end["finish_reason"], end["stop"]
+                result.finish_reason, result.stop = end.get("finish_reason"), end.get("stop")
                 result.tool_calls = _tool_calls(end)
             result.content = ends.get(index, {}).get("content", result.text)
             results.append(result)
@@ -178,6 +186,7 @@ class Stream:
             event.get("usage", {}),
             event.get("timings", {}),
             event.get("metadata", {}),
+            prompt,
         )
 
     async def text(self) -> str:
@@ -289,7 +298,7 @@ class Stream:
 
     def _read(self, index: int, choice: _Choice, text: str) -> Parsed:
         """What the further text says."""
-        if self._tool_format == "" or not choice.begins:
+        if self._tool_format == "" or not choice.begins or index == PROMPT:
             return Parsed(text)
         choice.unread += text
         if self._tool_format not in FORMATS:
@@ -339,15 +348,20 @@ class Stream:
 
     def _complete(self, event: dict[str, Any]) -> bool:
         """Whether everything that the terminal event counts is here. An event with the whole text in it brings it along."""
-        for end in event.get("choices", ()):
+        ends = list(event.get("choices", ()))
+        if "prompt" in event:
+            ends.insert(0, event["prompt"] | {"choice": PROMPT})
+        for end in ends:
             choice = self._choice(end["choice"])
             if "text" in end:
                 whole = dict(choice=end["choice"], position=0, ids=end["ids"], text=end["text"], offset=0)
                 self._on_tokens(whole | ({"logprobs": end["logprobs"]} if "logprobs" in end else {}))
             if (choice.position, choice.offset) != (end["tokens"], end["chars"]):
                 return False
-        counted: int = event["usage"]["completion_tokens"] if event["event"] == "cancelled" else 0
-        return sum(c.position for c in self._choices.values()) >= counted
+        if event["event"] == "cancelled" and "choices" not in event:  # of an older detokenizer
+            counted: int = event["usage"]["completion_tokens"]
+            return sum(c.position for c in self._choices.values()) >= counted
+        return True
 
     def finish(self, event: dict[str, Any]) -> None:
         self._client.forget(self)

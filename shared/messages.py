@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 from shared.sampling import SamplingParams
 
+# In place of the number of a choice: the prompt, whose tokens have log-probabilities (and text) to be told, too.
+PROMPT = -1
+
 # ---------------------------------------------------------------- client side of a request
 
 
@@ -46,6 +49,8 @@ class Request(NamedTuple):
     trace: str = ""  # W3C traceparent
     tokenize_ms: float = 0.0  # time spent in the tokenizer, for the timings of the terminal event
     tool_format: str = ""  # of shared.tool_calls, if calls are to be looked for in the text
+    best: int = 0  # the client is told of so many of the choices, the likeliest, at the end; 0: of all, as they come
+    echo: bool = False  # the client is told the prompt's text, too
 
 
 # ---------------------------------------------------------------- stream TOK: the token log (folded by shared/tokenlog.py)
@@ -68,6 +73,9 @@ class Open(NamedTuple):
     tokenize_ms: float = 0.0
     queue_ms: float = 0.0  # from REQ's store time to OPEN
     tool_format: str = ""
+    best: int = 0  # as in Request
+    prompt_logprobs: bool = False  # TOKENS of the choice PROMPT come before those of others count
+    prompt_ids: bytes = b""  # if the prompt is to be echoed
 
 
 class Attach(NamedTuple):
@@ -89,9 +97,10 @@ class Failure(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of one choice, generated but committed only once the fold accepts them.
+    """Tokens of one choice, generated but committed only once the fold accepts them. Of the choice PROMPT: tokens of the prompt, for
+    their log-probabilities (the first has none: 0.0 and no alternatives).
 
-    position   index of ids[0] among the generated tokens of the choice
+    position   index of ids[0] among the generated tokens of the choice (PROMPT: in the prompt)
     finish     None while the choice goes on, else "stop" (end of sequence), "stop_token", "length", "deadline" or "error"
     stop       the id that ended it, for finish "stop" and "stop_token"; such an id is the last of `ids` and is not shown as text
     failure    for finish "error" (and "deadline"): fails the whole request
@@ -142,7 +151,8 @@ LogEntry = Open | Attach | StepTokens | Fence | End
 
 class Run(NamedTuple):
     """Order to generate. `generated` holds the committed prefix of each choice (empty at first), `done` the choices that already
-    finished; positions, penalties, seeds and max_tokens count from the original prompt."""
+    finished, `prompt_done` tokens of the prompt have committed log-probabilities (where they are wanted); positions, penalties, seeds
+    and max_tokens count from the original prompt."""
 
     key: str
     epoch: int
@@ -155,6 +165,7 @@ class Run(NamedTuple):
     deadline: float | None = None  # seconds left
     isolated: bool = False  # a suspect: run it in a step of its own
     trace: str = ""
+    prompt_done: int = 0
 
 
 class RunReply(NamedTuple):
@@ -191,6 +202,7 @@ class PrefixReply(NamedTuple):
     epoch: int = 0
     generated: tuple[bytes, ...] = ()
     done: tuple[int, ...] = ()
+    prompt_done: int = 0
 
 
 # ---------------------------------------------------------------- gateway → tokenizer (core)

@@ -6,6 +6,8 @@ A partition of TOK is totally ordered, so whoever folds its entries from the beg
     is_current           TOKENS count only in the epoch in force
     is_duplicate         positions below the length were committed before: dropped
     holds                positions above the length wait until the gap is filled
+    awaits_prompt        where the prompt's log-probabilities are told, the tokens of choices wait until all of them are there
+                         (but not a failure)
     raises_epoch         FENCE is monotone: only a higher epoch takes effect
     clear_held           FENCE forgets what the old epoch left waiting, and fixes `base` = length, where the new epoch begins
     is_open_for_entries  the first terminal entry in log order wins; everything after it is dropped
@@ -56,12 +58,18 @@ class RequestState:
     choices: list[Choice] = field(default_factory=list)
     held: dict[tuple[int, int], m.Tokens] = field(default_factory=dict)  # (choice, position)
     terminal: Terminal | None = None
+    prompt: Choice | None = None  # the prompt's tokens whose log-probabilities are committed, if they are wanted
     touched: float = 0.0  # store time of the last entry about this request
 
     @property
     def prefix(self) -> tuple[list[int], ...]:
         """What had been committed of each choice when the epoch in force began."""
         return tuple(c.ids[: c.base] for c in self.choices)
+
+    @property
+    def prompt_done(self) -> int:
+        """How many tokens of the prompt had been committed when the epoch in force began."""
+        return self.prompt.base if self.prompt is not None else 0
 
     @property
     def completion_tokens(self) -> int:
@@ -81,7 +89,7 @@ class Attached(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """`ids` extend the choice from `position` on. A finish without ids has an empty list."""
+    """`ids` extend the choice (or PROMPT) from `position` on. A finish without ids has an empty list."""
 
     key: str
     choice: int
@@ -126,6 +134,10 @@ class PartitionFold:
 
     def holds(self, choice: Choice, tokens: m.Tokens) -> bool:
         return tokens.position > len(choice.ids)
+
+    def awaits_prompt(self, request: RequestState) -> bool:
+        prompt, opened = request.prompt, request.opened
+        return prompt is not None and opened is not None and len(prompt.ids) < opened.prompt_tokens
 
     def raises_epoch(self, request: RequestState, fence: m.Fence) -> bool:
         return fence.epoch > request.epoch
@@ -175,6 +187,7 @@ class PartitionFold:
             return  # a scheduler repeats OPEN when it does not know whether the first was stored
         request.opened = entry
         request.choices = [Choice() for _ in range(entry.choices)]
+        request.prompt = Choice() if entry.prompt_logprobs else None
         if request.reply is None or not self.keeps_attached_reply():
             request.reply = entry.reply
         effects.append(Opened(entry.key))
@@ -186,7 +199,7 @@ class PartitionFold:
             return
         request.epoch = entry.epoch
         self.clear_held(request)
-        for choice in request.choices:
+        for choice in (*request.choices, *([request.prompt] if request.prompt is not None else [])):
             choice.base = len(choice.ids)
         effects.append(Fenced(entry.key, entry.epoch))
 
@@ -204,19 +217,28 @@ class PartitionFold:
     def _tokens(self, request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> None:
         if not self.is_open_for_entries(request) or not self.is_current(request, tokens):
             return
-        if not 0 <= tokens.choice < len(request.choices):
+        of_prompt = tokens.choice == m.PROMPT and request.prompt is not None
+        if not of_prompt and not 0 <= tokens.choice < len(request.choices):
             return
-        choice = request.choices[tokens.choice]
+        choice = request.prompt if of_prompt else request.choices[tokens.choice]
+        assert choice is not None
         if choice.finish is not None or self.is_duplicate(choice, tokens):
             return
-        if self.holds(choice, tokens):
+        fails = tokens.finish is not None and tokens.finish not in FINISHED
+        if self.holds(choice, tokens) or (not of_prompt and not fails and self.awaits_prompt(request)):
             request.held[tokens.choice, tokens.position] = tokens
             return
         self._commit(request, choice, tokens, effects)
+        self._commit_held(request, tokens.choice, choice, effects)
+        if of_prompt and not self.awaits_prompt(request):
+            for index, waiting in enumerate(request.choices):
+                self._commit_held(request, index, waiting, effects)
+
+    def _commit_held(self, request: RequestState, index: int, choice: Choice, effects: list[Effect]) -> None:
         while (
             request.terminal is None
             and choice.finish is None
-            and (waiting := request.held.pop((tokens.choice, len(choice.ids)), None)) is not None
+            and (waiting := request.held.pop((index, len(choice.ids)), None)) is not None
         ):
             self._commit(request, choice, waiting, effects)
 
@@ -267,18 +289,23 @@ class PartitionFold:
         for r in self.requests.values():
             choices = [(c.ids, c.base, c.finish, c.stop, c.length) for c in r.choices]
             held = list(r.held.values())
-            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched))
+            prompt = None if r.prompt is None else (r.prompt.ids, r.prompt.base)
+            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched, prompt))
         data: bytes = msgpack.packb(rows)
         return data
 
     @classmethod
     def restore(cls, data: bytes) -> PartitionFold:
         fold = cls()
-        for key, opened, reply, epoch, choices, held, terminal, touched in msgpack.unpackb(data, strict_map_key=False):
+        for key, opened, reply, epoch, choices, held, terminal, touched, *added in msgpack.unpackb(
+            data, strict_map_key=False
+        ):
             request = RequestState(key, epoch=epoch, touched=touched)
             request.opened = _open_from(opened) if opened is not None else None
             request.reply = m.ReplyTo(*reply) if reply is not None else None
             request.choices = [Choice(*row) for row in choices]
+            if added and added[0] is not None:
+                request.prompt = Choice(*added[0])
             for row in held:
                 tokens = _tokens_from(row)
                 request.held[tokens.choice, tokens.position] = tokens

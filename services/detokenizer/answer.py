@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from services.detokenizer.decoding import NewDecoding
+from services.detokenizer.decoding import Decoding, NewDecoding
 from services.detokenizer.stream import ChoiceStream
+from services.detokenizer.track import NoText, Track, mean_logprob
 from shared import api
 from shared.codec import unpack_ids
-from shared.messages import Failure, TokenLogprobs
+from shared.messages import PROMPT, Failure, TokenLogprobs
 from shared.subjects import split_request_key
 from shared.tokenlog import Committed, RequestState
 from shared.tool_calls import MARKERS, parse
@@ -29,7 +30,9 @@ BEGINNING: Cursor = (0, 0)
 class Answer:
     """Text and events of one request whose OPEN has been folded.
 
-    sent            how much of each choice went to the reply subject
+    tracks          what the client is told of, by the number that it knows: all choices, or with `best` the likeliest once the request
+                    has finished; the prompt, if wanted, before them
+    sent            how much of each track went to the reply subject
     terminal_sent   so did the terminal event
     declared        choices whose stop string has been reported to the log by this process
     opened_at, first_at, ended_at   stream time of OPEN, of the first tokens, of the end; seconds, 0 if not yet
@@ -43,11 +46,25 @@ class Answer:
         self.state = state
         self.opened = opened
         self.tenant, self.id = split_request_key(state.key)
-        shown = MARKERS.get(opened.tool_format, ())
-        self.streams = [ChoiceStream(new_decoding(shown), opened.stop) for _ in state.choices]
-        self.logprobs: list[list[TokenLogprobs]] | None = [[] for _ in state.choices] if opened.logprobs else None
+        echoed = unpack_ids(opened.prompt_ids)
+        marks = MARKERS.get(opened.tool_format, ())
+        before = echoed if opened.max_tokens else []
+        self.streams = [ChoiceStream(_after(new_decoding(marks), before), opened.stop) for _ in state.choices]
+        keeps_logprobs = opened.logprobs or opened.best > 0
+        self.logprobs: list[list[TokenLogprobs]] | None = [[] for _ in state.choices] if keeps_logprobs else None
+        self.prompt: Track | None = None
+        if echoed or state.prompt is not None:
+            stream = ChoiceStream(new_decoding(()) if echoed else NoText())
+            if state.prompt is None:
+                self.prompt = Track(stream, echoed, None, PROMPT)
+                stream.feed(echoed)
+            else:
+                self.prompt = Track(stream, state.prompt.ids, [], PROMPT)
+        self.tracks: dict[int, Track] = {} if self.prompt is None else {PROMPT: self.prompt}
+        if not opened.best:
+            self.tracks |= {index: self._track(index) for index in range(len(self.streams))}
         self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
-        self.sent: list[Cursor] = [BEGINNING] * len(state.choices)
+        self.sent: dict[int, Cursor] = {}
         self.terminal_sent = False
         self.declared: set[int] = set()
         self.opened_at = opened_at
@@ -56,9 +73,25 @@ class Answer:
         self.fences: list[tuple[int, float]] = []
         self.last_at = 0.0
 
+    def _track(self, index: int) -> Track:
+        logprobs = self.logprobs[index] if self.logprobs is not None and self.opened.logprobs else None
+        return Track(self.streams[index], self.state.choices[index].ids, logprobs, index)
+
+    def _rank(self) -> None:
+        """Of a request that has finished, the client is now told of its likeliest choices."""
+        assert self.logprobs is not None
+        means = [mean_logprob(self._track(i)._replace(logprobs=rows)) for i, rows in enumerate(self.logprobs)]
+        best = sorted(range(len(means)), key=lambda index: -means[index])[: self.opened.best]
+        self.tracks |= {number: self._track(index) for number, index in enumerate(best)}
+
     # ------------------------------------------------ from the fold
 
     def commit(self, effect: Committed, stamp: float) -> None:
+        if effect.choice == PROMPT:
+            assert self.prompt is not None and self.prompt.logprobs is not None
+            self.prompt.stream.feed(effect.ids)
+            self.prompt.logprobs.extend(effect.logprobs or ())
+            return
         if not self.first_at:
             self.first_at = stamp
         index, ids = effect.choice, effect.ids
@@ -79,8 +112,15 @@ class Answer:
 
     def end(self, stamp: float) -> None:
         self.ended_at = stamp
+        self._close()
+
+    def _close(self) -> None:
         for stream in self.streams:
             stream.flush()
+        if self.prompt is not None and self.opened.max_tokens == 0:
+            self.prompt.stream.flush()  # else the choices go on with what is incomplete of it
+        if self.opened.best and self.state.terminal is not None and self.state.terminal.reason == "finished":
+            self._rank()
 
     # ------------------------------------------------ what is known
 
@@ -118,16 +158,17 @@ class Answer:
         state, sent = self.state, self.sent
         streamed = state.reply is None or state.reply.stream
         if streamed:
-            for index, stream in enumerate(self.streams):
-                position, offset = sent[index]
+            for number, track in self.tracks.items():
+                position, offset = sent.get(number, BEGINNING)
+                stream = track.stream
                 shown, chars = stream.shown, stream.chars
                 if position >= shown and offset >= chars:
                     continue
                 if shown - position <= EVENT_IDS and chars - offset <= EVENT_CHARS:
-                    events.append(self._event(index, position, shown, stream.text_from(offset), offset))
+                    events.append(self._event(number, position, shown, stream.text_from(offset), offset))
                 else:
-                    events.extend(self.news(index, sent[index]))
-                sent[index] = (shown, chars)
+                    events.extend(self.news(number, (position, offset)))
+                sent[number] = (shown, chars)
         if state.terminal is not None and not self.terminal_sent:
             self.terminal_sent = True
             events.append(self.terminal_event(streamed))
@@ -135,37 +176,38 @@ class Answer:
 
     def mark_sent(self) -> None:
         """Everything up to here went out before (by the partition's last owner)."""
-        self.sent = [(stream.shown, stream.chars) for stream in self.streams]
+        self.sent = {number: (track.stream.shown, track.stream.chars) for number, track in self.tracks.items()}
         self.terminal_sent = self.ended
 
     def rewind(self, cursors: dict[int, Cursor]) -> None:
         """Send again from the cursors on (default: the beginning), and how it ended."""
-        self.sent = [cursors.get(index, BEGINNING) for index in range(len(self.streams))]
+        self.sent = dict(cursors)
         self.terminal_sent = False
 
-    def news(self, index: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
-        """Events of one choice from the cursor to now; a cursor beyond that gets nothing."""
-        stream = self.streams[index]
+    def news(self, number: int, cursor: Cursor) -> Iterator[dict[str, Any]]:
+        """Events of one track from the cursor to now; a cursor beyond that gets nothing."""
+        stream = self.tracks[number].stream
         position, offset = cursor
         text = stream.text_from(offset)
         at = 0
         while position < stream.shown or at < len(text):
             end = min(stream.shown, position + EVENT_IDS)
             piece = text[at : at + EVENT_CHARS]
-            yield self._event(index, position, end, piece, offset + at)
+            yield self._event(number, position, end, piece, offset + at)
             position = max(end, position)
             at += len(piece)
 
-    def _event(self, index: int, position: int, end: int, text: str, offset: int) -> dict[str, Any]:
-        ids = self.state.choices[index].ids[position:end]
-        return api.tokens_event(self.id, index, position, ids, text, offset, self._logprobs(index, position, end))
+    def _event(self, number: int, position: int, end: int, text: str, offset: int) -> dict[str, Any]:
+        track = self.tracks[number]
+        ids, logprobs = track.ids[position:end], track.logprob_rows(position, end)
+        return api.tokens_event(self.id, number, position, ids, text, offset, logprobs)
 
     def replay(self, cursors: dict[int, Cursor], stream: bool = True) -> list[dict[str, Any]]:
         """Everything from the cursors on; at least one event, so that the asker knows that the request lives."""
         events: list[dict[str, Any]] = []
         if stream:
-            for index in range(len(self.streams)):
-                events.extend(self.news(index, cursors.get(index, BEGINNING)))
+            for number in self.tracks:
+                events.extend(self.news(number, cursors.get(number, BEGINNING)))
         if self.ended:
             events.append(self.terminal_event(stream))
         elif not events:
@@ -174,7 +216,7 @@ class Answer:
 
     def sign_of_life(self) -> dict[str, Any]:
         """An event without news."""
-        return api.tokens_event(self.id, 0, *self._empty_at(self.sent[0]))
+        return api.tokens_event(self.id, 0, *self._empty_at(self.sent.get(0, BEGINNING)))
 
     @staticmethod
     def _empty_at(cursor: Cursor) -> tuple[int, list[int], str, int]:
@@ -194,39 +236,37 @@ class Answer:
                 prompt_tokens=opened.prompt_tokens,
                 completion_tokens=self.completion_tokens,
                 metadata=opened.metadata,
+                choices=[dict(choice=n) | _lengths(track) for n, track in self.tracks.items() if n >= 0],
+                prompt=None if self.prompt is None else _lengths(self.prompt),
             )
         return api.finished_event(
             self.id,
-            [self._choice_end(index, stream) for index in range(len(self.streams))],
+            [self._choice_end(number, stream) for number in self.tracks if number >= 0],
+            prompt=None if self.prompt is None else _lengths(self.prompt) | ({} if stream else _whole(self.prompt)),
             prompt_tokens=opened.prompt_tokens,
             completion_tokens=self.completion_tokens,
             timings=self.timings(),
             metadata=opened.metadata,
         )
 
-    def _choice_end(self, index: int, stream: bool) -> dict[str, Any]:
+    def _choice_end(self, number: int, stream: bool) -> dict[str, Any]:
         """A stop string in the text decides, even if the log knows another finish: "length" may come in the same entry as the token
         that completes the stop string, or overtake the owner's END, and what the client is told must not depend on that race."""
-        choice, text = self.state.choices[index], self.streams[index]
+        track = self.tracks[number]
+        choice, text = self.state.choices[track.index], track.stream
         stop = text.matched if text.matched is not None else choice.stop
         end: dict[str, Any] = dict(
-            choice=index,
+            choice=number,
             finish_reason="length" if choice.finish == "length" and text.matched is None else "stop",
             stop=stop,
-            tokens=text.shown,
-            chars=text.chars,
         )
         if self.opened.tool_format in MARKERS:
-            end |= self._calls(index, end["finish_reason"])
-        if not stream:
-            end |= dict(ids=choice.ids[: text.shown], text=text.text)
-            if (logprobs := self._logprobs(index, 0, text.shown)) is not None:
-                end["logprobs"] = logprobs
-        return end
+            end |= self._calls(number, end["finish_reason"])
+        return end | _lengths(track) | ({} if stream else _whole(track))
 
-    def _calls(self, index: int, reason: str) -> dict[str, Any]:
+    def _calls(self, number: int, reason: str) -> dict[str, Any]:
         """Of a choice that calls tools, what the end says about it."""
-        content, calls = parse(self.opened.tool_format, self.streams[index].text, self.id, index)
+        content, calls = parse(self.opened.tool_format, self.tracks[number].stream.text, self.id, number)
         if not calls:
             return {}
         complete = any(call.error is None for call in calls)
@@ -246,34 +286,50 @@ class Answer:
             total_ms=round(queue + (self.ended_at - self.opened_at) * 1000, 3),
         )
 
-    def _logprobs(self, index: int, start: int, end: int) -> list[dict[str, Any]] | None:
-        if self.logprobs is None:
-            return None
-        ids = self.state.choices[index].ids[start:end]
-        return [
-            dict(
-                id=token,
-                logprob=row.chosen,
-                top=[list(pair) for pair in zip(unpack_ids(row.top_ids), row.top, strict=True)],
-            )
-            for token, row in zip(ids, self.logprobs[index][start:end], strict=False)
-        ]
-
     # ------------------------------------------------ snapshots
 
     def row(self) -> tuple[Any, ...]:
         """What the fold's own state does not tell, as msgpack takes it."""
-        return (self.opened_at, self.first_at, self.ended_at, self.hidden, self.logprobs)
+        prompt = None if self.prompt is None else self.prompt.logprobs
+        return (self.opened_at, self.first_at, self.ended_at, self.hidden, self.logprobs, prompt)
 
     @classmethod
     def restore(cls, state: RequestState, new_decoding: NewDecoding, row: list[Any]) -> Answer:
         answer = cls(state, new_decoding, row[0])
-        _, answer.first_at, answer.ended_at, answer.hidden, logprobs = row
-        if logprobs is not None:
-            answer.logprobs = [[TokenLogprobs(c, ids, tuple(top)) for c, ids, top in rows] for rows in logprobs]
+        _, answer.first_at, answer.ended_at, answer.hidden, logprobs, *added = row
+        for kept, rows in zip(answer.logprobs or (), logprobs or (), strict=True):
+            kept.extend(map(_row, rows))
         for choice, stream, hidden in zip(state.choices, answer.streams, answer.hidden, strict=True):
             stream.feed(choice.ids, hidden)
             if choice.finish is not None or answer.ended:
                 stream.flush()
+        if answer.prompt is not None and answer.prompt.logprobs is not None:
+            answer.prompt.stream.feed(answer.prompt.ids)
+            answer.prompt.logprobs.extend(map(_row, added[0]))
+        if answer.ended:
+            answer._close()
         answer.mark_sent()
         return answer
+
+
+def _after(decoding: Decoding, ids: list[int]) -> Decoding:
+    """The decoding of what comes after `ids`, so that the two texts together are the text of all."""
+    if ids:
+        decoding.feed(ids)
+    return decoding
+
+
+def _row(row: list[Any]) -> TokenLogprobs:
+    chosen, top_ids, top = row
+    return TokenLogprobs(chosen, top_ids, tuple(top))
+
+
+def _lengths(track: Track) -> dict[str, int]:
+    return dict(tokens=track.stream.shown, chars=track.stream.chars)
+
+
+def _whole(track: Track) -> dict[str, Any]:
+    shown = track.stream.shown
+    whole = dict(ids=track.ids[:shown], text=track.stream.text)
+    rows = track.logprob_rows(0, shown)
+    return whole if rows is None else whole | dict(logprobs=rows)

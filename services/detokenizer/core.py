@@ -100,9 +100,9 @@ class PartitionCore:
     def expect_attach(self, answer: Answer, reply: ReplyTo, cursors: dict[int, Cursor]) -> None:
         """A replay answer went out from the cursors to now; when the ATTACH that is under way is folded, events go on from here."""
         now = {}
-        for index, stream in enumerate(answer.streams):
-            position, offset = cursors.get(index, BEGINNING)
-            now[index] = (max(stream.shown, position), max(stream.chars, offset))
+        for number, track in answer.tracks.items():
+            position, offset = cursors.get(number, BEGINNING)
+            now[number] = (max(track.stream.shown, position), max(track.stream.chars, offset))
         self._attaching[answer.state.key, reply.subject] = now
 
     def take_dirty(self) -> Iterable[Answer]:

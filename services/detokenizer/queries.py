@@ -10,7 +10,7 @@ from services.detokenizer.answer import Answer, Cursor
 from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, decode_body
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
-from shared.messages import PrefixQuery, PrefixReply, ReplyTo
+from shared.messages import PROMPT, PrefixQuery, PrefixReply, ReplyTo
 from shared.subjects import is_token, request_key
 from shared.tokenlog import RequestState
 
@@ -18,7 +18,7 @@ Count = Annotated[StrictInt, Field(ge=0, lt=2**40)]
 
 
 class CursorField(Strict):
-    choice: Annotated[StrictInt, Field(ge=0, lt=MAX_CHOICES)] = 0
+    choice: Annotated[StrictInt, Field(ge=PROMPT, lt=MAX_CHOICES)] = 0
     position: Count = 0
     offset: Count = 0
 
@@ -29,7 +29,7 @@ class ReplayRequest(Strict):
 
     id: str
     tenant: str = DEFAULT_TENANT
-    cursors: Annotated[list[CursorField], Field(max_length=MAX_CHOICES)] = Field(default_factory=list)
+    cursors: Annotated[list[CursorField], Field(max_length=MAX_CHOICES + 1)] = Field(default_factory=list)
     attach: bool = False
     batched: bool = False
     stream: bool = True
@@ -74,4 +74,4 @@ def prefix_reply(query: PrefixQuery, state: RequestState | None, answer: Answer 
         return PrefixReply("superseded", state.epoch)
     if state.epoch < query.epoch or answer is None or len(answer.done) == len(state.choices):
         return None
-    return PrefixReply("running", state.epoch, tuple(map(pack_ids, state.prefix)), answer.done)
+    return PrefixReply("running", state.epoch, tuple(map(pack_ids, state.prefix)), answer.done, state.prompt_done)

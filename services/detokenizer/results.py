@@ -71,10 +71,10 @@ class ResultsWriter:
     def _waiting(self) -> int:
         """Tokens not stored yet; text that lags behind its token, or the end, counts as one."""
         tokens, lagging = 0, self._answer.ended
-        for index, stream in enumerate(self._answer.streams if self._streams else ()):
-            position, offset = self._cursors.get(index, BEGINNING)
-            tokens += max(0, stream.shown - position)
-            lagging |= stream.chars > offset
+        for number, track in self._answer.tracks.items() if self._streams else ():
+            position, offset = self._cursors.get(number, BEGINNING)
+            tokens += max(0, track.stream.shown - position)
+            lagging |= track.stream.chars > offset
         return tokens or int(lagging)
 
     @property

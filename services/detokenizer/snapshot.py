@@ -75,3 +75,4 @@ def lighten(state: RequestState) -> None:
     state.opened = Open(state.key, ReplyTo(""), state.opened.req_seq, 0, 0)
     state.reply = None
     state.choices = []
+    state.prompt = None

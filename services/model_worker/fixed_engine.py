@@ -17,6 +17,7 @@ from itertools import count
 
 from services.model_worker.engine_api import EngineLimits, OnFatal, OnSteps, Progress
 from services.model_worker.interface import (
+    PROMPT,
     EngineOverloaded,
     EngineRequest,
     EngineStats,
@@ -40,7 +41,7 @@ _MASK = (1 << 64) - 1
 class FixedSequence:
     """One choice of a request. `state` is a hash of everything that came before the next token."""
 
-    __slots__ = ("fault", "generated", "limit", "order", "request", "state", "stop_ids")
+    __slots__ = ("fault", "generated", "limit", "order", "reported", "request", "state", "stop_ids")
 
     def __init__(self, request: EngineRequest, order: tuple[int, int], settings: FixedEngineSettings) -> None:
         params = request.params
@@ -53,6 +54,7 @@ class FixedSequence:
         for token in request.generated_ids:
             self._absorb(token)
         self.generated = len(request.generated_ids)
+        self.reported = len(request.prompt_ids) if request.prompt_done is None else request.prompt_done
         faults = [fault for token, fault in settings.faults.items() if token in request.prompt_ids]
         self.fault: Fault | None = min(faults, key=lambda fault: fault.position, default=None)
 
@@ -87,6 +89,11 @@ def expected_ids(request: EngineRequest, settings: FixedEngineSettings) -> list[
     while sequence.generated < sequence.limit and not (ids and sequence.finish_reason(ids[-1])):
         ids.append(sequence.next_token(settings))
     return ids
+
+
+def fixed_logprob(token: int) -> float:
+    """The log-probability that the engine says a token has."""
+    return -0.5 - (token * 37 % 101) / 64
 
 
 class FixedEngine:
@@ -141,7 +148,7 @@ class FixedEngine:
     def _check(self, request: EngineRequest) -> None:
         settings = self._settings
         length = len(request.prompt_ids)
-        if length >= settings.max_model_len:
+        if length + min(1, request.params.max_tokens) > settings.max_model_len:
             code, message = (
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
                 f"{length} tokens do not fit into {settings.max_model_len}",
@@ -246,20 +253,41 @@ class FixedEngine:
         self._on_steps([output])
 
     def _generate(self, sequence: FixedSequence, output: StepOutput) -> bool:
-        """One token; True if it is the last."""
+        """One token, or some of the prompt's; True if it is the last."""
         request = sequence.request
+        if sequence.reported < len(request.prompt_ids):
+            self._report(sequence, output)
+            return False
         position = sequence.generated
+        if position >= sequence.limit:
+            output.tokens.append(
+                TokenOutput(request.request_id, request.choice, request.epoch, position, [], finish=FinishReason.LENGTH)
+            )
+            return True
         token = sequence.next_token(self._settings)
         finish = sequence.finish_reason(token)
         result = TokenOutput(request.request_id, request.choice, request.epoch, position, [token], finish=finish)
         if finish is not None and finish is not FinishReason.LENGTH:
             result.stop_token = token
-        if (wanted := request.params.logprobs) is not None:
-            likeliest = [(token + i) % self._settings.vocab_size for i in range(wanted)]
-            result.logprobs = [TokenLogprobs(-0.5, likeliest, [-0.5 - i for i in range(wanted)])]
+        if (wanted := request.params.worker_logprobs) is not None:
+            result.logprobs = [self._logprobs(token, wanted)]
         output.tokens.append(result)
         self._tokens += 1
         return finish is not None
+
+    def _logprobs(self, token: int, top: int) -> TokenLogprobs:
+        """It tells choices apart: the token's own is a function of its id."""
+        likeliest = [(token + i) % self._settings.vocab_size for i in range(top)]
+        own = fixed_logprob(token)
+        return TokenLogprobs(own, likeliest, [own - i for i in range(top)])
+
+    def _report(self, sequence: FixedSequence, output: StepOutput) -> None:
+        request, start = sequence.request, sequence.reported
+        ids = list(request.prompt_ids[start : start + self._settings.prompt_rows])
+        sequence.reported += len(ids)
+        top = request.params.prompt_logprobs or 0
+        rows = [TokenLogprobs(0.0, [], []) if start + i == 0 else self._logprobs(t, top) for i, t in enumerate(ids)]
+        output.tokens.append(TokenOutput(request.request_id, PROMPT, request.epoch, start, ids, rows))
 
     def _expire(self, now: float, output: StepOutput) -> None:
         late = [s for s in self._all() if s.request.deadline is not None and s.request.deadline <= now]

@@ -1,4 +1,4 @@
-"""The engine's vocabulary: what goes in, what comes out. No torch, no NATS, no wire types."""
+"""The engine's vocabulary: what goes in, what comes out. No torch, no NATS, of the wire no more than a number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from shared.messages import PROMPT
 from shared.sampling import SamplingParams
+
+__all__ = [
+    "PROMPT",
+    "EngineOverloaded",
+    "EngineRequest",
+    "EngineStats",
+    "FinishReason",
+    "RequestError",
+    "RequestRejected",
+    "SpeculationStats",
+    "StepOutput",
+    "TokenLogprobs",
+    "TokenOutput",
+]
 
 
 class FinishReason(StrEnum):
@@ -15,10 +30,6 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens or the context limit
     DEADLINE = "deadline"
     ABORTED = "aborted"
-
-
-# In place of a choice: what an output says is about the prompt.
-PROMPT = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from services.model_worker.engine_api import Engine, OnFatal, OnSteps
 from services.model_worker.interface import (
+    PROMPT,
     EngineOverloaded,
     EngineRequest,
     EngineStats,
@@ -35,8 +36,9 @@ from shared.tracing import SpanEvent, wall_clock
 
 # Entries of one log message. With the most log-probabilities and the longest keys this is about 1 MB.
 MAX_ENTRIES = 1000
-# Bytes of their token ids. Only the end of a search has so many at once.
-MAX_ID_BYTES = 1 << 20
+# Bytes of their token ids and log-probabilities, about.
+MAX_BYTES = 1 << 20
+LOGPROBS_BYTES = 300  # of a token with the most alternatives
 # A stage must be gone within a second of SIGTERM; what the log has not taken by then is generated again elsewhere.
 FLUSH_TIMEOUT = 0.7
 # The worker gives itself up when a step has taken this many times its bound.
@@ -298,6 +300,9 @@ class WorkerService(Service):
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
         """A sequence for each choice that is not done yet. A beam search, which gives all choices out at once, begins anew."""
         prompt = codec.unpack_ids(run.prompt_ids)
+        choices = [choice for choice in range(run.choices) if choice not in run.done]
+        # One of them tells of the prompt.
+        wanted = run.sampling.prompt_logprobs is not None and run.prompt_done < len(prompt)
         deadline = None if run.deadline is None else asyncio.get_running_loop().time() + run.deadline
         beams = run.sampling.num_beams > 1
         return [
@@ -311,10 +316,10 @@ class WorkerService(Service):
                 run.priority,
                 deadline,
                 run.isolated,
+                run.prompt_done if wanted and choice == choices[0] else None,
                 run.choices if beams else 1,
             )
-            for choice in range(1 if beams else run.choices)
-            if beams or choice not in run.done
+            for choice in ([0] if beams else choices)
         ]
 
     def _on_abort(self, message: Message) -> str | None:
@@ -404,17 +409,20 @@ class WorkerService(Service):
     def _run_of(self, output: TokenOutput | RequestError) -> ActiveRun | None:
         """The run that an output belongs to; None if the run has been aborted or replaced, or if that choice has ended."""
         run = self._runs.get(output.request_id)
-        if run is None or run.epoch != output.epoch or output.choice not in run.open:
+        if run is None or run.epoch != output.epoch:
+            return None
+        if output.choice not in run.open and not (output.choice == PROMPT and run.open):
             return None
         return None if isinstance(output, TokenOutput) and output.finish is FinishReason.ABORTED else run
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
-        run.lengths[output.choice] = output.position + len(output.ids)
         if not run.first:
             run.first = asyncio.get_running_loop().time()
             if run.admitted:
                 self._prefill_seconds.observe(max(0.0, run.first - run.admitted))
-        run.unproven.discard(output.choice)
+        if output.choice != PROMPT:
+            run.lengths[output.choice] = output.position + len(output.ids)
+            run.unproven.discard(output.choice)
         failure = logprobs = None
         finish = output.finish
         if finish is not None:
@@ -491,10 +499,11 @@ def _parts(entries: list[m.Tokens]) -> list[list[m.Tokens]]:
     parts: list[list[m.Tokens]] = []
     size = 0
     for entry in entries:
-        size += len(entry.ids)
-        if not parts or len(parts[-1]) == MAX_ENTRIES or size > MAX_ID_BYTES:
+        own = len(entry.ids) + LOGPROBS_BYTES * len(entry.logprobs or ())
+        size += own
+        if not parts or len(parts[-1]) == MAX_ENTRIES or size > MAX_BYTES:
             parts.append([])
-            size = len(entry.ids)
+            size = own
         parts[-1].append(entry)
     return parts
 

@@ -34,6 +34,7 @@ class FixedEngineSettings(BaseModel):
     eos_after: int = Field(0, ge=0, description="tokens, the eos included; 0: never")
     max_model_len: int = Field(1 << 20, ge=2)
     kv_tokens: int = Field(1 << 24, ge=1)
+    prompt_rows: int = Field(8, ge=1, description="tokens of a prompt whose log-probabilities a step tells")
     faults: dict[int, Fault] = {}
 
 

@@ -122,7 +122,7 @@ class Dispatcher:
     def _grant(self, item: Waiting, keep_free: bool = False) -> bool:
         if item.turn.done():
             return False  # dropped or expired: it leaves by itself
-        length = item.need.tokens + 1
+        length = item.need.tokens + min(1, item.request.sampling.max_tokens)
         workers = self._fleet.available(lambda beat: length <= min(beat.max_model_len, beat.kv_tokens_total))
         worker = choose(workers, self._ledger, self._index, item.need, item.chunks, keep_free)
         if worker is None:

@@ -382,6 +382,7 @@ class SchedulerService(Service):
             None if expires is None else max(0.001, expires - self._now()),
             isolated,
             known.trace,
+            prompt_done=prefix.prompt_done if prefix is not None else 0,
         )
         try:
             answer = await self.bus.request(subjects.worker_run(worker), codec.encode(order), self.settings.run_timeout)
@@ -576,6 +577,9 @@ class SchedulerService(Service):
                 request.tokenize_ms,
                 self._requests.age(known) * 1e3,
                 tool_format=request.tool_format,
+                best=request.best,
+                prompt_logprobs=request.sampling.prompt_logprobs is not None,
+                prompt_ids=request.prompt_ids if request.echo else b"",
             )
         )
         known.opened = True

@@ -113,7 +113,9 @@ class Admission:
             sampling=self._sampling(asked, key, body_hash, len(ids), context),
             reply=to.reply,
             stop=tuple(asked.stop),
-            choices=asked.n,
+            choices=asked.best_of or asked.n,
+            best=asked.n if _ranks(asked) else 0,
+            echo=asked.echo,
             durable=durable,
             priority=asked.priority,
             deadline=asked.deadline,
@@ -155,8 +157,9 @@ class Admission:
         self, asked: GenerateRequest, key: str, body_hash: bytes, prompt_tokens: int, context: int | None
     ) -> SamplingParams:
         room = context - prompt_tokens if context is not None else None
-        if room is not None and room < (asked.max_tokens or 1):
-            wanted = f"{prompt_tokens} prompt tokens and {asked.max_tokens or 1} to generate"
+        least = 1 if asked.max_tokens is None else asked.max_tokens
+        if room is not None and room < least:
+            wanted = f"{prompt_tokens} prompt tokens and {least} to generate"
             raise GorgonError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{wanted} exceed the context of {context} tokens")
         given = {name: value for name in _MODEL_DEFAULTS if (value := getattr(asked, name)) is not None}
         strategy = strategy_of(asked.changed)
@@ -186,6 +189,9 @@ class Admission:
             cd_alpha=asked.cd_alpha or 0.0,
             cd_beta=asked.cd_beta,
             cd_temperature=asked.cd_temperature,
+            # An echo comes with log-probabilities if the completion does, as OpenAI's.
+            prompt_logprobs=asked.logprobs if asked.prompt_logprobs is None and asked.echo else asked.prompt_logprobs,
+            ranked=_ranks(asked),
         )
 
     def _unsampled(self, strategy: str) -> dict[str, Any]:
@@ -205,6 +211,11 @@ class Admission:
                     raise GorgonError(ErrorCode.INVALID_REQUEST, message)
                 banned[ids] = None
         return tuple(banned)
+
+
+def _ranks(asked: GenerateRequest) -> bool:
+    """The client is told of the best choices only."""
+    return asked.best_of is not None and asked.best_of > asked.n
 
 
 def addressee_of(body: Mapping[str, Any], to: Addressee) -> Addressee:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from shared import codec
 from shared import messages as m
-from shared.tokenlog import Ended, Fenced, PartitionFold
+from shared.tokenlog import Committed, Ended, Fenced, PartitionFold
 
 MAX_TOKENS = 12
+PROMPT_TOKENS = 5
 FAULTY_STEPS = 160
 QUIET_STEPS = 6000
 
@@ -38,6 +39,11 @@ class Job:
     key: str
     epoch: int
     ids: list[list[int]]
+    prompt: int  # tokens of the prompt that are told; PROMPT_TOKENS if they are not wanted
+
+    @property
+    def done(self) -> bool:
+        return self.prompt >= PROMPT_TOKENS and all(len(ids) >= MAX_TOKENS for ids in self.ids)
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Owner:
     fold: PartitionFold
     position: int = 0
     snapshot: tuple[int, bytes] | None = None
-    prefixes: dict[tuple[str, int], tuple[list[int], ...]] = field(default_factory=dict)
+    prefixes: dict[tuple[str, int], tuple[tuple[list[int], ...], int]] = field(default_factory=dict)
     terminals: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -63,6 +69,7 @@ class Live:
 
     key: str
     choices: int
+    prompt: bool = False  # its log-probabilities are wanted
     epoch: int = 1
     opened: bool = False
     ran: bool = False
@@ -78,7 +85,9 @@ class Simulation:
         self.network: list[bytes] = []  # appends whose arrival time is open
         self.workers = [Worker() for _ in range(3)]
         self.owners = [Owner(fold()), Owner(fold())]
-        self.requests = {f"t.r{i}": Live(f"t.r{i}", self.random.choice((1, 1, 2))) for i in range(3)}
+        self.requests = {
+            f"t.r{i}": Live(f"t.r{i}", self.random.choice((1, 1, 2)), self.random.random() < 0.4) for i in range(3)
+        }
         self.faulty = True
 
     # ------------------------------------------------ moves
@@ -91,16 +100,18 @@ class Simulation:
         self.log.append(data)
 
     def open(self, r: Live) -> None:
-        self.append(m.Open(r.key, m.ReplyTo("inbox.first"), 1, 1, MAX_TOKENS, choices=r.choices))
+        opened = m.Open(r.key, m.ReplyTo("inbox.first"), 1, PROMPT_TOKENS, MAX_TOKENS, choices=r.choices)
+        self.append(opened._replace(prompt_logprobs=r.prompt))
         r.opened = True
         if self.faulty and self.random.random() < 0.1:  # the run is lost, or comes much later, beside its re-target
             return
-        self.run(r, r.epoch, tuple([] for _ in range(r.choices)))
+        self.run(r, r.epoch, tuple([] for _ in range(r.choices)), 0)
 
-    def run(self, r: Live, epoch: int, prefix: tuple[list[int], ...]) -> None:
+    def run(self, r: Live, epoch: int, prefix: tuple[list[int], ...], prompt_done: int) -> None:
         r.ran = True
         worker = self.random.choice(self.workers)
-        worker.jobs[r.key, epoch] = Job(r.key, epoch, [list(ids) for ids in prefix])
+        prompt = prompt_done if r.prompt else PROMPT_TOKENS
+        worker.jobs[r.key, epoch] = Job(r.key, epoch, [list(ids) for ids in prefix], prompt)
 
     def fence(self, r: Live) -> None:
         r.epoch += 1
@@ -111,7 +122,7 @@ class Simulation:
         """The prefix comes from an owner that has folded the fence, never from an earlier state."""
         for owner in self.owners:
             if (prefix := owner.prefixes.get((r.key, r.epoch))) is not None:
-                self.run(r, r.epoch, prefix)
+                self.run(r, r.epoch, *prefix)
                 return
 
     def cancel(self, r: Live) -> None:
@@ -128,6 +139,8 @@ class Simulation:
         if not worker.jobs:
             return
         job = self.random.choice(list(worker.jobs.values()))
+        if job.prompt < PROMPT_TOKENS:
+            self.tell_prompt(worker, job)
         for choice, ids in enumerate(job.ids):
             if len(ids) >= MAX_TOKENS:
                 continue
@@ -137,8 +150,16 @@ class Simulation:
             finish = "length" if len(ids) == MAX_TOKENS else None
             tokens = m.Tokens(job.key, choice, job.epoch, position, codec.pack_ids(ids[position:]), finish)
             worker.outbox.append(codec.encode(m.StepTokens("w", 0, (tokens,))))
-        if all(len(ids) >= MAX_TOKENS for ids in job.ids):
+        if job.done:
             del worker.jobs[job.key, job.epoch]
+
+    def tell_prompt(self, worker: Worker, job: Job) -> None:
+        """Some more of the prompt, cut anywhere; the choices need not wait for it."""
+        first, job.prompt = job.prompt, min(PROMPT_TOKENS, job.prompt + self.random.choice((1, 2, 5)))
+        places = range(first, job.prompt)
+        rows = tuple(m.TokenLogprobs(-1.0, b"", ()) for place in places)
+        tokens = m.Tokens(job.key, m.PROMPT, job.epoch, first, codec.pack_ids(places), logprobs=rows)
+        worker.outbox.append(codec.encode(m.StepTokens("w", 0, (tokens,))))
 
     def flush(self, worker: Worker) -> None:
         """One append of the outbox lands: out of order, or acknowledged to nobody, so that it is sent again."""
@@ -164,7 +185,12 @@ class Simulation:
         owner.position += 1
         for effect in owner.fold.apply(entry, float(owner.position)):
             if isinstance(effect, Fenced):
-                owner.prefixes[effect.key, effect.epoch] = owner.fold.requests[effect.key].prefix
+                state = owner.fold.requests[effect.key]
+                owner.prefixes[effect.key, effect.epoch] = state.prefix, state.prompt_done
+            elif isinstance(effect, Committed) and effect.choice != m.PROMPT:
+                state = owner.fold.requests[effect.key]
+                if state.prompt is not None and len(state.prompt.ids) < PROMPT_TOKENS:
+                    raise Broken(f"{effect.key}: a token came before the prompt was told")
             elif isinstance(effect, Ended):
                 owner.terminals.setdefault(effect.key, []).append(effect.terminal.reason)
 
@@ -245,6 +271,9 @@ class Simulation:
                 if len(owner.terminals.get(key, ())) != 1:
                     raise Broken(f"{key} has {len(owner.terminals.get(key, ()))} terminal events")
             self.check_text(key, state.choices)
+            told = state.prompt.ids if state.prompt is not None else []
+            if state.terminal.reason == "finished" and told != list(range(PROMPT_TOKENS)) * live.prompt:
+                raise Broken(f"{key} finished, but of its prompt was told {told}")
             if state.terminal.reason == "finished" and any(len(c.ids) != MAX_TOKENS for c in state.choices):
                 raise Broken(f"{key} finished with {[len(c.ids) for c in state.choices]} tokens")
             if live.attached and state.reply and state.reply.subject != live.attached:

@@ -20,18 +20,21 @@ from typing import Any, NamedTuple, cast
 
 import msgpack
 import structlog
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from services.detokenizer import service as detokenizer_service
 from services.detokenizer.service import DetokenizerService
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import unpack_answer
-from services.model_worker.fixed_engine import FixedEngine, FixedSequence, expected_ids
+from services.model_worker.fixed_engine import FixedEngine, FixedSequence, expected_ids, fixed_logprob
 from services.model_worker.interface import EngineRequest
 from services.model_worker.service import EngineDied, WorkerService
 from services.model_worker.settings import Fault, FixedEngineSettings, WorkerSettings
 from services.scheduler import service as scheduler_service
 from services.scheduler.service import SchedulerService
 from services.scheduler.settings import SchedulerSettings
+from services.tokenizer.encoder import Encoder
 from services.tokenizer.model_files import ModelFiles
 from services.tokenizer.service import TokenizerService
 from services.tokenizer.settings import TokenizerSettings
@@ -122,6 +125,12 @@ class Letters:
         return ""
 
 
+@cache
+def encoder() -> Encoder:
+    """Nobody's: prompts are ids."""
+    return Encoder(Tokenizer(WordLevel({"?": 0}, unk_token="?")))
+
+
 def chained_token(state: int, epoch: int, worker: int) -> int:
     return 3 + zlib.crc32(b"%d.%d.%d" % (state, epoch, worker)) % (VOCABULARY - 3)
 
@@ -194,6 +203,8 @@ class Scenario:
         for name in ("lose_append", "late_append", "lose_ack"):
             setattr(faults, name, r.choice((0.0, 0.0, 0.02, 0.1)))
         asks = [cls._ask(r, number, chained) for number in range(r.randint(3, 6))]
+        if seed % 2:  # drawn apart, so that the others stay what they were
+            asks = [cls._of_prompts(random.Random(f"{seed} {ask.id}"), ask) for ask in asks]
         if fault:
             asks.append(Ask("poison", dict(prompt=[POISON], max_tokens=12), 0.1, 0))
         copies = dict(tokenizer=r.choice((1, 2)), scheduler=2, model_worker=r.choice((2, 2, 3)), detokenizer=2)
@@ -223,6 +234,22 @@ class Scenario:
         if dice < 0.32:
             return ask._replace(repeat_at=at + r.random() * 0.6)
         return ask
+
+    @staticmethod
+    def _of_prompts(r: random.Random, ask: Ask) -> Ask:
+        """What is told of the prompt, in several steps, or only of the best choices."""
+        dice, body = r.random(), dict(ask.body)
+        if dice < 0.2 and "stop" not in body:
+            n = r.choice((1, 2))
+            return ask._replace(body=body | dict(n=n, best_of=n + r.choice((1, 2))))
+        if dice < 0.6:
+            if dice < 0.5:
+                body["prompt"] = [r.randrange(100, 1000) for _ in range(r.randint(1, 30))]
+                body["prompt_logprobs"] = r.choice((0, 2))
+                body["max_tokens"] = r.choice((0, 1, 2, body["max_tokens"]))
+            if dice > 0.4:
+                body["echo"] = True
+        return ask._replace(body=body)
 
     @staticmethod
     def _event(r: random.Random, copies: dict[str, int]) -> Event:
@@ -284,7 +311,7 @@ class Seat:
         settings = settings_of(self.stage, self.world.scenario.fault if self.stage == "model_worker" else "")
         match self.stage:
             case "tokenizer":
-                return TokenizerService(bus, settings, ModelFiles(cast(Any, None), None, VOCABULARY, None, {}))
+                return TokenizerService(bus, settings, ModelFiles(encoder(), None, VOCABULARY, None, {}))
             case "scheduler":
                 return SchedulerService(bus, settings)
             case "detokenizer":
@@ -643,11 +670,32 @@ class World:
             self.complain(f"{name}: no end")
         elif followed.result.status != state.terminal.reason:
             self.complain(f"{name}: {followed.result.status}, but it ended as {state.terminal.reason}")
-        for index, (ids, text) in seen.items():
-            ended = state.terminal.reason == "finished"
-            self._compare(name, ids, text, state.choices[index].ids, followed.ask.body.get("stop", ()), ended)
-        if state.terminal.reason == "finished" and len(seen) != len(state.choices):
-            self.complain(f"{name}: {len(seen)} of {len(state.choices)} choices")
+        told = [(e["id"], e["logprob"]) for d in followed.deltas if d.choice == m.PROMPT for e in d.logprobs or ()]
+        self._check_told(name, followed.ask, state, seen, told)
+
+    def _check_told(
+        self, name: str, ask: Ask, state: RequestState, seen: dict[int, tuple[list[int], str]], logprobs: list[Any]
+    ) -> None:
+        """seen: ids and text by choice, PROMPT too; logprobs: (id, log-probability) of the prompt."""
+        assert state.terminal is not None
+        ended, body = state.terminal.reason == "finished", ask.body
+        numbers = {n: n for n in range(len(state.choices))}
+        if "best_of" in body:
+            means = [sum(map(fixed_logprob, c.ids)) / max(1, len(c.ids)) for c in state.choices]
+            best = sorted(numbers, key=lambda n: -means[n])[: body["n"]]
+            numbers = dict(enumerate(best)) if ended else {}
+        if ended and sorted(numbers if body["max_tokens"] else ()) != sorted(n for n in seen if n != m.PROMPT):
+            self.complain(f"{name}: told of choices {sorted(seen)}, not of {sorted(numbers)}")
+        for number, (ids, text) in seen.items():
+            if number != m.PROMPT:
+                self._compare(name, ids, text, state.choices[numbers[number]].ids, body.get("stop", ()), ended)
+        prompt, (ids, text) = body["prompt"], seen.get(m.PROMPT, ([], ""))
+        whole = prompt if "echo" in body or "prompt_logprobs" in body else []
+        shown = Letters().feed(whole) if "echo" in body else ""
+        if ids != whole[: len(ids)] or not shown.startswith(text) or (ended and (ids, text) != (whole, shown)):
+            self.complain(f"{name}: {ids} {text!r} was told of the prompt {prompt}")
+        if "prompt_logprobs" in body and logprobs != [(t, fixed_logprob(t) if i else None) for i, t in enumerate(ids)]:
+            self.complain(f"{name}: {logprobs} was told of the prompt {prompt}")
 
     def _compare(self, name: str, ids: list[int], text: str, committed: list[int], stops: Any, ended: bool) -> None:
         whole = Letters().feed(committed)
@@ -667,13 +715,16 @@ class World:
         names = [event["event"] for event in events]
         if names[0] != "accepted" or names[-1] != cast(Any, state.terminal).reason or set(names[1:-1]) - {"tokens"}:
             self.complain(f"{ask.id}: results {names}")
-        ids: list[int] = []
+        seen: dict[int, tuple[list[int], str]] = {}
+        logprobs = []
         for event in events[1:-1]:
-            if event["position"] != len(ids):
+            ids, text = seen.get(event["choice"], ([], ""))
+            if (event["position"], event["offset"]) != (len(ids), len(text)):
                 self.complain(f"{ask.id}: results go on at {event['position']} after {len(ids)}")
-            ids += event["ids"]
-        if names[-1] == "finished" and ids != state.choices[0].ids:
-            self.complain(f"{ask.id}: {ids} is stored, but {state.choices[0].ids} was generated")
+            seen[event["choice"]] = (ids + event["ids"], text + event["text"])
+            if event["choice"] == m.PROMPT:
+                logprobs += [(entry["id"], entry["logprob"]) for entry in event.get("logprobs", ())]
+        self._check_told(f"{ask.id}, stored", ask, state, seen, logprobs)
 
 
 class Outcome(NamedTuple):

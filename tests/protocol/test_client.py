@@ -393,7 +393,9 @@ async def test_tool_calls_come_in_deltas_and_in_the_result(accepted: str):
 @virtual
 async def test_what_was_held_back_comes_at_the_end():
     """Of text that might have become a call, also when the request is cancelled."""
-    for end in (end_of("<tool_"), api.cancelled_event("r", prompt_tokens=1, completion_tokens=6, metadata={})):
+    told = [dict(choice=0, tokens=6, chars=6)]
+    cancelled = api.cancelled_event("r", prompt_tokens=1, completion_tokens=6, metadata={}, choices=told)
+    for end in (end_of("<tool_"), cancelled):
         async with Script() as script:
             script.on_request = lambda: None
             stream = script.client.generate(messages=MESSAGES, id="r", **TOOLS)

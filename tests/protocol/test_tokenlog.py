@@ -37,6 +37,11 @@ class NoHolding(PartitionFold):
         return False
 
 
+class NoAwaiting(PartitionFold):
+    def awaits_prompt(self, request):  # type: ignore[no-untyped-def]
+        return False
+
+
 class AnyFence(PartitionFold):
     def raises_epoch(self, request, fence):  # type: ignore[no-untyped-def]
         return True
@@ -62,7 +67,17 @@ class ForgetsAttach(PartitionFold):
         return False
 
 
-RULES = [AnyEpoch, Duplicates, NoHolding, AnyFence, HeldOutlivesFence, SecondTerminal, ForgetsEarlyEnd, ForgetsAttach]
+RULES = [
+    AnyEpoch,
+    Duplicates,
+    NoHolding,
+    NoAwaiting,
+    AnyFence,
+    HeldOutlivesFence,
+    SecondTerminal,
+    ForgetsEarlyEnd,
+    ForgetsAttach,
+]
 
 
 @pytest.mark.parametrize("mutant", RULES, ids=lambda c: c.__name__)
@@ -112,3 +127,26 @@ def test_prune_forgets_what_ended_and_nothing_else() -> None:
     fold.apply(m.End("t.never-opened", "cancelled"), 1)
     assert sorted(fold.prune(before=1.5)) == ["t.a", "t.never-opened"]
     assert list(fold.requests) == ["t.live"]
+
+
+def test_choices_wait_for_the_prompt_and_a_fence_fixes_how_much_of_it_is_told() -> None:
+    fold = PartitionFold()
+    fold.apply(_open()._replace(prompt_logprobs=True), 0)
+
+    def told(position: int, ids: list[int], epoch: int = 1) -> list[object]:
+        rows = tuple(m.TokenLogprobs(-0.5, b"", ()) for _ in ids)
+        entry = m.Tokens("t.a", m.PROMPT, epoch, position, codec.pack_ids(ids), logprobs=rows)
+        return list(fold.apply(m.StepTokens("w", 0, (entry,)), 1))
+
+    assert fold.apply(_tokens(0, [7], finish="length"), 1) == [], "held"
+    assert len(told(0, [1, 2])) == 1
+    fold.apply(m.Fence("t.a", 2), 2)
+    state = fold.requests["t.a"]
+    assert (state.prefix, state.prompt_done) == (([],), 2)
+    fold = PartitionFold.restore(fold.snapshot())
+    assert fold.requests["t.a"].prompt_done == 2
+    assert told(2, [9]) == [] and told(0, [1], epoch=2) == []
+    assert fold.apply(_tokens(0, [5], epoch=2, finish="length"), 3) == []
+    effects = told(2, [3], epoch=2)
+    assert [type(e).__name__ for e in effects] == ["Committed", "Committed", "ChoiceFinished", "Ended"]
+    assert [e.ids for e in effects[:2]] == [[3], [5]]  # type: ignore[attr-defined]

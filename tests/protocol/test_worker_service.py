@@ -12,11 +12,11 @@ import pytest
 from services.model_worker.__main__ import make_engine
 from services.model_worker.fixed_engine import expected_ids
 from services.model_worker.interface import EngineRequest, FinishReason, StepOutput, TokenOutput
-from services.model_worker.service import EndedRuns, EngineDied, StallWatch, WorkerService
+from services.model_worker.service import MAX_ENTRIES, EndedRuns, EngineDied, StallWatch, WorkerService, _parts
 from services.model_worker.settings import Fault, FixedEngineSettings, WorkerSettings
 from shared import codec, subjects
 from shared import messages as m
-from shared.bus import Message, StreamSpec
+from shared.bus import MAX_PAYLOAD, Message, StreamSpec
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.sampling import SamplingParams
 from shared.tokenlog import PartitionFold, RequestState
@@ -75,9 +75,10 @@ class World:
         self.broker.append(subject, codec.encode(entry), None, None)
 
     async def open(self, run: m.Run) -> None:
-        await self.append(
-            m.Open(run.key, m.ReplyTo("r"), 1, len(run.prompt_ids) // 4, run.sampling.max_tokens, choices=run.choices)
+        opened = m.Open(
+            run.key, m.ReplyTo("r"), 1, len(run.prompt_ids) // 4, run.sampling.max_tokens, choices=run.choices
         )
+        await self.append(opened._replace(prompt_logprobs=run.sampling.prompt_logprobs is not None))
 
     def entries(self) -> list[tuple[str, Any]]:
         stored = self.broker.streams[subjects.STREAM_TOK].messages
@@ -112,7 +113,8 @@ async def until(condition: Callable[[], bool], within: float = 60.0) -> None:
 def order_for(
     key: str, epoch: int = 1, *, tokens: int = 10, prompt: tuple[int, ...] = (5, 6, 7), n: int = 1, **rest: Any
 ) -> m.Run:
-    sampling = SamplingParams(max_tokens=tokens, seed=42, logprobs=rest.pop("logprobs", None))
+    wanted = {name: rest.pop(name, None) for name in ("logprobs", "prompt_logprobs")}
+    sampling = SamplingParams(max_tokens=tokens, seed=42, **wanted)
     return m.Run(key, epoch, codec.pack_ids(prompt), sampling, n, **rest)
 
 
@@ -181,6 +183,74 @@ async def test_a_higher_epoch_replaces_and_continues_and_lower_ones_are_refused(
     await world.idle()
     assert (await world.order(run)).code == "stale_epoch", "remembered after the end"
     await worker.stop()
+
+
+def told(state: RequestState) -> list[int]:
+    assert state.prompt is not None
+    return state.prompt.ids
+
+
+@virtual
+async def test_the_prompt_is_told_once_whenever_its_worker_goes() -> None:
+    """Handed over at every step of it; the rest is told by the next, in pieces of another size."""
+    prompt = tuple(range(100, 130))
+    for steps in range(1, 9):
+        world = World()
+        worker = await world.start()
+        run = order_for("t.a", n=2, tokens=4, prompt=prompt, prompt_logprobs=2)
+        await world.open(run)
+        await world.order(run)
+        await until(lambda world=world, steps=steps: len(world.tokens_of("t.a")) >= steps)
+        await worker.drain()
+        await worker.stop()
+        await world.append(m.Fence("t.a", 2))
+        state = world.state("t.a")
+        world.settings = world.settings.model_copy(
+            update={"name": "w2", "fixed": world.settings.fixed.model_copy(update={"prompt_rows": 5})}
+        )
+        worker = await world.start()
+        if state.terminal is None:
+            done = tuple(i for i, choice in enumerate(state.choices) if choice.finish is not None)
+            generated = tuple(map(codec.pack_ids, state.prefix))
+            again = run._replace(epoch=2, generated=generated, done=done, prompt_done=state.prompt_done)
+            assert (await world.order(again)).accepted
+        state = await world.ended("t.a")
+        assert told(state) == list(prompt)
+        assert [c.ids for c in state.choices] == [expected(run, world, 0), expected(run, world, 1)]
+        accepted = [t for t in world.tokens_of("t.a") if t.choice == m.PROMPT]
+        assert all(len(t.logprobs or ()) == len(t.ids) // 4 for t in accepted)
+        assert len(accepted[0].logprobs[0].top) == 0 and len(accepted[-1].logprobs[-1].top) == 2  # type: ignore[index]
+        await world.idle()
+        await worker.stop()
+
+
+@virtual
+async def test_nothing_to_generate() -> None:
+    world = World()
+    worker = await world.start()
+    for key, wanted in (("t.a", 0), ("t.b", None)):
+        run = order_for(key, tokens=0, n=2, prompt_logprobs=wanted)
+        await world.open(run)
+        await world.order(run)
+        state = await world.ended(key)
+        assert [(c.ids, c.finish) for c in state.choices] == [([], "length")] * 2
+        assert state.prompt is None or state.prompt.ids == [5, 6, 7]
+    await world.idle()
+    await worker.stop()
+
+
+def test_messages_are_cut_by_entries_and_by_bytes() -> None:
+    row = m.TokenLogprobs(-12.345678, codec.pack_ids(range(20)), tuple(-1.1 * i for i in range(20)))
+
+    def entry(ids: int) -> m.Tokens:
+        key = "t" * 64 + "." + "r" * 64  # the longest
+        return m.Tokens(key, m.PROMPT, 1, 0, codec.pack_ids(range(ids)), logprobs=(row,) * ids)
+
+    sizes = [512] * 20 + [1] * 2500 + [512]
+    parts = _parts([entry(size) for size in sizes])
+    assert [len(t.ids) // 4 for part in parts for t in part] == sizes
+    assert all(len(part) <= MAX_ENTRIES for part in parts)
+    assert max(len(codec.encode(m.StepTokens("w", 1, tuple(part)))) for part in parts) < MAX_PAYLOAD / 4
 
 
 @virtual

@@ -108,6 +108,7 @@ def test_defaults_and_every_field():
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,
         "deadline": 0.5, "stream": False, "batched": True, "metadata": {"k": [1]}, "traceparent": f"00-{10:032x}-{11:016x}-01",
         "typical_p": 0.5, "logit_bias": {"5": -100, "0": 2.5}, "bad_words": ["x y"], "min_tokens": 3,
+        "best_of": 16, "prompt_logprobs": 20, "echo": True,
     }  # fmt: skip
     assert set(body) | SEARCH_FIELDS | {"prompt"} == set(api.GenerateRequest.model_fields)
     request = api.parse_request(body)
@@ -132,7 +133,8 @@ def test_defaults_and_every_field():
         ("logit_bias", {"01": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": "1"}), ("logit_bias", [1]),
         ("logit_bias", {str(2**31): 1}), ("logit_bias", {"1" * 100: 1}), ("logit_bias", {str(i): 1 for i in range(385)}),
         ("logit_bias", {"²": 1}), ("bad_words", "x"), ("bad_words", [""]), ("bad_words", ["x"] * 129), ("bad_words", ["y" * 257]),
-        ("min_tokens", -1), ("min_tokens", 1.0),
+        ("min_tokens", -1), ("min_tokens", 1.0), ("best_of", 0), ("best_of", 17),
+        ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("echo", 1),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field: str, value: object):
@@ -147,6 +149,9 @@ def test_combinations():
     assert "empty" in refusal({"messages": []})
     assert "need 'messages'" in refusal({"prompt": "a", "tools": []})
     assert "role" in refusal({"messages": [{"content": "x"}]})
+    assert refusal({"prompt": "a", "n": 3, "best_of": 2}).count("best_of")
+    assert api.parse_request({"prompt": "a", "max_tokens": 0, "echo": True}).max_tokens == 0
+    assert api.parse_request({"prompt": "a", "max_tokens": 0, "prompt_logprobs": 0}).max_tokens == 0
 
 
 def test_floods_of_mistakes_are_answered_shortly():

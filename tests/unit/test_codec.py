@@ -13,7 +13,10 @@ from shared import codec
 from shared import messages as m
 from shared.sampling import SamplingParams
 
-SAMPLING = SamplingParams(max_tokens=5, temperature=0.5, seed=2**64 - 1, stop_token_ids=(1, 2), logprobs=3)
+SAMPLING = SamplingParams(
+    max_tokens=5, temperature=0.5, seed=2**64 - 1, stop_token_ids=(1, 2), logprobs=3, typical_p=0.5,
+    logit_bias=((3, -1.5), (9, 2.0)), bad_words=((1,), (2, 3)), min_tokens=4, prompt_logprobs=2, ranked=True,
+)  # fmt: skip
 REPLY = m.ReplyTo("_INBOX.a", "msgpack", True, False)
 BASE = m.Heartbeat("model_worker", "demo", "host-1", 7, 0.1, True, 0.5, 3, {"slots": 4})
 TOKENS = m.Tokens(
@@ -45,19 +48,23 @@ EXAMPLES: list[Any] = [
         {"x": [1]},
         "tr",
         1.5,
+        best=1,
+        echo=True,
     ),
-    m.Open("t.r", REPLY, 12, 3, 64, ("stop",), 2, True, True, {"x": 1}, "trace", 0.5, 2.5),
+    m.Open("t.r", REPLY, 12, 3, 64, ("stop",), 2, True, True, {"x": 1}, "trace", 0.5, 2.5, best=1)._replace(
+        prompt_logprobs=True, prompt_ids=b"\1\0\0\0"
+    ),
     m.Attach("t.r", REPLY),
     m.StepTokens("w-1", 99, (TOKENS, TOKENS._replace(finish="error", failure=m.Failure("internal", "no")))),
     m.Fence("t.r", 4),
     m.End("t.r", "error", 1, 7, m.Failure("internal", "why"), "stop"),
-    m.Run("t.r", 2, b"\1\0\0\0", SAMPLING, 2, (b"", b"\2\0\0\0"), (1,), 3, 1.5, True, "trace"),
+    m.Run("t.r", 2, b"\1\0\0\0", SAMPLING, 2, (b"", b"\2\0\0\0"), (1,), 3, 1.5, True, "trace", 7),
     m.RunReply(False, "overloaded", "later"),
     m.Abort("t.r", 2),
     m.PrefixQuery("t.r", 2),
     m.PiecesQuery(ids=codec.pack_ids([1, 2])),
     m.PiecesReply((b"a", b"")),
-    m.PrefixReply("running", 2, (b"\1\0\0\0",), (0,)),
+    m.PrefixReply("running", 2, (b"\1\0\0\0",), (0,), 5),
     m.Assignment(5, 2, "w-1", b"hash", 1),
     m.Tombstone(5, 2, "finished", b"hash", 9),
     BASE,

@@ -86,6 +86,32 @@ def test_what_changes_single_logits(admission: Admission, files: ModelFiles) -> 
         assert error.code == ErrorCode.INVALID_REQUEST and error.message.startswith(f"{field}: "), error.message
 
 
+def test_best_of_echo_and_prompt_logprobs(admission: Admission) -> None:
+    def admitted(**body: Any) -> Any:
+        request = admit(admission, {"prompt": "Once"} | body).request
+        assert codec.decode(codec.encode(request)) == request
+        return request
+
+    request = admitted(n=2, best_of=5)
+    assert (request.choices, request.best, request.sampling.ranked, request.sampling.logprobs) == (5, 2, True, None)
+    assert request.sampling.worker_logprobs == 0
+    request = admitted(n=3, best_of=3)
+    assert (request.choices, request.best, request.sampling.ranked) == (3, 0, False)
+    request = admitted(echo=True, max_tokens=0)
+    assert (request.echo, request.sampling.max_tokens, request.sampling.prompt_logprobs) == (True, 0, None)
+    assert admitted(echo=True, logprobs=1).sampling.prompt_logprobs == 1
+    assert admitted(echo=True, logprobs=1, prompt_logprobs=4).sampling.prompt_logprobs == 4
+    assert admitted(logprobs=1).sampling.prompt_logprobs is None
+    brim = [5] * CONTEXT
+    assert admitted(prompt=brim, max_tokens=0, prompt_logprobs=0).sampling.max_tokens == 0
+    for more in ({}, {"max_tokens": 1}):
+        refused = refuse(admission, {"prompt": brim, "prompt_logprobs": 0} | more)
+        assert refused.error.code == ErrorCode.CONTEXT_LENGTH_EXCEEDED
+    for field, body in (("max_tokens", {"max_tokens": 0}), ("best_of", {"n": 2, "best_of": 1})):
+        error = refuse(admission, {"prompt": "Once"} | body).error
+        assert error.code == ErrorCode.INVALID_REQUEST and field in error.message
+
+
 def test_generation_config(tmp_path: Path) -> None:
     """Every default that is taken from it, and that the request's own values go before."""
     for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
