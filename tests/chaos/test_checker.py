@@ -22,7 +22,7 @@ TEXT = "abcdefgh"
 REFERENCE = Reference({0: IDS}, {0: TEXT}, {0: ("length", None)})
 CHOICES = [dict(choice=0, finish_reason="length", stop=None, tokens=4, chars=8)]
 FINISHED = finished_event("r", CHOICES, prompt_tokens=1, completion_tokens=4, timings={}, metadata={})
-TOLD = [{"choice": 0, "tokens": 2, "chars": 2}]
+TOLD = [{"choice": 0, "tokens": 2, "chars": 4}]
 CANCELLED = cancelled_event("r", prompt_tokens=1, completion_tokens=2, metadata={}, choices=TOLD)
 
 
