@@ -79,7 +79,8 @@ def _plan(data: Path, model: str, model_path: Path, port: int, copies: dict[str,
 
 
 async def _wait_ready(bus: Bus, plan: Plan) -> None:
-    """Until every stage is ready, with a progress bar of the weights' loading."""
+    """Until every stage is ready, with a progress bar of the weights' loading. Raises OSError at once if a stage says that it cannot
+    start, with its reason."""
     with Progress(
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -95,13 +96,28 @@ async def _wait_ready(bus: Bus, plan: Plan) -> None:
             if "load" in detail:
                 bar.update(task, completed=float(detail["load"]), description=str(detail.get("loading", "loading")))
 
+        refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_log(message: Message) -> None:
+            for raw in message.data.splitlines():
+                line = json.loads(raw)
+                if line.get("event") == "cannot_start" and not refused.done():
+                    refused.set_result(f"{line['stage']} cannot start: {line.get('code', '')}: {line.get('error', '')}")
+
         beats = await bus.subscribe(subjects.heartbeats("model_worker", plan.model), on_beat)
+        logs = await bus.subscribe(subjects.logs(), on_log)
+        waiting = asyncio.create_task(presence.wait_for_stages(bus, plan.copies, plan.model, START_TIMEOUT))
         try:
-            await presence.wait_for_stages(bus, plan.copies, plan.model, START_TIMEOUT)
+            await asyncio.wait([waiting, refused], return_when=asyncio.FIRST_COMPLETED)
+            if refused.done():
+                raise OSError(refused.result())
+            waiting.result()
         except TimeoutError as error:
             raise TimeoutError(f"{error}; see {plan.data / 'logs'}") from None
         finally:
+            waiting.cancel()
             await beats.unsubscribe()
+            await logs.unsubscribe()
 
 
 async def _up(plan: Plan) -> int:

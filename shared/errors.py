@@ -1,4 +1,4 @@
-"""The stable error codes of the public protocol, and the exception that carries one to a client."""
+"""The stable error codes of the public protocol, the exception that carries one to a client, and that of a stage that cannot start."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ class GorgonError(Exception):
     @property
     def retryable(self) -> bool:
         return self.code in RETRYABLE
+
+
+class StartError(Exception):
+    """What keeps a stage from starting and will not go away by itself: an operator has to mend it. `code` is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message

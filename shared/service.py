@@ -18,6 +18,7 @@ import structlog
 from shared import codec, subjects
 from shared.bus import Bus, BusError, BusTimeout, Message
 from shared.config import StageSettings
+from shared.errors import StartError
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.metrics import Meter
 from shared.micro import Endpoint, MicroService
@@ -223,7 +224,11 @@ async def _serve(service_class: type[Service], settings: StageSettings) -> int:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             return 0
-        starting.result()
+        try:
+            starting.result()
+        except StartError as error:
+            service.log.critical("cannot_start", code=error.code, error=error.message)
+            return 1
         # What starting left behind is never garbage: looking through it again and again stops a stage for milliseconds at times.
         gc.collect()
         gc.freeze()

@@ -167,7 +167,7 @@ def generate_rows(
     ended, error = threading.Event(), []
     rows = [prompt.tolist() for prompt in prompts]
     left = len(rows)
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("generating", total=len(rows) * (length - prompts.shape[1]))
 
         def on_step(step: StepOutput) -> None:
@@ -258,7 +258,7 @@ def learning_rate(peak: float, progress: float) -> float:
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Trains, resuming from `out`/checkpoint.pt if there is one; writes heads.safetensors, config.json, accuracies.json and
     trees.json to `out`. Returns the report. Raises ModelError."""
-    device, dtype = _device(config.device, config.dtype)
+    device, dtype = device_and_dtype(config.device, config.dtype)
     torch.manual_seed(config.seed)
     material = gather(config, console)
     backbone = Backbone(config.model, device, dtype)
@@ -316,7 +316,7 @@ def _run_steps(
             return (time.monotonic() - began) / (60 * config.minutes)
         return trainer.step / config.steps
 
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("training", total=1.0, completed=progress())
         try:
             while (done := progress()) < 1:
@@ -396,7 +396,7 @@ def tune_tree(
 ) -> dict[str, Any]:  # fmt: skip
     """Designs the trees of the heads in `folder` from what the model itself generates after the prompts (text files, a prompt for
     each paragraph), about `tokens` tokens. Writes trees.json there. Raises ModelError."""
-    device, dtype = _device(device_name, "auto")
+    device, dtype = device_and_dtype(device_name, "auto")
     prompt, length = 64, 320
     found = read_tokens(prompts, model)
     bos = begin_id(model)
@@ -415,16 +415,22 @@ def tune_tree(
     return report
 
 
-def _device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
+
+
+def _train_jointly(config: TrainConfig, joint: dict[str, Any], console: Console) -> None:
+    from services.model_worker.joint_training import JointConfig, train_joint  # which needs transformers
+
+    train_joint(JointConfig(config, joint[""], joint["_steps"], joint["_minutes"], joint["_learning_rate"]), console)
 
 
 def main(arguments: list[str]) -> int:
@@ -448,6 +454,12 @@ def main(arguments: list[str]) -> int:
         training.add_argument(f"--{name}", type=kind, default=getattr(TrainConfig, name))
     training.add_argument("--minutes", type=float, help="train for so long instead of a number of steps")
     training.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    training.add_argument("--joint", type=Path, help="then train model and heads together (Medusa-2) into this folder")
+    training.add_argument("--joint-steps", type=int, default=1000)
+    training.add_argument("--joint-minutes", type=float, help="for so long instead of a number of steps")
+    training.add_argument(
+        "--joint-learning-rate", type=float, default=5e-5, help="of the model; the heads' is four times that"
+    )
     training.add_argument("--distil", type=int, default=0, help="tokens to generate with the model and train on")
     tuning = commands.add_parser("tune-tree", help="design the trees of heads from the model's own generations")
     tuning.add_argument("--prompts", type=Path, nargs="+", required=True, help="text files")
@@ -468,7 +480,12 @@ def main(arguments: list[str]) -> int:
         load_config(options["model"])  # before anything is read or generated
         if command == "train-heads":
             files = {name: tuple(options.pop(name)) for name in ("data", "held_out")}
-            train(TrainConfig(**files, **options), console)
+            joint = {n: options.pop(f"joint{n}") for n in ("", "_steps", "_minutes", "_learning_rate")}
+            config = TrainConfig(**files, **options)
+            if joint[""] is None:
+                train(config, console)
+            else:
+                _train_jointly(config, joint, console)
         else:
             tune_tree(
                 options["model"], options["out"], tuple(options["prompts"]), options["temperature"],

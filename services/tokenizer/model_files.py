@@ -14,6 +14,7 @@ from services.tokenizer.chat_template import ChatTemplate, TemplateBroken
 from services.tokenizer.encoder import Encoder
 from services.tokenizer.tool_format import tool_format_of
 from shared.api import GenerateRequest
+from shared.errors import StartError
 from shared.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 # The named special tokens that transformers hands to chat templates.
@@ -32,12 +33,8 @@ _SAMPLING_DEFAULTS = {
 }
 
 
-class ModelFilesError(Exception):
-    """The stage cannot start. `code` is "missing_file" or "invalid_file"."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
+class ModelFilesError(StartError):
+    """`code` is "missing_file" or "invalid_file"."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from services.tokenizer.admission import Addressee, Admission, Admitted, Refused, addressee_of
 from services.tokenizer.encoder import Encoder
 from services.tokenizer.jobs import JobResults, job_id
-from services.tokenizer.model_files import ModelFiles, ModelFilesError, load_model_files
+from services.tokenizer.model_files import ModelFiles, load_model_files
 from services.tokenizer.pieces import Pieces
 from services.tokenizer.registry import Presence, Registry
 from services.tokenizer.settings import TokenizerSettings
@@ -100,11 +100,7 @@ class TokenizerService(Service):
     async def _load(self) -> ModelFiles:
         """In a thread: a large vocabulary takes a second, in which the connection must be kept alive."""
         path = Path(self.settings.model_path)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, load_model_files, path)
-        except ModelFilesError as error:
-            self.log.error("start_failed", code=error.code, message=str(error))
-            raise
+        return await asyncio.get_running_loop().run_in_executor(self._threads, load_model_files, path)
 
     async def on_drain(self) -> None:
         for door in self._doors:

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.errors import StartError
 
-class ModelError(Exception):
-    """A model folder that cannot be served; `code` is stable."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
+class ModelError(StartError):
+    """A model folder that cannot be served."""
 
 
 @dataclass(frozen=True, slots=True)
