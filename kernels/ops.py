@@ -163,6 +163,13 @@ class Ops(Protocol):
         newest tokens of each row's sequence, prompt included, the newest last, -1 before its beginning.
         """
 
+    def apply_token_bitmask(self, logits: Tensor, masks: Tensor, mask_rows: Tensor) -> Tensor:
+        """In place on f32 or bf16 logits [R, V], which it returns: -inf for the tokens that a row must not choose.
+
+        masks int32 [K, ⌈V / 32⌉]: bit t % 32 of word t // 32 is set where token t is allowed; mask_rows int32 [R]: the row's row of
+        masks, or -1 for "all are allowed".
+        """
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """logits f32 or bf16 [R, V] → chosen ids int64 [R].
 

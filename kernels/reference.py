@@ -127,6 +127,14 @@ class ReferenceOps:
         banned = torch.where(edited & (words >= 0) & behind, -torch.inf, 0.0)
         return logits.scatter_add_(1, words.long().clamp(min=0), banned)
 
+    def apply_token_bitmask(self, logits: Tensor, masks: Tensor, mask_rows: Tensor) -> Tensor:
+        rows = (mask_rows >= 0).nonzero().flatten()
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        words = masks.index_select(0, mask_rows.index_select(0, rows).long())
+        allowed = ((words[..., None] >> bits) & 1).flatten(1)[:, : logits.shape[1]]
+        logits[rows] = logits[rows].masked_fill_(allowed == 0, -torch.inf)
+        return logits
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         greedy = logits.argmax(dim=-1)
         if not batch.any_random:

@@ -167,6 +167,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     recent = torch.zeros(2, 16, dtype=torch.int32)
     qkv = torch.zeros(2, (q_heads + 2 * kv_heads) * head_dim, dtype=bf16)
     counts, mask = torch.zeros(1, vocabulary, dtype=torch.int32), torch.zeros(1, vocabulary, dtype=torch.bool)
+    token_bits = torch.zeros(2, vocabulary // 32, dtype=torch.int32)
 
     def cache(page: int) -> torch.Tensor:
         return torch.zeros(2, page, kv_heads, head_dim, dtype=bf16)
@@ -220,6 +221,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "sample, no filter": lambda: ops.sample(logits, unfiltered),
         "sample, greedy": lambda: ops.sample(logits, greedy),
         "apply_penalties": lambda: ops.apply_penalties(logits, counts, mask, ints[:2], floats, floats, floats),
+        "apply_token_bitmask": lambda: ops.apply_token_bitmask(logits, token_bits, ints[:2]),
         "move_kv": lambda: ops.move_kv(cache(64)[None], cache(64)[None], ints, ints),
     }
 

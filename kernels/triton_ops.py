@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling
+from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling, token_bitmask
 from kernels.attention_decode import decode_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
@@ -93,6 +93,9 @@ class TritonOps:
         self, logits: Tensor, edits: LogitEdits, edit_rows: Tensor, position: Tensor, recent: Tensor
     ) -> Tensor:
         return logit_edits.edit_logits(logits, edits, edit_rows, position, recent)
+
+    def apply_token_bitmask(self, logits: Tensor, masks: Tensor, mask_rows: Tensor) -> Tensor:
+        return token_bitmask.apply_token_bitmask(logits, masks, mask_rows)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sampling.sample(logits, batch)

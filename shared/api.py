@@ -48,6 +48,7 @@ MAX_TOKENS = 1_000_000
 MAX_BAD_WORD_STRINGS = MAX_BAD_WORDS // 2  # each is banned with and without a space before it
 MAX_BAD_WORD_CHARS = 256
 MAX_DEPTH = 64  # of nesting in a request
+MAX_ALTERNATIVES = 1000  # of structured.choice
 
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -83,6 +84,24 @@ class ChatMessage(Strict):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
+
+
+class Structured(Strict):
+    """What the text must be; exactly one of these. What each means: docs/structured.md."""
+
+    json_schema: dict[str, Any] | None = None
+    json_object: Literal[True] | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+    choice: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_ALTERNATIVES)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Structured:
+        if sum(value is not None for value in self.__dict__.values()) != 1:
+            raise ValueError(f"exactly one of {', '.join(Structured.model_fields)} is needed")
+        return self
 
 
 class GenerateRequest(Strict):
@@ -142,6 +161,7 @@ class GenerateRequest(Strict):
     batched: bool = False  # the client takes arrays of events (of several requests on one reply subject)
     metadata: dict[str, Any] = Field(default_factory=dict)
     traceparent: Annotated[str, Field(max_length=64)] | None = None
+    structured: Structured | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -180,6 +200,12 @@ class GenerateRequest(Strict):
         if size > MAX_METADATA_BYTES:
             raise ValueError(f"more than {MAX_METADATA_BYTES} bytes")
         return value
+
+    @model_validator(mode="after")
+    def _structured_ends(self) -> GenerateRequest:
+        if self.structured is not None and self.ignore_eos:
+            raise ValueError("'structured' says where the text ends: 'ignore_eos' contradicts it")
+        return self
 
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerateRequest:

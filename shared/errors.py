@@ -19,6 +19,7 @@ class ErrorCode(StrEnum):
     OVERLOADED = "overloaded"
     STORAGE_FULL = "storage_full"
     UNAVAILABLE = "unavailable"  # a stage that is needed does not answer
+    CONSTRAINT_FAILED = "constraint_failed"  # the grammar engine could not follow the text any further
     QUARANTINED = "quarantined"  # the request killed its worker, alone, twice
     INTERNAL = "internal"
 

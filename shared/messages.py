@@ -51,6 +51,7 @@ class Request(NamedTuple):
     tool_format: str = ""  # of shared.tool_calls, if calls are to be looked for in the text
     best: int = 0  # the client is told of so many of the choices, the likeliest, at the end; 0: of all, as they come
     echo: bool = False  # the client is told the prompt's text, too
+    constraint: str = ""  # the grammar that each choice must follow (shared/structured.py); "": none
 
 
 # ---------------------------------------------------------------- stream TOK: the token log (folded by shared/tokenlog.py)
@@ -166,6 +167,7 @@ class Run(NamedTuple):
     isolated: bool = False  # a suspect: run it in a step of its own
     trace: str = ""
     prompt_done: int = 0
+    constraint: str = ""  # as in Request
 
 
 class RunReply(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
 from services.model_worker.block_pool import BlockPool
-from services.model_worker.interface import PROMPT, EngineRequest, FinishReason, TokenLogprobs, TokenOutput
+from services.model_worker.interface import PROMPT, EngineRequest, TokenLogprobs, TokenOutput
 from services.model_worker.search.beam import Candidates
 from services.model_worker.search.beam_group import BeamGroup, TableDiff
 from services.model_worker.search.strategy import Strategy
@@ -544,16 +544,18 @@ class BatchScheduler:
         return [TokenOutput(request.request_id, request.choice, request.epoch, 0, [])] if survived else []
 
     def _accept(self, sequence: Sequence, ids: SequenceABC[int]) -> TokenOutput:
-        """Appends new tokens up to the first that ends the sequence."""
+        """Appends new tokens up to the first that ends the sequence, or that its grammar's matcher cannot follow."""
         request = sequence.request
         output = TokenOutput(request.request_id, request.choice, request.epoch, sequence.num_generated, [])
         for token in ids:
             sequence.tokens.append(token)
             sequence.verified = len(sequence.tokens) - 1
             output.ids.append(token)
+            if sequence.matcher is not None and not sequence.matcher.advance((token,)):
+                break
             if (reason := sequence.finish_reason()) is not None:
                 output.finish = reason
-                output.stop_token = token if reason in (FinishReason.STOP, FinishReason.STOP_TOKEN) else None
+                output.stop_token = token if sequence.stops.get(token) is reason else None
                 self._register(sequence)
                 # The retiring step still counts as in flight, so nothing is released before `_settle`.
                 self._leave(sequence, Status.FINISHED)

@@ -2,6 +2,9 @@
 
 Overlap: step N+1 is planned and launched while the device still works on step N; only then is N read back. What N's tokens decide
 (an end-of-sequence id) is therefore acted upon one step late, and what was computed for nothing is discarded.
+
+Where sequences follow grammars, N's tokens also decide what N+1 may choose. Such a step is launched in two halves: its forward pass,
+then, while that runs, N is read back and the masks are made, then the choice of tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from services.model_worker.batch_scheduler import BatchScheduler, StepPlan
+from services.model_worker.constraints import Constraints
 from services.model_worker.engine_setup import EngineConfig, ModelInfo, build
 from services.model_worker.interface import (
     PROMPT,
@@ -44,8 +49,10 @@ from services.model_worker.speculation.controller import Acceptance, TreeControl
 from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_bound import StepBound
 from services.model_worker.step_state import field_row
+from services.model_worker.token_masks import TokenMasks
 from shared.errors import ErrorCode
 from shared.sampling import MAX_LOGPROBS
+from shared.structured import ConstraintError, Matcher
 
 __all__ = [
     "Engine",
@@ -73,6 +80,7 @@ class _Submission:
     device_row: Any
     edit_row: Any
     sampling_mode: SamplingMode
+    matcher: Matcher | ConstraintError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +89,12 @@ class _Abort:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _InFlight:
-    ticket: Ticket
+    """ticket: None while the choice of its tokens has not been launched."""
+
+    plan: StepPlan
+    ticket: Ticket | None
     launched: float
     prompt_rows: int
     bound: float
@@ -111,8 +122,11 @@ class Engine:
         self.scheduler: BatchScheduler
         self.runner: ModelRunner
         self.trees: TreeController | None = None  # without a drafter
-        self._lock = threading.Lock()  # of the next three
+        self.constraints: Constraints
+        self.masks: TokenMasks
+        self._lock = threading.Lock()  # of the next four
         self._inbox: deque[_Submission | _Abort] = deque()
+        self._preparing: dict[Key, _Submission] = {}  # their grammars are being compiled
         self._held: dict[Key, int] = {}  # the epoch of every sequence that has not ended
         self._accepting = False
         self._paused = False
@@ -129,6 +143,8 @@ class Engine:
         """Reads the model, sizes the cache, compiles and captures. Raises ModelError; blocks for seconds to minutes."""
         parts = build(self.config, progress or (lambda fraction, text: None))
         self.info, self.scheduler, self.runner, self.trees = parts
+        self.constraints = Constraints.load(self.config.model, self.info.vocab_size, self.info.eos_ids)
+        self.masks = self.runner.token_masks()
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
 
@@ -173,7 +189,20 @@ class Engine:
                 if epoch is not None:
                     self._inbox.append(_Abort(request_id, epoch))
             self._held.update((key, request.epoch) for key, request in zip(keys, requests, strict=True))
-            self._inbox.extend(submissions)
+            constrained = [submission for submission in submissions if submission.request.constraint]
+            self._preparing.update(((s.request.request_id, s.request.choice), s) for s in constrained)
+            self._inbox.extend(submission for submission in submissions if not submission.request.constraint)
+        for submission in constrained:
+            self.constraints.prepare(submission.request, partial(self._prepared, submission))
+        self._wake.set()
+
+    def _prepared(self, submission: _Submission, matcher: Matcher | ConstraintError) -> None:
+        key = (submission.request.request_id, submission.request.choice)
+        with self._lock:
+            if self._preparing.get(key) is not submission:
+                return  # aborted or replaced meanwhile
+            del self._preparing[key]
+            self._inbox.append(replace(submission, matcher=matcher))
         self._wake.set()
 
     def abort(self, request_id: str, epoch: int) -> None:
@@ -195,6 +224,7 @@ class Engine:
             for (request_id, _), epoch in self._held.items():
                 running[request_id] = max(epoch, running.get(request_id, epoch))
             waiting = scheduler.waiting + sum(isinstance(item, _Submission) for item in self._inbox)
+            waiting += len(self._preparing)
         return EngineStats(
             step=scheduler.steps,
             step_started=max(in_flight[0].launched, self._last_retired) if in_flight else None,
@@ -217,6 +247,7 @@ class Engine:
         """Invariant: when nothing is held, every block and slot is back. Returns complaints; meaningless while something runs."""
         with self._lock:
             complaints = [f"{len(self._held)} sequences are held"] if self._held else []
+            complaints += [f"{len(self._preparing)} grammars are being compiled"] if self._preparing else []
         if self._sequences or self._in_flight:
             complaints.append(f"{len(self._sequences)} sequences, {len(self._in_flight)} steps in flight")
         return complaints + self.scheduler.check_idle()
@@ -247,6 +278,14 @@ class Engine:
             raise _rejected(request, "invalid_request", "max_tokens, logprobs or prompt_logprobs is out of range")
         if (why := self._refusal(request)) is not None:
             raise _rejected(request, *why)
+        if request.constraint and not self.constraints.available:
+            raise _rejected(request, ErrorCode.UNSUPPORTED, "the model's folder has no tokenizer.json to constrain by")
+        if request.constraint and Strategy.of(params) is not Strategy.SAMPLING:
+            raise _rejected(request, ErrorCode.UNSUPPORTED, "only sampling and greedy decoding follow a constraint")
+        if request.constraint and params.ignore_eos:
+            raise _rejected(
+                request, "invalid_request", "a constraint says where the text ends: ignore_eos contradicts it"
+            )
         return _Submission(request, device_row, changed, mode)
 
     def _refusal(self, request: EngineRequest) -> Refusal | None:
@@ -274,7 +313,7 @@ class Engine:
         except BaseException as error:
             with self._lock:
                 self._accepting = False
-            plans = [flight.ticket.plan for flight in self._in_flight]
+            plans = [flight.plan for flight in self._in_flight]
             plans += [self._launching] if self._launching is not None else []
             suspects = {(s.request.request_id, s.request.epoch) for plan in plans for s in plan.participants}
             if self._on_fatal is None:
@@ -289,7 +328,7 @@ class Engine:
             self._end(sequence, FinishReason.DEADLINE, output)
         plan = None if self._paused else self.scheduler.schedule(self._pick_tree)
         if plan is not None:
-            self._launch(plan)
+            self._launch(plan, output)
         idle = plan is None and not self._in_flight
         if len(self._in_flight) > (self._depth if plan is not None else 0):
             self._retire(output)
@@ -315,6 +354,10 @@ class Engine:
 
     def _take_submission(self, item: _Submission, output: StepOutput) -> None:
         request = item.request
+        if isinstance(item.matcher, ConstraintError):
+            self._release_key(request)
+            output.errors.append(_constraint_failed(request, str(item.matcher)))
+            return
         try:
             sequence = self.scheduler.add(request)
         except Exception as error:
@@ -331,6 +374,7 @@ class Engine:
             item.edit_row,
             item.sampling_mode,
         )
+        sequence.matcher = item.matcher
         sequence.acceptance = Acceptance(able=not (item.sampling_mode.penalties or item.sampling_mode.recent))
         self._sequences[request.request_id, request.choice] = sequence
         # A migrated sequence may have generated all it will before its old worker died, and some are to generate nothing.
@@ -341,6 +385,17 @@ class Engine:
         for (request_id, _), sequence in list(self._sequences.items()):
             if request_id == item.request_id and sequence.request.epoch <= item.epoch:
                 self._end(sequence, FinishReason.ABORTED, output)
+        with self._lock:
+            early = [s for s in self._preparing.values() if s.request.request_id == item.request_id]
+            early = [s for s in early if s.request.epoch <= item.epoch]
+            for submission in early:
+                del self._preparing[item.request_id, submission.request.choice]
+        for request in (submission.request for submission in early):
+            self._release_key(request)
+            position, reason = len(request.generated_ids), FinishReason.ABORTED
+            output.tokens.append(
+                TokenOutput(request.request_id, request.choice, request.epoch, position, [], finish=reason)
+            )
 
     def _end(self, sequence: Sequence, reason: FinishReason, output: StepOutput) -> None:
         """Ends a sequence without a new token."""
@@ -364,19 +419,39 @@ class Engine:
     def _pick_tree(self, sequences: list[Sequence]) -> Tree | None:
         return None if self.trees is None else self.trees.pick([sequence.acceptance for sequence in sequences])
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan, output: StepOutput) -> None:
         self._launching = plan
         launched = time.monotonic()
         prompt_rows = sum(chunk.rows for chunk in (*plan.chunks, *plan.contrasted_chunks))
-        ticket = self.runner.launch(plan)
-        self._in_flight.append(_InFlight(ticket, launched, prompt_rows, self._bound.declare(prompt_rows)))
+        forward = self.runner.forward(plan)
+        flight = _InFlight(plan, None, launched, prompt_rows, self._bound.declare(prompt_rows))
+        self._in_flight.append(flight)
         self._launching = None
+        constrained = [sequence for sequence in plan.sampled if sequence.matcher is not None]
+        if not constrained:
+            flight.ticket = self.runner.choose(forward, None)
+            return
+        while len(self._in_flight) > 1:
+            self._retire(output)  # the matchers go on by what it chose
+        guesses = None if forward.guesses is None else forward.guesses.result()
+        flight.ticket = self.runner.choose(forward, self.masks.fill(plan, guesses))
+        self._end_broken(constrained, output)
+
+    def _end_broken(self, sequences: list[Sequence], output: StepOutput) -> None:
+        """A matcher that cannot go on ends its own sequence, and no other."""
+        for sequence in sequences:
+            request, matcher = sequence.request, sequence.matcher
+            if matcher is not None and matcher.error and self._sequences.get(_key(request)) is sequence:
+                self.scheduler.finish(sequence)
+                self._forget(request)
+                output.errors.append(_constraint_failed(request, matcher.error))
 
     def _retire(self, output: StepOutput) -> None:
         flight = self._in_flight[0]
+        assert flight.ticket is not None
         result = flight.ticket.result()
         now = time.monotonic()
-        plan, seconds = flight.ticket.plan, now - max(flight.launched, self._last_retired)
+        plan, seconds = flight.plan, now - max(flight.launched, self._last_retired)
         self._bound.observe(flight.prompt_rows, seconds)
         self._last_retired = now
         output.step, output.seconds = plan.step, seconds
@@ -398,6 +473,7 @@ class Engine:
             if token.finish is not None and sequence is not None:
                 token.drafted, token.accepted = sequence.acceptance.steps, sequence.acceptance.accepted
                 self._forget(sequence.request)
+        self._end_broken(plan.sampled, output)
 
     def _drop_all(self) -> None:
         for sequence in list(self._sequences.values()):
@@ -407,7 +483,16 @@ class Engine:
             self._retire(StepOutput(self.scheduler.steps))
         with self._lock:
             self._inbox.clear()
+            self._preparing.clear()
             self._held.clear()
+
+
+def _key(request: EngineRequest) -> Key:
+    return request.request_id, request.choice
+
+
+def _constraint_failed(request: EngineRequest, message: str) -> RequestError:
+    return RequestError(request.request_id, request.choice, request.epoch, ErrorCode.CONSTRAINT_FAILED, message)
 
 
 def _rejected(request: EngineRequest, code: str, message: str) -> RequestRejected:

@@ -157,6 +157,8 @@ class FixedEngine:
             code, message = ErrorCode.INVALID_REQUEST, f"a token id is outside the vocabulary of {settings.vocab_size}"
         elif Strategy.of(request.params) is not Strategy.SAMPLING:
             code, message = ErrorCode.UNSUPPORTED, "the fixed engine has no model to search in"
+        elif request.constraint:
+            code, message = ErrorCode.UNSUPPORTED, "the engine without a model has no grammars"
         else:
             return
         raise RequestRejected(RequestError(request.request_id, request.choice, request.epoch, code, message))

@@ -46,6 +46,7 @@ class EngineRequest:
     prompt_done    None: the prompt's log-probabilities are not wanted of this sequence. k: those of the tokens from k on are, with
                    params.prompt_logprobs alternatives
     choices        of a beam search, which is one sequence for the engine: its outputs are of the choices 0 … choices - 1
+    constraint     the grammar that the generated text must follow (shared/structured.py); "": none
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class EngineRequest:
     isolated: bool = False
     prompt_done: int | None = None
     choices: int = 1
+    constraint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

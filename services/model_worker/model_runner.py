@@ -20,12 +20,13 @@ from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
 from services.model_worker.prompt_logprobs import Logprobs, ReportedRows
 from services.model_worker.readback import Readback, Ticket
-from services.model_worker.sampler import CAPTURED_MODES, Sampled, SamplingMode, sample
+from services.model_worker.sampler import CAPTURED_MODES, RowMasks, Sampled, SamplingMode, sample
 from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.search.runner import SearchRunner
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
 from services.model_worker.step_state import Staging, StepState, round_up
+from services.model_worker.token_masks import TokenMasks
 from shared.sampling import MAX_LOGPROBS
 
 STEPS_IN_FLIGHT = 2  # the one that the device works on and the one behind it
@@ -40,6 +41,45 @@ class DecodeStep:
     slots: Tensor
     context_len: Tensor
     tree_rows: TreeRows | None
+
+
+class Guesses:
+    """The tokens of a step's trees on their way to the host, while the forward pass that checks them runs."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
+        self._event = torch.cuda.Event() if pinned else None
+        self._shape = (0, 1)
+
+    def fetch(self, tokens: Tensor) -> None:
+        """tokens int64 [R, n], see TreeRows."""
+        self._shape = (tokens.shape[0], tokens.shape[1])
+        self._host[: tokens.numel()].view(tokens.shape).copy_(tokens, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def result(self) -> list[list[int]]:
+        """By sequence and node. Waits for them, without the GIL."""
+        if self._event is not None:
+            self._event.synchronize()
+        rows, nodes = self._shape
+        tokens: list[list[int]] = self._host[: rows * nodes].view(rows, nodes).tolist()
+        return tokens
+
+
+# What was sampled for plan.sampled, in that order, and the log-probabilities of the rows that are reported.
+Chosen = tuple[list[Sampled], list[Logprobs]]
+
+
+@dataclass(slots=True)
+class Forward:
+    """A launched forward pass. `choose` launches the choice of its tokens; guesses: of the decodes' trees, if some of them have a
+    matcher."""
+
+    plan: StepPlan
+    choose: Callable[[RowMasks | None], Chosen]
+    guesses: Guesses | None
 
 
 class ModelRunner:
@@ -80,6 +120,7 @@ class ModelRunner:
             self._readbacks = [
                 Readback(tokens, limits.max_batched_tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)
             ]
+            self._guesses = Guesses(0 if speculation is None else speculation.max_rows, self.device)
         self._sizes = padded_sizes(limits.max_seqs)
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
         self._launched = 0
@@ -94,26 +135,39 @@ class ModelRunner:
                 with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                     yield
 
+    def token_masks(self) -> TokenMasks:
+        """Tables for the masks of the largest step."""
+        with self.context():
+            rows = self.limits.max_seqs + self._max_tree_rows
+            return TokenMasks(rows, self.decoder.config.vocab_size, self.device)
+
     # ---- one step
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Starts the step and returns at once (on a CPU: when it is done). Call within `context`."""
+        return self.choose(self.forward(plan), None)
+
+    def forward(self, plan: StepPlan) -> Forward:
+        """The first half of `launch`, for whoever knows only later which tokens the step may choose."""
         mode = SamplingMode.union(sequence.sampling_mode for sequence in plan.sampled)
         if plan.chunks:
-            parts, prompts = self._launch_mixed(plan, mode)
-        else:
-            parts, prompts = [], []
-            if plan.decodes:
-                parts.append(self._launch_decodes(plan, mode))
-            else:
-                self._staging.begin()
-                self._upload_changes(plan)
+            return self._forward_mixed(plan, mode)
+        if plan.decodes:
+            return self._forward_decodes(plan, mode)
+        self._staging.begin()
+        self._upload_changes(plan)
+        return Forward(plan, lambda masks: ([], []), None)
+
+    def choose(self, forward: Forward, masks: RowMasks | None) -> Ticket:
+        """The second half. masks: of all rows that are sampled, the trees' nodes among them; None: every token is allowed."""
+        plan = forward.plan
+        parts, prompts = forward.choose(masks)
         searched, candidates = self.search.launch(plan, self.cache) if plan.has_search else ([], [])
         self._launched += 1
         readback = self._readbacks[self._launched % len(self._readbacks)]
         return readback.fetch(plan, parts, prompts, searched, candidates)
 
-    def _launch_decodes(self, plan: StepPlan, mode: SamplingMode) -> Sampled:
+    def _forward_decodes(self, plan: StepPlan, mode: SamplingMode) -> Forward:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
         rows, nodes = len(plan.decodes), plan.nodes
         size = padded_size(self._sizes, rows) if self.graphs is not None else rows
@@ -122,17 +176,33 @@ class ModelRunner:
         self._staging.begin()
         staged = self._staging.put(slots)
         self._upload_changes(plan)
-        if self.graphs is None:
-            step = self._decode(staged, size, self._longest(plan), nodes)
+        graphs, guesses, tree_rows = self.graphs, None, None
+        if nodes > 1:
+            tree_rows = (
+                graphs.replay(("draft", size, nodes)) if graphs is not None else self._draft(staged, size, nodes)
+            )
+            guesses = self._fetch_guesses(plan, tree_rows)
+        if graphs is None:
+            step = self._decode(staged, size, self._longest(plan), tree_rows)
         else:
-            step = self.graphs.replay(("decode", size, nodes))
-            if mode.capturable:
-                return self.graphs.replay((mode, size, nodes))
-        return self._sample_decode(step, rows, mode)
+            step = graphs.replay(("decode", size, nodes))
 
-    def _launch_mixed(self, plan: StepPlan, mode: SamplingMode) -> tuple[list[Sampled], list[Logprobs]]:
-        """Decodes and chunks of prompts in one forward pass, at their own sizes. Returns what was sampled, and the log-probabilities
-        of the rows that are reported."""
+        def choose(masks: RowMasks | None) -> Chosen:
+            if graphs is not None and masks is None and mode.capturable:
+                return [graphs.replay((mode, size, nodes))], []
+            return [self._sample_decode(step, rows, mode, masks)], []
+
+        return Forward(plan, choose, guesses)
+
+    def _fetch_guesses(self, plan: StepPlan, tree_rows: TreeRows) -> Guesses | None:
+        """Where the host must know them: what may follow a guess depends on it."""
+        if all(sequence.matcher is None for sequence in plan.decodes):
+            return None
+        self._guesses.fetch(tree_rows.tokens[: len(plan.decodes)])
+        return self._guesses
+
+    def _forward_mixed(self, plan: StepPlan, mode: SamplingMode) -> Forward:
+        """Decodes and chunks of prompts in one forward pass, at their own sizes."""
         put, state = self._staging.put, self.state
         decodes, chunks, nodes = len(plan.decodes), plan.chunks, plan.nodes
         decode_rows = decodes * nodes
@@ -159,10 +229,11 @@ class ModelRunner:
 
         slots = slots.long()
         ids, kv_slots, context_len = ids.long(), state.kv_slots(row_slots.long(), positions), chunk_context
-        tree_rows = None
+        tree_rows, guesses = None, None
         if decodes:
             if nodes > 1:
-                tree_rows = self._tree_rows(decode_slots.long(), decodes, nodes)
+                tree_rows = self._draft(decode_slots, decodes, nodes)
+                guesses = self._fetch_guesses(plan, tree_rows)
             decode = state.decode_inputs(slots[:decodes]) if tree_rows is None else tree_rows.inputs()
             ids = torch.cat((decode.ids, ids))
             positions = torch.cat((decode.positions, positions))
@@ -180,14 +251,22 @@ class ModelRunner:
         )
         hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted)
         state.context.index_copy_(0, slots, context_len)
-        parts = []
-        if tree_rows is not None:
-            parts.append(self._verify(hidden[:decode_rows], tree_rows, mode))
-            hidden = hidden[decode_rows:]
-        if sampled:
-            lengths_after = context_len.index_select(0, sampled_of)
-            parts.append(self._sample(hidden[: len(sampled)], sampled_slots.long(), lengths_after, mode))
-        return parts, report.logprobs(hidden[len(sampled) :], targets.long(), self.decoder.logits, self.ops)
+        guessed = 0 if tree_rows is None else decode_rows
+
+        def choose(masks: RowMasks | None) -> Chosen:
+            parts = []
+            if tree_rows is not None:
+                of_trees = None if masks is None else masks.part(0, guessed)
+                parts.append(self._verify(hidden[:guessed], tree_rows, mode, of_trees))
+            if sampled:
+                lengths_after = context_len.index_select(0, sampled_of)
+                others = None if masks is None else masks.part(guessed, guessed + len(sampled))
+                last_rows = hidden[guessed : guessed + len(sampled)]
+                parts.append(self._sample(last_rows, sampled_slots.long(), lengths_after, mode, others))
+            reported = hidden[guessed + len(sampled) :]
+            return parts, report.logprobs(reported, targets.long(), self.decoder.logits, self.ops)
+
+        return Forward(plan, choose, guesses)
 
     def _padded(self, sequences: list[Sequence]) -> list[int]:
         """Their slots, padded to a multiple of four."""
@@ -218,11 +297,11 @@ class ModelRunner:
             for cache in [self.cache] if self.search.amateur is None else [self.cache, self.search.amateur.cache]:
                 self.ops.move_kv(cache.data[0], cache.data[1], sources, targets)
 
-    def _decode(self, staged_slots: Tensor, size: int, max_context: int, nodes: int) -> DecodeStep:
-        """The forward pass of `size` sequences, with a row each or the rows of the tree that has so many nodes."""
+    def _decode(self, staged_slots: Tensor, size: int, max_context: int, tree_rows: TreeRows | None) -> DecodeStep:
+        """The forward pass of `size` sequences, with a row each or their trees' rows."""
         padded = staged_slots.long()
         slots = padded[:size]
-        tree_rows = self._tree_rows(padded, size, nodes) if nodes > 1 else None
+        nodes = 1 if tree_rows is None else tree_rows.tree.tree.size
         inputs = self.state.decode_inputs(slots) if tree_rows is None else tree_rows.inputs()
         batch = AttentionBatch(
             query_start=self._row_starts[: size + 1] * nodes if nodes > 1 else self._row_starts[: size + 1],
@@ -239,25 +318,33 @@ class ModelRunner:
             self.state.context.index_copy_(0, slots, inputs.context_len)
         return DecodeStep(hidden, padded, inputs.context_len, tree_rows)
 
-    def _sample_decode(self, step: DecodeStep, rows: int, mode: SamplingMode) -> Sampled:
+    def _sample_decode(self, step: DecodeStep, rows: int, mode: SamplingMode, masks: RowMasks | None = None) -> Sampled:
         """The new tokens of the first `rows` sequences."""
         if step.tree_rows is None:
-            return self._sample(step.hidden[:rows], step.slots, step.context_len[:rows], mode)
+            return self._sample(step.hidden[:rows], step.slots, step.context_len[:rows], mode, masks)
         tree_rows = step.tree_rows.first(rows)
-        return self._verify(step.hidden[: tree_rows.tokens.numel()], tree_rows, mode)
+        return self._verify(step.hidden[: tree_rows.tokens.numel()], tree_rows, mode, masks)
 
-    def _tree_rows(self, padded: Tensor, count: int, nodes: int) -> TreeRows:
+    def _draft(self, staged_slots: Tensor, count: int, nodes: int) -> TreeRows:
+        """The rows of `count` sequences with the tree that has so many nodes, the guessed tokens in them."""
         assert self.verifier is not None
-        return self.verifier.rows(padded, count, self.verifier.trees[nodes])
+        return self.verifier.rows(staged_slots.long(), count, self.verifier.trees[nodes])
 
-    def _verify(self, hidden: Tensor, rows: TreeRows, mode: SamplingMode) -> Sampled:
+    def _verify(self, hidden: Tensor, rows: TreeRows, mode: SamplingMode, masks: RowMasks | None) -> Sampled:
         """Accepts what the nodes guessed right and leaves the tokens where the next step finds them."""
         assert self.verifier is not None
-        return self.verifier.accept(rows, hidden, self.decoder.logits(hidden), mode, self.cache.data)
+        return self.verifier.accept(rows, hidden, self.decoder.logits(hidden), mode, self.cache.data, masks)
 
-    def _sample(self, hidden: Tensor, padded: Tensor, context_len: Tensor, mode: SamplingMode) -> Sampled:
+    def _sample(
+        self,
+        hidden: Tensor,
+        padded: Tensor,
+        context_len: Tensor,
+        mode: SamplingMode,
+        masks: RowMasks | None = None,
+    ) -> Sampled:
         """Chooses the tokens after `hidden` and leaves them where the next step finds them."""
-        sampled = sample(self.ops, self.state, self.decoder.logits(hidden), padded, context_len, mode)
+        sampled = sample(self.ops, self.state, self.decoder.logits(hidden), padded, context_len, mode, masks)
         slots = padded[: hidden.shape[0]]
         self.state.last_token.index_copy_(0, slots, sampled.ids.squeeze(1))
         if self.verifier is not None:
@@ -300,7 +387,8 @@ class ModelRunner:
         def decode() -> None:
             # Of all kinds of decode steps the one with the most rows.
             size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
-            self._sample_decode(self._decode(nobody, size, longest, nodes), size, CAPTURED_MODES[-1])
+            rows = self._draft(nobody, size, nodes) if nodes > 1 else None
+            self._sample_decode(self._decode(nobody, size, longest, rows), size, CAPTURED_MODES[-1])
 
         with self.context():
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
@@ -324,7 +412,10 @@ class ModelRunner:
             for done, (size, nodes) in enumerate(shapes):
                 progress(done / len(shapes))
                 padded = slots[: round_up(size, 4)]
-                step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, nodes))
+                rows = None
+                if nodes > 1:  # apart, so that the guesses can be read back while they are checked
+                    rows = graphs.capture(("draft", size, nodes), partial(self._draft, padded, size, nodes))
+                step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, rows))
                 for mode in CAPTURED_MODES:
                     graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
         self.graphs = graphs
@@ -337,6 +428,8 @@ class ModelRunner:
         for _ in range(times + 1):
             torch.cuda.synchronize(self.device)
             start = time.perf_counter()
+            if nodes > 1:
+                self.graphs.replay(("draft", size, nodes))
             self.graphs.replay(("decode", size, nodes))
             self.graphs.replay((CAPTURED_MODES[0], size, nodes))
             torch.cuda.synchronize(self.device)

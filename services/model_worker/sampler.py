@@ -62,6 +62,18 @@ class SamplingMode:
         )
 
 
+@dataclass(slots=True)
+class RowMasks:
+    """Which tokens the rows of a step may choose: `Ops.apply_token_bitmask`'s masks int32 [K, ⌈V / 32⌉] and mask_rows int32 [R]."""
+
+    masks: Tensor
+    mask_rows: Tensor
+
+    def part(self, start: int, end: int) -> RowMasks:
+        """Of the rows start … end - 1."""
+        return RowMasks(self.masks, self.mask_rows[start:end])
+
+
 CAPTURED_MODES = (SamplingMode(), SamplingMode(random=True), SamplingMode(random=True, filters=True))
 
 
@@ -75,22 +87,23 @@ class Sampled:
 
 
 def sample(
-    ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode
-) -> Sampled:
+    ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode,
+    masks: RowMasks | None = None,
+) -> Sampled:  # fmt: skip
     """`choose` for sequences with a row each."""
-    ids = choose(ops, state, logits, slots, context_len, mode)
+    ids = choose(ops, state, logits, slots, context_len, mode, masks=masks)
     return Sampled(ids[:, None], ops.logprobs(logits, ids, mode.logprobs) if mode.logprobs >= 0 else None)
 
 
 def choose(
     ops: Ops, state: StepState, logits: Tensor, slots: Tensor, context_len: Tensor, mode: SamplingMode,
-    counted: Tensor | None = None,
+    counted: Tensor | None = None, masks: RowMasks | None = None,
 ) -> Tensor:  # fmt: skip
     """The token after each row, int64 [R], counted towards its sequence's penalties.
 
     logits [R, V], overwritten unless log-probabilities are wanted of them; slots int64 [≥ R], padded to a multiple of four so that the
     gathered rows stay aligned; context_len int32 [R]: tokens of each row's sequence, the row's own included; counted int64: the rows
-    whose tokens count (None: all).
+    whose tokens count (None: all); masks: of the R rows, None: every token is allowed.
     """
     rows = logits.shape[0]
     gathered = state.fields.index_select(1, slots)
@@ -111,6 +124,10 @@ def choose(
         edit_rows = torch.where(field["edited"] > 0, slots, -1).int()
         recent = state.edits.recent.index_select(0, slots)
         ops.edit_logits(scores, state.edits.tables, edit_rows, position, recent)
+    if masks is not None:
+        if scores is logits and mode.logprobs >= 0:
+            scores = logits.clone()
+        ops.apply_token_bitmask(scores, masks.masks, masks.mask_rows)
     ids = ops.sample(
         scores,
         SamplingBatch(

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 from services.model_worker.block_pool import block_hash
 from services.model_worker.interface import EngineRequest, FinishReason
 from services.model_worker.search.beam_group import BeamGroup
 from services.model_worker.search.strategy import Strategy
+
+
+class Matcher(Protocol):
+    """See shared.structured.Matcher."""
+
+    complete: bool
+    error: str
+
+    def advance(self, tokens: Iterable[int]) -> bool: ...
 
 
 class Status(Enum):
@@ -34,8 +43,8 @@ class Sequence:
 
     __slots__ = (
         "acceptance", "block_hashes", "blocks", "cached", "candidates", "computed", "device_row", "edit_row", "group", "inflight",
-        "limit", "memory", "order", "pending", "prompt_len", "registered", "released", "reported", "request", "sampling_mode", "slack",
-        "slot", "status", "stops", "strategy", "tokens", "verified",
+        "limit", "matcher", "memory", "order", "pending", "prompt_len", "registered", "released", "reported", "request",
+        "sampling_mode", "slack", "slot", "status", "stops", "strategy", "tokens", "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
@@ -68,6 +77,7 @@ class Sequence:
         self.edit_row: Any = None
         self.sampling_mode: Any = None
         self.acceptance: Any = None  # of guessed tokens; only the tree controller looks at it
+        self.matcher: Matcher | None = None  # where `tokens` stand in the grammar that they must follow, if any
         self.reset(0)
 
     def __lt__(self, other: Sequence) -> bool:
@@ -123,6 +133,8 @@ class Sequence:
         """Why the tokens read back so far end here, if they do."""
         if self.num_generated and (reason := self.stops.get(self.tokens[-1])) is not None:
             return reason
+        if self.matcher is not None and self.matcher.complete:
+            return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.limit else None
 
     def hashes(self, count: int, block_size: int) -> list[bytes]:

@@ -316,8 +316,9 @@ class WorkerService(Service):
                 run.priority,
                 deadline,
                 run.isolated,
-                run.prompt_done if wanted and choice == choices[0] else None,
-                run.choices if beams else 1,
+                prompt_done=run.prompt_done if wanted and choice == choices[0] else None,
+                choices=run.choices if beams else 1,
+                constraint=run.constraint,
             )
             for choice in ([0] if beams else choices)
         ]

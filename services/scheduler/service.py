@@ -383,6 +383,7 @@ class SchedulerService(Service):
             isolated,
             known.trace,
             prompt_done=prefix.prompt_done if prefix is not None else 0,
+            constraint=request.constraint,
         )
         try:
             answer = await self.bus.request(subjects.worker_run(worker), codec.encode(order), self.settings.run_timeout)

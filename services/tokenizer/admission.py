@@ -18,6 +18,7 @@ from shared.errors import ErrorCode, GorgonError
 from shared.messages import ReplyTo, Request
 from shared.sampling import MAX_BAD_WORD_TOKENS, SamplingParams
 from shared.strategies import strategy_of
+from shared.structured import ConstraintError, constraint_of
 from shared.subjects import is_token, request_key
 from shared.traceparent import trace_id_of
 
@@ -123,8 +124,18 @@ class Admission:
             trace=to.trace,
             tokenize_ms=(time.perf_counter() - started) * 1e3,
             tool_format=self._files.tool_format if asked.uses_tools else "",
+            constraint=self._constraint(asked),
         )
         return Admitted(request, to, len(ids))
+
+    def _constraint(self, asked: GenerateRequest) -> str:
+        """Not compiled yet: that may take long."""
+        if asked.structured is None:
+            return ""
+        try:
+            return constraint_of(asked.structured)
+        except ConstraintError as error:
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"structured: {error}") from None
 
     def _prompt_ids(self, asked: GenerateRequest, body: Mapping[str, Any], context: int | None) -> list[int]:
         if isinstance(asked.prompt, list):

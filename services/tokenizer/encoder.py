@@ -29,6 +29,10 @@ class Encoder:
         encoded = (tuple(self.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}"))
         return list(dict.fromkeys(ids for ids in encoded if ids))
 
+    def to_json(self) -> str:
+        """As tokenizer.json holds it."""
+        return str(self.tokenizer.to_str())
+
     def longest_text(self, tokens: int) -> int:
         """Characters that so many tokens can stand for at most: a longer text need not be encoded to know that it is too long."""
         return tokens * self._longest * _LARGEST_SHRINKAGE

@@ -43,6 +43,7 @@ class ModelFiles:
     bad_words  sequences of ids that generation_config.json bans
     context    tokens of prompt and completion that the model is made for, None if config.json does not say
     tool_format   of shared.tool_calls, "" if the model is not known to call tools
+    eos_ids    end-of-sequence ids, as the worker reads them
     """
 
     encoder: Encoder
@@ -52,6 +53,7 @@ class ModelFiles:
     defaults: Mapping[str, Any]
     bad_words: tuple[tuple[int, ...], ...] = ()
     tool_format: str = ""
+    eos_ids: frozenset[int] = frozenset()
 
 
 def load_model_files(folder: Path) -> ModelFiles:
@@ -75,6 +77,7 @@ def load_model_files(folder: Path) -> ModelFiles:
     except TemplateBroken as error:
         raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
     generation = folder / "generation_config.json"
+    eos_ids = _eos_ids(_read_json(generation).get("eos_token_id", config.get("eos_token_id")), generation)
     return ModelFiles(
         Encoder(tokenizer),
         template,
@@ -83,7 +86,15 @@ def load_model_files(folder: Path) -> ModelFiles:
         _defaults(generation),
         _bad_words(generation, config, vocab_size),
         tool_format_of(templates.values(), [token.content for token in tokenizer.get_added_tokens_decoder().values()]),
+        eos_ids,
     )
+
+
+def _eos_ids(value: Any, path: Path) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ModelFilesError("invalid_file", f"{path}: eos_token_id is {value!r:.80}")
+    return frozenset(ids)
 
 
 def _read_text(path: Path) -> str:

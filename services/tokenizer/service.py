@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services.tokenizer.admission import Addressee, Admission, Admitted, Refused, addressee_of
+from services.tokenizer.constraints import ConstraintChecker
 from services.tokenizer.encoder import Encoder
 from services.tokenizer.jobs import JobResults, job_id
 from services.tokenizer.model_files import ModelFiles, load_model_files
@@ -53,6 +54,7 @@ class TokenizerService(Service):
         self._context: int | None = None
         self._listening_since = 0.0
         self._admission: Admission
+        self._constraints: ConstraintChecker | None = None
         self._store: RequestStore
         self._encoder: Encoder
         self._pieces: Pieces
@@ -72,6 +74,13 @@ class TokenizerService(Service):
         self._admission = Admission(files, settings.model, settings.default_max_tokens)
         self._encoder = files.encoder
         self._pieces = Pieces(files.encoder.tokenizer)
+        self._constraints = ConstraintChecker(
+            files,
+            threads=settings.constraint_threads,
+            timeout=settings.constraint_timeout,
+            waiting=settings.max_constraints,
+            retry_after=settings.retry_after,
+        )
         self._store = RequestStore(self.bus, settings, await self.bus.bucket(subjects.BUCKET_ASSIGN))
         for beats in (
             subjects.heartbeats(self.stage),
@@ -111,6 +120,8 @@ class TokenizerService(Service):
 
     async def on_stop(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._constraints is not None:
+            self._constraints.close()
 
     def heartbeat(self) -> Heartbeat:
         load = self._in_flight / self.settings.max_in_flight
@@ -253,11 +264,19 @@ class TokenizerService(Service):
         )
 
     async def _admit(self, data: bytes, reply: str, job: str | None = None) -> Admitted | Refused:
-        if len(data) <= self.settings.inline_bytes:
-            return self._admission.admit(data, reply, self._context, job_id=job)
-        loop = asyncio.get_running_loop()
         admit = self._admission.admit
-        return await loop.run_in_executor(self._threads, lambda: admit(data, reply, self._context, job_id=job))
+        if len(data) <= self.settings.inline_bytes:
+            outcome = admit(data, reply, self._context, job_id=job)
+        else:
+            loop = asyncio.get_running_loop()
+            outcome = await loop.run_in_executor(self._threads, lambda: admit(data, reply, self._context, job_id=job))
+        if isinstance(outcome, Admitted) and outcome.request.constraint:
+            assert self._constraints is not None
+            try:
+                await self._constraints.check(outcome.request.constraint)
+            except GorgonError as error:
+                return Refused(error, outcome.to)
+        return outcome
 
     def _begin(self) -> None:
         self._in_flight += 1
@@ -377,6 +396,8 @@ class TokenizerService(Service):
                     raise BusError(error.message) from None
                 outcome = Refused(error, outcome.to)
         if isinstance(outcome, Refused):
+            if outcome.error.retryable:
+                raise BusError(outcome.error.message)
             self._note_refusal(outcome)
             await self._job_results.store_refusal(outcome, seq, accepted_seq)
         await delivery.ack()

@@ -22,6 +22,9 @@ class TokenizerSettings(StageSettings):
         "auto", description="how the model writes tool calls; auto: as its chat template says"
     )
     threads: int = Field(2, ge=1, description="for long requests")
+    constraint_threads: int = Field(2, ge=1, description="that compile what requests demand of their text")
+    constraint_timeout: float = Field(2.0, gt=0, description="a constraint that takes longer to compile is refused")
+    max_constraints: int = Field(64, ge=1, description="constraints that wait to be compiled; more are refused")
     max_in_flight: int = Field(1024, ge=1, description="requests being admitted at a time in this process")
     max_waiting: int = Field(4096, ge=1, description="accepted requests that wait for a worker; more are refused")
     retry_after: float = Field(1.0, gt=0, description="what a refused client is told to wait")

@@ -243,6 +243,34 @@ def test_penalties():
     assert torch.equal(got[2], logits[2])
 
 
+@pytest.mark.parametrize("vocabulary", [7, 1000, 9001])
+def test_token_bitmask(vocabulary):
+    torch.manual_seed(10)
+    logits = torch.randn(5, vocabulary)
+    masks = torch.randint(-(1 << 31), 1 << 31, (3, -(-vocabulary // 32)), dtype=torch.int64).int()
+    rows = torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32)
+    expected, got = (ops.apply_token_bitmask(logits.clone(), masks, rows) for ops in BOTH)
+    assert torch.equal(got, expected)
+    for row, mask in enumerate(rows.tolist()):
+        for token in range(0, vocabulary, 13):
+            allowed = mask < 0 or masks[mask, token // 32].item() >> token % 32 & 1
+            assert got[row, token] == (logits[row, token] if allowed else -torch.inf)
+
+
+def test_sampling_from_one_allowed_token():
+    """Fewer tokens are left than the filters would keep."""
+    logits = torch.randn(4, 300)
+    masks = torch.zeros(4, 10, dtype=torch.int32)
+    masks[:, 5] = 1 << 7
+    masks[3, 9] = 3
+    batch = sampling_batch(
+        4, temperature=[0, 1, 2, 1], top_k=[0, 40, 5, 200], top_p=[1, 0.9, 1, 0.99], min_p=[0, 0, 0.1, 0]
+    )
+    for ops in BOTH:
+        tokens = ops.sample(ops.apply_token_bitmask(logits.clone(), masks, torch.arange(4, dtype=torch.int32)), batch)
+        assert tokens[:3].tolist() == [167] * 3 and tokens[3].item() in (167, 288, 289)
+
+
 def test_logprobs():
     logits, chosen = torch.randn(3, 50), torch.tensor([1, 2, 49])
     torch.testing.assert_close(TRITON.logprobs(logits, chosen, 5), REFERENCE.logprobs(logits, chosen, 5))

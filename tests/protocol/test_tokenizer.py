@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -23,6 +24,7 @@ from shared import messages as m
 from shared.bus import BucketSpec
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.streams import stream_specs
+from shared.structured import Matcher, Vocabulary, json_constraint
 from shared.virtual_time import VirtualTimeLoop
 
 MODEL = "demo"
@@ -519,3 +521,80 @@ async def test_starting_without_the_model(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="missing_file"):
         await service.start()
     await service.stop()
+
+
+# ---------------------------------------------------------------- structured output (with threads, so in real time)
+
+
+async def answer_to(world: World, body: dict[str, Any], reply: str = "inbox.a") -> dict[str, Any]:
+    world.send(body, reply=reply)
+    async with asyncio.timeout(20):
+        while not (events := world.events(reply)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return events[0]
+
+
+async def test_a_constraint_is_compiled_before_the_request_is_accepted() -> None:
+    world = World()
+    await world.start()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    good = await answer_to(world, dict(prompt="x", structured={"json_schema": schema}), "inbox.good")
+    assert good["event"] == "accepted"
+    (stored,) = world.stored(subjects.STREAM_REQ)
+    assert isinstance(stored, m.Request) and stored.constraint == json_constraint(schema)
+    bad = {
+        "regex": ({"regex": "(["}, "regex"),
+        "schema": ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        "grammar": ({"grammar": "start: missing"}, "missing"),
+        "two": ({"regex": "a", "json_object": True}, "exactly one"),
+        "large": ({"regex": "a" * 70_000}, "bytes"),
+    }
+    for name, (structured, reason) in bad.items():
+        event = await answer_to(world, dict(prompt="x", structured=structured), f"inbox.{name}")
+        assert (event["event"], event["code"]) == ("error", "invalid_request")
+        assert reason in event["message"]
+    assert len(world.stored(subjects.STREAM_REQ)) == 1
+    await world.stop()
+
+
+async def test_a_slow_constraint_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both threads are taken by constraints that do not end in time; others are accepted, or told that there are too many."""
+    compile_, go = Vocabulary.compile, threading.Event()
+
+    def compiled(self: Vocabulary, constraint: str) -> Matcher:
+        if "slow" in constraint:
+            assert go.wait(60)
+        return compile_(self, constraint)
+
+    monkeypatch.setattr(Vocabulary, "compile", compiled)
+    world = World()
+    service = await world.start(constraint_timeout=1.0, max_constraints=3)
+    choice = {"choice": ["quick"]}
+    assert (await answer_to(world, dict(prompt="x", structured=choice), "inbox.first"))["event"] == "accepted"
+    for name in ("s1", "s2"):
+        world.send(dict(prompt="x", structured={"choice": [f"slow {name}"]}), reply=f"inbox.{name}")
+    plain = await answer_to(world, dict(prompt="x"), "inbox.plain")
+    assert plain["event"] == "accepted"
+    known = await answer_to(world, dict(prompt="y", structured=choice), "inbox.known")
+    assert known["event"] == "accepted", "what was found good is not compiled again"
+    for name in ("s1", "s2"):
+        async with asyncio.timeout(20):
+            while not (events := world.events(f"inbox.{name}")):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert events[0]["code"] == "invalid_request" and "1 s" in events[0]["message"]
+    order = [subject for subject, _ in world.inbox]
+    assert max(order.index("inbox.plain"), order.index("inbox.known")) < min(
+        order.index("inbox.s1"), order.index("inbox.s2")
+    )
+    third = await answer_to(world, dict(prompt="x", structured={"choice": ["other"]}), "inbox.third")
+    assert third["code"] == "invalid_request", "it waits for a thread in vain"
+    fourth = await answer_to(world, dict(prompt="x", structured={"choice": ["another"]}), "inbox.fourth")
+    assert fourth["code"] == "overloaded" and fourth["retryable"]
+    go.set()
+    async with asyncio.timeout(20):
+        while service._constraints is None or service._constraints._waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await answer_to(world, dict(prompt="x", structured={"choice": ["late"]}), "inbox.late"))[
+        "event"
+    ] == "accepted"
+    await world.stop()

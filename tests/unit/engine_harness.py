@@ -103,9 +103,9 @@ class Harness:
         self.wait_for(lambda: self._pause_after is None)
         return outputs
 
-    def wait_for(self, condition: Any) -> None:
+    def wait_for(self, condition: Any, timeout: float = TIMEOUT) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: condition() or self.fatal, TIMEOUT), "timed out"
+            assert self._changed.wait_for(lambda: condition() or self.fatal, timeout), "timed out"
         if self.fatal is not None:
             raise self.fatal[0]
 

@@ -110,7 +110,8 @@ def test_defaults_and_every_field():
         "typical_p": 0.5, "logit_bias": {"5": -100, "0": 2.5}, "bad_words": ["x y"], "min_tokens": 3,
         "best_of": 16, "prompt_logprobs": 20, "echo": True,
     }  # fmt: skip
-    assert set(body) | SEARCH_FIELDS | {"prompt"} == set(api.GenerateRequest.model_fields)
+    # structured contradicts ignore_eos: tests/unit/test_structured.py
+    assert set(body) | SEARCH_FIELDS | {"prompt", "structured"} == set(api.GenerateRequest.model_fields)
     request = api.parse_request(body)
     assert request.stop == ["x"]
     assert request.messages is not None and request.messages[0].model_extra == {"name": "bob"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from services.model_worker.models.decoder import Decoder
-from services.model_worker.sampler import Sampled, SamplingMode, choose
+from services.model_worker.sampler import RowMasks, Sampled, SamplingMode, choose
 from services.model_worker.speculation.acceptance import DeviceTree, accept, exact_match, moves, typical_match
 from services.model_worker.speculation.drafter import Drafter, DraftInputs
 from services.model_worker.speculation.tree import Tree
@@ -106,18 +106,25 @@ class Verifier:
             block_table=state.block_table.index_select(0, slots),
         )
 
-    def accept(self, rows: TreeRows, hidden: Tensor, logits: Tensor, mode: SamplingMode, cache: Tensor) -> Sampled:
-        """hidden [R × n, H] and logits [R × n, V] after each node, cache as KVCache.data. Leaves the state to the next
-        step."""
+    def accept(
+        self, rows: TreeRows, hidden: Tensor, logits: Tensor, mode: SamplingMode, cache: Tensor,
+        masks: RowMasks | None = None,
+    ) -> Sampled:  # fmt: skip
+        """hidden [R × n, H] and logits [R × n, V] after each node, cache as KVCache.data, masks: of the R × n rows. Leaves the state
+        to the next step."""
         state, tree = self._state, rows.tree
         count, nodes = rows.tokens.shape
         slots = rows.slots[:count]
         roots = torch.arange(0, count * nodes, nodes, device=slots.device)
+        plausible = logits
+        if masks is not None and self._typical is not None:
+            plausible = self._ops.apply_token_bitmask(logits.clone(), masks.masks, masks.mask_rows)
         # A node's choice has the noise of the position after the node's own, as it would have in a step without a tree.
         chosen = choose(
-            self._ops, state, logits, rows.slots.repeat_interleave(nodes), rows.positions + 1, mode, counted=roots
-        ).view(count, nodes)
-        match = self._match(rows, chosen, logits, mode)
+            self._ops, state, logits, rows.slots.repeat_interleave(nodes), rows.positions + 1, mode, counted=roots,
+            masks=masks,
+        ).view(count, nodes)  # fmt: skip
+        match = self._match(rows, chosen, plausible, mode)
         accepted = accept(tree, rows.tokens, chosen, match)
         source, target = moves(accepted.path, rows.kv_slots)
         self._ops.move_kv(cache[0], cache[1], source, target)

@@ -1,0 +1,186 @@
+"""Structured output: what a request may demand of its text, as grammars of llguidance. Only stages that need the library import this.
+
+A constraint is a line of text, the grammar in llguidance's own form. It is made once, at admission, and travels with the request; the
+worker compiles that same text and nothing else, so it can neither be read differently there nor change at a migration. A place in a
+grammar (`Matcher`) depends only on the text and the tokens so far: it is rebuilt anywhere by replaying them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+if TYPE_CHECKING:
+    from shared.api import Structured
+
+MAX_CONSTRAINT_BYTES = 64 * 1024  # the grammar's text: what bounds the time that it takes to compile, and a step's mask
+REMEMBERED = 64  # compiled grammars
+MAX_REASON = 400  # characters of what the library says
+
+# JSON may be laid out as the model likes (as in llama.cpp: a blank, or a line's end and an indentation), but no run of blanks is
+# endless: models lose themselves in them.
+# `lenient` would let keywords that are not implemented pass.
+_JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+# The library's measures of work, not of time, so that a grammar passes or fails alike everywhere: the defaults but for the two that
+# bound a step, whose mask everybody in the batch waits for.
+_LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=25_000, verbose_errors=False)
+
+
+class ConstraintError(ValueError):
+    """The constraint is wrong, too large, or demands what the library does not implement; the message says what."""
+
+
+def constraint_of(structured: Structured) -> str:
+    """The constraint that a request's field `structured` means. Raises ConstraintError if it is too large; whether it is right only
+    `Vocabulary.compile` knows."""
+    if structured.json_schema is not None:
+        constraint = json_constraint(structured.json_schema)
+    elif structured.json_object is not None:
+        constraint = json_constraint({"type": "object"})
+    elif structured.regex is not None:
+        constraint = LLMatcher.grammar_from_regex(structured.regex)
+    elif structured.grammar is not None:
+        constraint = LLMatcher.grammar_from_lark(structured.grammar)
+    else:
+        assert structured.choice is not None
+        constraint = choice_constraint(structured.choice)
+    return _sized(constraint)
+
+
+def json_constraint(schema: Mapping[str, Any]) -> str:
+    """JSON text that a schema (draft 2020-12) allows."""
+    return _sized(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_OPTIONS))  # type: ignore[arg-type]
+
+
+def choice_constraint(texts: Sequence[str]) -> str:
+    """One of these texts."""
+    return _sized("start: " + " | ".join(map(_literal, texts)))
+
+
+def tool_constraint(alternatives: Sequence[tuple[str, Mapping[str, Any], str]], *, separator: str | None = None) -> str:
+    """A call in a model's own notation: for each tool the text before the JSON arguments, their schema, and the text after.
+
+    separator   between calls, if there may be several
+    """
+    calls = [
+        f"{_literal(before)} %json {json.dumps(dict(schema) | {'x-guidance': _JSON_OPTIONS})} {_literal(after)}"
+        for before, schema, after in alternatives
+    ]
+    rules = "".join(f"call_{index}: {call}\n" for index, call in enumerate(calls))
+    more = "" if separator is None else f" ({_literal(separator)} call)*"
+    return _sized(f"start: call{more}\ncall: {' | '.join(f'call_{index}' for index in range(len(calls)))}\n{rules}")
+
+
+def _literal(text: str) -> str:
+    """As a string of the grammar's language."""
+    return json.dumps(text, ensure_ascii=False) if text else '""'
+
+
+def _sized(constraint: str) -> str:
+    if (size := len(constraint.encode("utf-8", "replace"))) > MAX_CONSTRAINT_BYTES:
+        raise ConstraintError(f"a constraint of {size} bytes: at most {MAX_CONSTRAINT_BYTES} are taken")
+    return constraint
+
+
+class Matcher:
+    """A place in a grammar: which tokens may come next. One thread at a time.
+
+    complete   nothing but the end may come
+    error      why it can tell no more (a token that the grammar forbids, or the library's limits), else ""
+    """
+
+    __slots__ = ("_matcher", "complete", "error")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self.error = ""
+        self.complete = False
+        self.check()
+
+    @property
+    def raw(self) -> LLMatcher:
+        """For the library's own executor."""
+        return self._matcher
+
+    def fork(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy())
+
+    def advance(self, tokens: Iterable[int]) -> bool:
+        """Goes past these tokens; False, with `error`, if that is not possible."""
+        return self._after(lambda: self._matcher.consume_tokens(list(tokens)))
+
+    def rollback(self, tokens: int) -> bool:
+        """Takes the last tokens back."""
+        return self._after(lambda: self._matcher.rollback(tokens))
+
+    def fill_mask(self, address: int, size: int) -> bool:
+        """Writes the tokens that may come next as a bit set of `size` bytes, token 0 in bit 0 of the first. End-of-sequence ids are
+        among them where the grammar may end. Releases the GIL."""
+        return self._after(lambda: self._matcher.unsafe_compute_mask_ptr(address, size))
+
+    def mask(self) -> bytes:
+        """As `fill_mask` writes it; empty after an error."""
+        bits: list[bytes] = []
+        return bits[0] if self._after(lambda: bits.append(self._matcher.compute_bitmask())) else b""
+
+    def _after(self, call: Callable[[], object]) -> bool:
+        if self.error:
+            return False
+        try:
+            call()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception; it ends this matcher and nothing else
+            self.error = f"{type(error).__name__}: {error}"
+            return False
+        return self.check()
+
+    def check(self) -> bool:
+        """Looks whether the library is still content."""
+        if self._matcher.is_error():
+            self.error = self._matcher.get_error().strip() or "the grammar engine failed"
+            return False
+        self.complete = self._matcher.is_stopped()
+        return True
+
+
+class Vocabulary:
+    """A model's tokens as the library sees them, and the grammars compiled for them lately. Thread-safe.
+
+    tokenizer_json   content of tokenizer.json; vocab_size: columns of the model's logits, at least the tokenizer's
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        ends = sorted(eos_ids)
+        self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends or None)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    def compile(self, constraint: str) -> Matcher:
+        """A matcher at the constraint's beginning. Raises ConstraintError with the library's reason. Takes a millisecond mostly,
+        seconds at worst; releases the GIL."""
+        with self._lock:
+            compiled = self._compiled.get(constraint)
+            if compiled is not None:
+                self._compiled.move_to_end(constraint)
+                return Matcher(compiled.deep_copy())
+        compiled = LLMatcher(self._tokenizer, _sized(constraint), log_level=0, limits=_LIMITS)
+        if compiled.is_error():
+            raise ConstraintError(" ".join(compiled.get_error().split())[:MAX_REASON] or "not a grammar")
+        if compiled.is_stopped() and not compiled.is_accepting():
+            raise ConstraintError("no text satisfies it")
+        with self._lock:
+            self._compiled[constraint] = compiled
+            if len(self._compiled) > REMEMBERED:
+                self._compiled.popitem(last=False)
+            return Matcher(compiled.deep_copy())

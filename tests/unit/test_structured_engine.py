@@ -1,0 +1,359 @@
+"""Structured output in the engine: the text keeps to its grammar, whatever else runs, whatever is guessed, wherever it is taken up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from tokenizers import Tokenizer
+
+from services.model_worker.engine import EngineRequest, FinishReason, RequestRejected
+from services.model_worker.token_masks import TokenMasks
+from shared.api import Structured
+from shared.errors import ErrorCode
+from shared.sampling import SamplingParams
+from shared.structured import Matcher, Vocabulary, constraint_of, json_constraint
+from tests.structured_schemas import HARD
+from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, running
+from tests.unit.test_speculation_engine import RandomPicks
+
+DEMO = Path(__file__).resolve().parents[2] / "models/demo"
+TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+PROMPT = TOKENIZER.encode("The clerk filled in the form, and wrote:\n").ids
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def demo(**options: Any) -> Iterator[Harness]:
+    with running(DEMO, dtype="float32", **{"speculate": False} | options) as started:
+        yield started
+
+
+def asked(
+    name: str, constraint: str, generated: Any = (), epoch: int = 1, choice: int = 0, **params: Any
+) -> EngineRequest:
+    values = {"max_tokens": 90, "temperature": 0.0} | params
+    return EngineRequest(
+        name, choice, epoch, PROMPT, SamplingParams(**values), generated_ids=generated, constraint=constraint
+    )
+
+
+def text_of(output: Collected) -> str:
+    return str(TOKENIZER.decode(output.ids, skip_special_tokens=True))
+
+
+# Short enough to end, with a bit of everything.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "who": {"type": "string", "minLength": 2, "maxLength": 6},
+        "kind": {"enum": ["new", "newer", "größe"]},
+        "lines": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 2,
+            "items": {"type": "integer", "minimum": 1, "maximum": 99},
+        },
+        "sku": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]$"},
+    },
+    "required": ["who", "kind", "lines", "sku"],
+    "additionalProperties": False,
+}
+CONSTRAINTS = {
+    "schema": json_constraint(SCHEMA),
+    "recursive": json_constraint(HARD["expression"]),
+    "object": constraint_of(Structured(json_object=True)),
+    "regex": constraint_of(Structured(regex="[a-f]{3}(-[0-9]{2}){2,4}")),
+    "choice": constraint_of(Structured(choice=["the dark night", "the old captain", 'a "quoted" \\ one', "größer"])),
+    "grammar": constraint_of(
+        Structured(grammar='start: pair ("," pair)~1..3\npair: NAME "=" /[0-9]{1,3}/\nNAME: /[a-z]{1,6}/')
+    ),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0, "seed": 5},
+    "filtered": {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "seed": 6},
+    "penalised": {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.3, "seed": 7},
+    "logprobs": {"temperature": 0.9, "logprobs": 3, "seed": 8},
+}
+
+
+# The schema with each kind of sampling, each constraint with two.
+CASES = [(n, k) for n in CONSTRAINTS for k in KINDS if n == "schema" or k in ("greedy", "sampled")]
+
+
+def conforms(name: str, text: str) -> None:
+    if name == "schema":
+        Draft202012Validator(SCHEMA).validate(json.loads(text))
+    elif name == "recursive":
+        Draft202012Validator(HARD["expression"]).validate(json.loads(text))
+    elif name == "object":
+        assert isinstance(json.loads(text), dict)
+    elif name == "regex":
+        assert re.fullmatch("[a-f]{3}(-[0-9]{2}){2,4}", text), text
+    elif name == "choice":
+        assert text in ("the dark night", "the old captain", 'a "quoted" \\ one', "größer"), text
+    else:
+        assert re.fullmatch("[a-z]{1,6}=[0-9]{1,3}(,[a-z]{1,6}=[0-9]{1,3}){1,3}", text), text
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, str], Collected]:
+    """Each case by itself, no steps overlapping and nothing guessed."""
+    with demo(overlap=False) as started:
+        return {case: started.run([request])[0] for case, request in zip(CASES, all_requests(), strict=True)}
+
+
+def all_requests() -> list[EngineRequest]:
+    return [asked(f"{name} {kind}", CONSTRAINTS[name], **KINDS[kind]) for name, kind in CASES]
+
+
+def test_texts_conform(alone: dict[tuple[str, str], Collected]) -> None:
+    finished = 0
+    for (name, _), output in alone.items():
+        assert output.error is None, output.error
+        if output.finish is FinishReason.STOP:
+            conforms(name, text_of(output))
+            finished += 1
+    assert finished >= 9, "most of them end"
+
+
+def free(name: str, seed: int, **params: Any) -> EngineRequest:
+    return EngineRequest(
+        name, 0, 1, PROMPT[: 3 + seed], SamplingParams(max_tokens=40, seed=seed, ignore_eos=True, **params)
+    )
+
+
+def test_a_batch_changes_nothing(alone: dict[tuple[str, str], Collected]) -> None:
+    """Overlapping steps, chunked prompts, requests with masks and without, greedy and sampled, in one batch."""
+    with demo(overlap=False) as started:
+        expected = [
+            o.ids for o in started.run([free("f1", 1), free("f2", 2, temperature=0.0), free("f3", 3, logprobs=1)])
+        ]
+    with demo(max_seqs=40, max_batched_tokens=48) as started:
+        others = [started.submit(r) for r in (free("f1", 1), free("f2", 2, temperature=0.0), free("f3", 3, logprobs=1))]
+        outputs = started.run(all_requests())
+        started.wait(others)
+        assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
+        assert [output.ids for output in others] == expected
+        assert [output.finish for output in outputs] == [output.finish for output in alone.values()]
+
+
+def test_preempted_ones_go_on(alone: dict[tuple[str, str], Collected]) -> None:
+    with demo(max_seqs=12, num_blocks=36, max_model_len=256) as started:
+        outputs = started.run(all_requests())
+        assert started.engine.stats().preemptions > 0
+        assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": False, "max_batched_tokens": 96}], ids=["overlap", "chunks"])
+def test_guesses_change_nothing(alone: dict[tuple[str, str], Collected], options: dict[str, Any]) -> None:
+    with demo(**{"speculate": True, "max_seqs": 8, "max_tree_rows": 64} | options) as started:
+        RandomPicks(started)
+        outputs = started.run(all_requests())
+        for (name, kind), output, expected in zip(alone, outputs, alone.values(), strict=True):
+            assert output.ids == expected.ids, (name, kind)
+        stats = started.engine.stats().speculation
+        assert stats is not None and stats.accepted[0] > 20, "guesses were accepted"
+
+
+def test_replayed_steps(alone: dict[tuple[str, str], Collected]) -> None:
+    """As with CUDA graphs: drafts, forward passes and the choices of steps without masks at fixed addresses."""
+    with demo(speculate=True, max_seqs=4, max_tree_rows=32) as started:
+        RandomPicks(started, plain=0.3)
+        graphs = RepeatedFunctions()
+        started.engine.runner.capture_graphs(graphs, lambda fraction: None)
+        outputs = started.run([*all_requests()[:8], free("f1", 1)])
+        assert [output.ids for output in outputs[:8]] == [output.ids for output in list(alone.values())[:8]]
+        assert {key[0] for key in graphs.replayed} >= {"draft", "decode"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_taken_up_at_every_token(alone: dict[tuple[str, str], Collected], speculate: bool) -> None:
+    """A worker dies after each token in turn; the next one replays what was committed."""
+    whole = {name: alone[name, "greedy"] for name in ("schema", "recursive", "regex", "choice", "grammar")}
+    with demo(speculate=speculate, max_seqs=16, max_tree_rows=64) as started:
+        for name, expected in whole.items():
+            requests = [
+                asked(f"{name} from {done}", CONSTRAINTS[name], expected.ids[:done], epoch=2)
+                for done in range(len(expected.ids) + (expected.finish is FinishReason.STOP))
+            ]
+            for done, output in enumerate(started.run(requests)):
+                assert output.error is None, output.error
+                assert expected.ids[:done] + output.ids == expected.ids, (name, done)
+                assert output.finish is expected.finish, (name, done)
+
+
+def test_choices_have_matchers_of_their_own() -> None:
+    with demo() as started:
+        outputs = started.run(
+            asked("n", CONSTRAINTS["schema"], choice=choice, temperature=1.0, seed=9, max_tokens=90)
+            for choice in range(4)
+        )
+        assert len({tuple(output.ids) for output in outputs}) == 4
+        for output in outputs:
+            if output.finish is FinishReason.STOP:
+                conforms("schema", text_of(output))
+
+
+def test_the_end_of_the_grammar_is_a_stop_without_a_token(alone: dict[tuple[str, str], Collected]) -> None:
+    expected = alone["schema", "greedy"]
+    assert expected.finish is FinishReason.STOP and expected.stop_token is None and text_of(expected).endswith("}")
+    with demo() as started:
+        exact, short = started.run(
+            [
+                asked("exact", CONSTRAINTS["schema"], max_tokens=len(expected.ids)),
+                asked("short", CONSTRAINTS["schema"], max_tokens=len(expected.ids) - 1),
+            ]
+        )
+        assert (exact.ids, exact.finish) == (expected.ids, FinishReason.STOP)
+        assert (short.ids, short.finish) == (expected.ids[:-1], FinishReason.LENGTH)
+        (nothing,) = started.run([asked("nothing", constraint_of(Structured(regex="(x)?")), max_tokens=1)])
+        assert nothing.finish is FinishReason.STOP
+
+
+def test_what_may_end_may_also_go_on() -> None:
+    """Where the grammar may end or go on, the model's end-of-sequence id is among the choices, and never before."""
+    with demo() as started:
+        outputs = started.run(
+            asked(f"e{seed}", constraint_of(Structured(regex="[ab]{2,40}")), temperature=1.5, seed=seed)
+            for seed in range(24)
+        )
+        assert {output.finish for output in outputs} == {FinishReason.STOP}
+        assert all(re.fullmatch("[ab]{2,40}", text_of(output)) for output in outputs)
+        assert any(output.stop_token == 1 for output in outputs)
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    with demo() as started:
+        outputs = started.run(
+            [
+                asked("c", constraint_of(Structured(regex="[0-9]{1,2}Q")), logprobs=5),
+                asked("f", "", logprobs=5, max_tokens=1),
+            ]
+        )
+        assert outputs[0].logprobs[0].top_ids == outputs[1].logprobs[0].top_ids
+        assert outputs[0].ids[0] not in outputs[0].logprobs[0].top_ids
+
+
+class Broken:
+    """A matcher whose library raises after some tokens."""
+
+    def __init__(self, matcher: Any, fuel: int, where: str) -> None:
+        self._matcher, self._fuel, self._where = matcher, fuel, where
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._where:
+            self._fuel -= 1
+            if self._fuel < 0:
+                raise RuntimeError("the library is broken")
+        return getattr(self._matcher, name)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("where", ["consume_tokens", "unsafe_compute_mask_ptr"])
+def test_a_broken_matcher_ends_its_own_request(
+    alone: dict[tuple[str, str], Collected], monkeypatch: pytest.MonkeyPatch, where: str, speculate: bool
+) -> None:
+    compile_ = Vocabulary.compile
+
+    def compiled(self: Vocabulary, constraint: str) -> Matcher:
+        matcher = compile_(self, constraint)
+        if constraint == CONSTRAINTS["object"]:
+            matcher._matcher = Broken(matcher._matcher, 5, where)  # type: ignore[assignment]
+        return matcher
+
+    monkeypatch.setattr(Vocabulary, "compile", compiled)
+    with demo(max_seqs=8, speculate=speculate, max_tree_rows=64) as started:
+        if speculate:
+            RandomPicks(started)
+        requests = [asked(name, constraint) for name, constraint in CONSTRAINTS.items()]
+        for name, output in zip(CONSTRAINTS, started.run(requests), strict=True):
+            if name == "object":
+                assert output.error is not None and output.error.code == ErrorCode.CONSTRAINT_FAILED
+                assert "the library is broken" in output.error.message
+            else:
+                assert output.error is None and output.ids == alone[name, "greedy"].ids
+
+
+def test_constraints_that_do_not_compile_here() -> None:
+    with demo() as started:
+        bad, stale, good = started.run(
+            [
+                asked("bad", "start: /(/"),
+                asked("stale", CONSTRAINTS["schema"], PROMPT[-2:], epoch=2),
+                asked("good", CONSTRAINTS["choice"]),
+            ]
+        )
+        assert bad.error is not None and bad.error.code == ErrorCode.CONSTRAINT_FAILED and "regex" in bad.error.message
+        assert stale.error is not None and "does not follow" in stale.error.message
+        assert good.finish is FinishReason.STOP
+        with pytest.raises(RequestRejected, match="ignore_eos"):
+            started.submit(asked("forever", CONSTRAINTS["choice"], ignore_eos=True))
+
+
+def test_a_model_without_a_tokenizer_refuses(tmp_path: Path) -> None:
+    with (
+        running(dummy_model(tmp_path / "dummy"), load_format="dummy") as started,
+        pytest.raises(RequestRejected, match="unsupported"),
+    ):
+        started.submit(dataclasses.replace(asked("a", CONSTRAINTS["choice"]), prompt_ids=[3]))
+
+
+def test_aborted_while_its_grammar_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, go = Vocabulary.compile, threading.Event()
+
+    def compiled(self: Vocabulary, constraint: str) -> Matcher:
+        assert go.wait(30)
+        return compile_(self, constraint)
+
+    monkeypatch.setattr(Vocabulary, "compile", compiled)
+    with demo() as started:
+        aborted, replaced = (
+            started.submit(asked("a", CONSTRAINTS["choice"])),
+            started.submit(asked("b", CONSTRAINTS["choice"])),
+        )
+        assert started.engine.stats().running == {"a": 1, "b": 1} and started.engine.stats().waiting == 2
+        assert started.engine.check_idle()
+        started.engine.abort("a", 1)
+        started.wait([aborted])
+        assert aborted.finish is FinishReason.ABORTED
+        newer = started.submit(asked("b", CONSTRAINTS["choice"], epoch=2))
+        go.set()
+        started.wait([newer])
+        assert newer.finish is FinishReason.STOP
+        assert replaced.ids == [] and aborted.ids == []
+
+
+@pytest.mark.parametrize("wrong", ["late", "siblings"])
+def test_these_tests_can_fail(
+    alone: dict[tuple[str, str], Collected], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Masks of the step before, or one and the same mask for all nodes of a tree, are noticed."""
+    if wrong == "late":
+        fill = TokenMasks._fill_single
+        monkeypatch.setattr(TokenMasks, "_fill_single", lambda self, matchers: fill(self, matchers[:1]))
+    else:
+        walk = TokenMasks._walk
+        monkeypatch.setattr(TokenMasks, "_walk", lambda self, tree, *rest: [walk(self, tree, *rest)[0]] * tree.size)
+    with demo(max_seqs=8, speculate=wrong == "siblings", max_tree_rows=64) as started:
+        if wrong == "siblings":
+            RandomPicks(started, plain=0.0)
+        outputs = started.run([asked(name, constraint) for name, constraint in CONSTRAINTS.items()])
+        assert [output.ids for output in outputs] != [alone[name, "greedy"].ids for name in CONSTRAINTS]
