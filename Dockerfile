@@ -15,7 +15,7 @@ COPY pyproject.toml README.md ./
 COPY shared ./shared
 COPY services/__init__.py ./services/__init__.py
 COPY services/tokenizer ./services/tokenizer
-RUN pip install ".[tokenizer]"
+RUN pip install ".[tokenizer,trace]"
 USER gorgon
 ENTRYPOINT ["python", "-m", "services.tokenizer"]
 
@@ -24,7 +24,7 @@ COPY pyproject.toml README.md ./
 COPY shared ./shared
 COPY services/__init__.py ./services/__init__.py
 COPY services/scheduler ./services/scheduler
-RUN pip install ".[scheduler]"
+RUN pip install ".[scheduler,trace]"
 USER gorgon
 ENTRYPOINT ["python", "-m", "services.scheduler"]
 
@@ -33,7 +33,7 @@ COPY pyproject.toml README.md ./
 COPY shared ./shared
 COPY services/__init__.py ./services/__init__.py
 COPY services/detokenizer ./services/detokenizer
-RUN pip install ".[detokenizer]"
+RUN pip install ".[detokenizer,trace]"
 USER gorgon
 ENTRYPOINT ["python", "-m", "services.detokenizer"]
 
@@ -42,7 +42,7 @@ COPY pyproject.toml README.md ./
 COPY shared ./shared
 COPY services/__init__.py ./services/__init__.py
 COPY services/gateway ./services/gateway
-RUN pip install ".[gateway]"
+RUN pip install ".[gateway,trace]"
 USER gorgon
 ENV GORGON_HOST=0.0.0.0 GORGON_PORT=8000
 EXPOSE 8000
@@ -60,7 +60,7 @@ COPY shared ./shared
 COPY kernels ./kernels
 COPY services/__init__.py ./services/__init__.py
 COPY services/model_worker ./services/model_worker
-RUN pip install ".[worker]"
+RUN pip install ".[worker,trace]"
 USER gorgon
 HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=4 CMD test -n "$(find $GORGON_READY_FILE -mmin -0.2)"
 ENTRYPOINT ["python", "-m", "services.model_worker"]
@@ -75,7 +75,7 @@ COPY shared ./shared
 COPY kernels ./kernels
 COPY services/__init__.py ./services/__init__.py
 COPY services/model_worker ./services/model_worker
-RUN pip install ".[worker]"
+RUN pip install ".[worker,trace]"
 USER gorgon
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/home/gorgon/.triton
 HEALTHCHECK --interval=5s --timeout=5s --start-period=300s --retries=4 CMD test -n "$(find $GORGON_READY_FILE -mmin -0.2)"
