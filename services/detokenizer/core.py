@@ -10,7 +10,7 @@ from services.detokenizer.recorder import Recorder
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
 from shared.logging import note_request
-from shared.messages import LogEntry, ReplyTo
+from shared.messages import PROMPT, LogEntry, ReplyTo
 from shared.tokenlog import PartitionFold, RequestState
 
 # Of a request that ended longer ago than this when its partition was taken over, nothing is sent unasked: whoever still
@@ -50,6 +50,8 @@ class PartitionCore:
             if kind is tokenlog.Committed:
                 answer = dirty[key] = answers[key]
                 answer.commit(effect, stamp)  # type: ignore[arg-type]
+                if effect.choice == PROMPT:  # type: ignore[union-attr]
+                    continue
                 self.tokens += len(effect.ids)  # type: ignore[union-attr]
                 if recorder is not None:
                     before = answer.last_at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.gateway.cursor import Cursor, Progress
@@ -14,16 +14,20 @@ from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
 from shared.client import Delta
 from shared.errors import ErrorCode, GorgonError
+from shared.messages import PROMPT
 
 
 @dataclass(slots=True)
 class Part:
-    """A prompt's request; its choices are numbered from `first` on. `read` counts the deltas that were."""
+    """A prompt's request; its choices are numbered from `first` on. `read` counts the deltas that were, `scanned` those that were
+    looked through for the prompt's; `prompt`: ids and log-probabilities of those."""
 
     generation: Generation
     first: int
     read: int = 0
     ended: bool = False
+    scanned: int = 0
+    prompt: tuple[list[int], list[dict[str, Any]]] = field(default_factory=lambda: ([], []))
 
 
 class Call:
@@ -102,7 +106,10 @@ class Call:
             await self._bell.wait()
         choices = []
         for part in self.parts:
+            await self._take_prompt(part)
             for delta in part.generation.deltas:
+                if delta.choice == PROMPT:
+                    continue
                 await self._learn(delta)
                 self.renderer.absorb(self._choice(part.first + delta.choice), delta)
             end = part.generation.end
@@ -149,9 +156,13 @@ class Call:
     async def _news(self, part: Part, out: list[str]) -> None:
         """Raises ApiError if the request has failed; what came before it is in `out`."""
         generation = part.generation
+        if not await self._take_prompt(part):
+            return
         while part.read < len(generation.deltas):
             delta = generation.deltas[part.read]
             part.read += 1
+            if delta.choice == PROMPT:
+                continue
             await self._learn(delta)
             self._on_delta(part.first + delta.choice, delta, out)
         end = generation.end
@@ -161,12 +172,33 @@ class Call:
         part.ended = True
         for ended in end["choices"]:
             index = part.first + ended["choice"]
+            choice = self._choice(index)  # before it counts as begun
             progress = self._cursor.choices.setdefault(index, Progress())
             if not progress.finished:
-                choice = self._choice(index)
                 chunk = self.renderer.last(choice, ended["finish_reason"], self._pieces)
                 progress.finished = True
                 out.append(self._event(self._chunk(chunk)))
+
+    async def _take_prompt(self, part: Part) -> bool:
+        """Whether all is there that is told of the prompt, which goes before the choices' first tokens."""
+        generation, (ids, entries) = part.generation, part.prompt
+        while part.scanned < len(generation.deltas):
+            delta = generation.deltas[part.scanned]
+            part.scanned += 1
+            if delta.choice == PROMPT and delta.logprobs:
+                await self._learn(delta)
+                ids += delta.ids
+                entries += delta.logprobs
+        if not self.renderer.tells_prompt:
+            return True
+        accepted = generation.stream.accepted
+        # Whoever resumes a call has no `accepted` event; what is replayed comes in order.
+        complete = generation.end is not None or (
+            len(ids) >= (accepted["prompt_tokens"] if accepted is not None else 1)
+        )
+        if complete:
+            self.renderer.tell_prompt(part.first, ids, entries)
+        return complete
 
     def _on_delta(self, index: int, delta: Delta, out: list[str]) -> None:
         progress = self._cursor.choices.get(index)

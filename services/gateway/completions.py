@@ -77,7 +77,9 @@ class Completions:
             asked.model,
             include_usage=_wants_usage(asked),
             logprobs=bodies[0].get("logprobs"),
+            n=asked.n or 1,
             silent=silent,
+            tells_prompt="prompt_logprobs" in bodies[0],
         )
         if asked.echo:
             await self._echo(asked, bodies, renderer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.client import Delta
@@ -57,6 +57,7 @@ class Renderer:
     object_name: str
     chunk_name: str
     id_prefix: str
+    tells_prompt = False  # log-probabilities of prompts
 
     def __init__(self, base: str, created: int, model: str, *, include_usage: bool, logprobs: int | None) -> None:
         self._logprobs = logprobs
@@ -82,6 +83,9 @@ class Renderer:
         return self._identity | dict(choices=choices, usage=usage, system_fingerprint=FINGERPRINT)
 
     # ------------------------------------------------ what the endpoints differ in
+
+    def tell_prompt(self, first: int, ids: list[int], entries: list[dict[str, Any]]) -> None:
+        """What was told of the prompt of choice `first` and those after it; only for those that echo it."""
 
     def absorb(self, choice: Choice, delta: Delta) -> None:
         """Takes in what is not to be sent: a client that resumes has it, or it will be sent as a whole."""
@@ -191,16 +195,24 @@ def completion_logprobs(
 
 
 class CompletionRenderer(Renderer):
-    """`prompts`: what is echoed, by choice index; `silent`: nothing but the prompt is wanted (max_tokens 0)."""
+    """`prompts`: what is echoed, by choice index; `n`: choices of a prompt; `silent`: nothing but the prompt is wanted (max_tokens 0);
+    `tells_prompt`: with its log-probabilities."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, *args: Any, silent: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, n: int = 1, silent: bool = False, tells_prompt: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.prompts: dict[int, Prompt] = {}
+        self.tells_prompt = tells_prompt
+        self._n = n
         self._silent = silent
+
+    def tell_prompt(self, first: int, ids: list[int], entries: list[dict[str, Any]]) -> None:
+        logprobs = [None if entry["logprob"] is None else entry for entry in entries]
+        for index in range(first, first + self._n):
+            self.prompts[index] = replace(self.prompts[index], ids=ids, logprobs=logprobs)
 
     def absorb(self, choice: Choice, delta: Delta) -> None:
         if not choice.begun and (prompt := self.prompts.get(choice.index)) is not None:

@@ -76,8 +76,10 @@ def completion_bodies(asked: CompletionRequest, deadline: float | None, max_prom
         raise refused(f"{len(prompts)} prompts: at most {max_prompts} are taken in one call", "prompt")
     body = _common(asked, deadline)
     tokens = asked.max_tokens if asked.max_tokens is not None else COMPLETION_MAX_TOKENS
-    # Nothing but the prompt back is what those want who measure its log-probabilities; the pipeline generates at least one token.
-    body["max_tokens"] = max(tokens, 1) if asked.echo else tokens
+    # Nothing but the prompt back is what those want who measure its log-probabilities.
+    body["max_tokens"] = tokens
+    if asked.echo and tokens == 0:
+        body["echo"] = True
     if asked.logprobs is not None:
         body["logprobs"] = _top(asked.logprobs, "logprobs")
         if asked.echo:

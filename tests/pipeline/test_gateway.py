@@ -177,6 +177,37 @@ async def test_echo(client: AsyncOpenAI) -> None:
     assert parts[0].startswith(PROMPT) and "".join(parts) == echoed.choices[0].text
 
 
+async def test_echoed_logprobs_as_evaluations_ask_for_them(client: AsyncOpenAI, deployment: Deployment) -> None:
+    """Prompts as ids, nothing or one token to generate: the log-probabilities of a continuation are those of its generation."""
+    async with Client(deployment.bus, MODEL) as own:
+        generated = await own.generate(PROMPT, max_tokens=8, temperature=0, logprobs=0, echo=True).result()
+    assert generated.prompt is not None
+    ids, choice = generated.prompt.ids + generated.choices[0].ids, generated.choices[0]
+    for max_tokens, n in ((0, 1), (1, 2)):
+        options: Any = dict(model=MODEL, prompt=[ids, ids[:5]], max_tokens=max_tokens, temperature=0, n=n, echo=True)
+        answer = await client.completions.create(**options, logprobs=1)
+        assert len(answer.choices) == 2 * n
+        for index, echoed in enumerate(answer.choices):
+            logprobs, length = echoed.logprobs, len(ids) if index < n else 5
+            assert logprobs is not None and logprobs.token_logprobs and logprobs.tokens and logprobs.top_logprobs
+            assert len(logprobs.tokens) == len(logprobs.token_logprobs) == length + max_tokens
+            assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+            assert all(len(top) >= 1 for top in logprobs.top_logprobs[1:])
+            if length == len(ids):
+                told = logprobs.token_logprobs[length - 8 : length]
+                assert told == pytest.approx([entry["logprob"] for entry in choice.logprobs], abs=1e-3)
+                assert [max(top.values()) for top in logprobs.top_logprobs[length - 8 : length]] == told, "greedy"
+        streamed = [c async for c in await client.completions.create(**options, logprobs=1, stream=True)]
+        rows: dict[int, list[Any]] = {}
+        for chunk in streamed:
+            for part in chunk.choices:
+                rows.setdefault(part.index, []).extend(part.logprobs.token_logprobs or [] if part.logprobs else [])
+        for echoed in answer.choices:
+            assert echoed.logprobs is not None and echoed.logprobs.token_logprobs is not None
+            first, *others = echoed.logprobs.token_logprobs
+            assert rows[echoed.index][0] is first is None and rows[echoed.index][1:] == pytest.approx(others, abs=1e-3)
+
+
 async def test_stop(client: AsyncOpenAI, deployment: Deployment) -> None:
     text = await expected(deployment, max_tokens=40, temperature=0)
     stop = text[len(text) // 2 :][:5]

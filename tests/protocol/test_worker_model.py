@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,10 @@ class World:
         return codec.decode_as(m.RunReply, answer.data)
 
     async def open(self, run: m.Run) -> None:
-        await self.append(m.Open(run.key, m.ReplyTo("r"), 1, 1, run.sampling.max_tokens, choices=run.choices))
+        opened = m.Open(
+            run.key, m.ReplyTo("r"), 1, len(run.prompt_ids) // 4, run.sampling.max_tokens, choices=run.choices
+        )
+        await self.append(opened._replace(prompt_logprobs=run.sampling.prompt_logprobs is not None))
 
     async def until(self, key: str, tokens: int | None = None) -> RequestState:
         """Until the request has ended, or has that many tokens in its first choice."""
@@ -75,8 +79,8 @@ class World:
                 await self._changed.wait()
 
 
-def order(key: str, prompt: list[int], **sampling: float) -> m.Run:
-    return m.Run(key, 1, codec.pack_ids(prompt), SamplingParams(**sampling))  # type: ignore[arg-type]
+def order(key: str, prompt: list[int], **sampling: Any) -> m.Run:
+    return m.Run(key, 1, codec.pack_ids(prompt), SamplingParams(**sampling))
 
 
 async def test_greedy_ids_equal_the_golden_ones_and_sampled_streams_survive_a_handover() -> None:
@@ -85,7 +89,10 @@ async def test_greedy_ids_equal_the_golden_ones_and_sampled_streams_survive_a_ha
     world = World()
     reading = asyncio.create_task(world.read())
     worker = await world.start()
-    sampling = {"max_tokens": 400, "temperature": 0.8, "seed": 11, "frequency_penalty": 0.3}
+    sampling = {
+        "max_tokens": 400, "temperature": 0.8, "seed": 11, "frequency_penalty": 0.3, "typical_p": 0.95, "min_tokens": 390,
+        "logit_bias": ((400, -5.0), (410, 2.0)), "bad_words": ((261, 378), (403, 407, 261), (300,)),
+    }  # fmt: skip
     first = order("t.greedy", prompt, max_tokens=len(greedy), temperature=0.0)
     whole = order("t.whole", prompt, **sampling)
     moved = [order(f"t.moved{i}", prompt, **sampling) for i in range(4)]
@@ -124,6 +131,51 @@ async def test_greedy_ids_equal_the_golden_ones_and_sampled_streams_survive_a_ha
     async with asyncio.timeout(5):
         while worker.heartbeat().base.in_flight or worker.engine.check_idle():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+    await worker.stop()
+    reading.cancel()
+
+
+async def test_a_prompt_is_told_by_two_workers() -> None:
+    """The first is handed over in the middle; what the second says is what one alone would have said."""
+    prompt = [1, *(3 + (11 * i * i) % 500 for i in range(400))]
+    world = World()
+    world.settings = world.settings.model_copy(update={"max_batched_tokens": 16})
+    reading = asyncio.create_task(world.read())
+    told: dict[str, list[m.TokenLogprobs]] = {}
+    committed = world.fold._commit
+
+    def commit(request: RequestState, choice: Any, tokens: m.Tokens, effects: Any) -> None:
+        if tokens.choice == m.PROMPT:
+            told.setdefault(request.key, []).extend(tokens.logprobs or ())
+        committed(request, choice, tokens, effects)
+
+    world.fold._commit = commit  # type: ignore[method-assign]
+    worker = await world.start()
+    run = order("t.moved", prompt, max_tokens=20, temperature=0.0, prompt_logprobs=3)._replace(choices=2)
+    await world.open(run)
+    await world.run(worker, run)
+    async with asyncio.timeout(10):
+        while len(told.get(run.key, ())) < 100:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await worker.drain()
+    await worker.stop()
+    await world.append(m.Fence(run.key, 2))
+    await asyncio.sleep(0.01)
+    state = world.fold.requests[run.key]
+    assert 100 <= state.prompt_done < len(prompt) and state.prefix == ([], [])
+    worker = await world.start()
+    again = run._replace(epoch=2, generated=(b"", b""), prompt_done=state.prompt_done)
+    assert (await world.run(worker, again)).accepted
+    moved = await world.until(run.key)
+    control = run._replace(key="t.control")
+    await world.open(control)
+    await world.run(worker, control)
+    alone = await world.until(control.key)
+    assert moved.prompt is not None and moved.prompt.ids == prompt
+    assert [c.ids for c in moved.choices] == [c.ids for c in alone.choices]
+    assert len(told[run.key]) == len(told[control.key]) == len(prompt)
+    for got, wanted in zip(told[run.key], told[control.key], strict=True):
+        assert got.chosen == pytest.approx(wanted.chosen, abs=1e-4) and got.top_ids == wanted.top_ids
     await worker.stop()
     reading.cancel()
 

@@ -56,7 +56,7 @@ def test_completion_fields() -> None:
     assert [body["prompt"] for body in texts(prompt=["a", "b"])] == ["a", "b"]
     assert [body["prompt"] for body in texts(prompt=[1, 2])] == [[1, 2]]
     assert [body["prompt"] for body in texts(prompt=[[1], [2, 3]])] == [[1], [2, 3]]
-    assert texts(max_tokens=0, echo=True)[0]["max_tokens"] == 1
+    assert texts(max_tokens=0, echo=True)[0]["max_tokens"] == 0
 
 
 @pytest.mark.parametrize(
