@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.skinny_gemm import GEMV_ROWS, MAX_ROWS, GemmConfig
 
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
@@ -87,11 +89,16 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
         return MEASURED[key]
     if rows <= GEMV_ROWS:
         return GemmConfig(4, 1024, 4)
-    return invariant(width, depth) if rows <= 16 else None
+    return _by_weight(width, depth) if rows <= 16 else None
 
 
 def invariant(width: int, depth: int) -> GemmConfig:
-    """A choice that does not depend on the rows, so that a row's result has the same bits in every batch."""
+    """A choice that does not depend on the rows, the shape of their tile included, so that a row's result has the same bits in every
+    batch. 64 rows: a tile of as many weights is still bound by memory, and a prefill by less than it would be by 16."""
+    return replace(_by_weight(width, depth), block_m=64)
+
+
+def _by_weight(width: int, depth: int) -> GemmConfig:
     tiles, steps = -(-width // 64), depth // 128
     split = max(1, min(PROGRAMS // tiles, steps // 2))
     return GemmConfig(64, 128, 4, split, 4, tma=True)

@@ -145,7 +145,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
-    ops, hopper = TritonOps(), TritonOps(hopper_prefill=True)
+    ops, hopper, same_bits = TritonOps(), TritonOps(hopper_prefill=True), TritonOps(fixed_split=512)
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)
@@ -195,6 +195,10 @@ def production_calls() -> dict[str, Callable[[], object]]:
         x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
         return skinny_linear(x, weight, None, choose(rows, *weight.shape) or invariant(*weight.shape))
 
+    def same_product(rows: int) -> object:
+        x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
+        return skinny_linear(x, weight, None, invariant(*weight.shape))
+
     return {
         "linear, 1 row": lambda: product(1),
         "linear, 4 rows": lambda: product(4),
@@ -213,6 +217,10 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "attention decode, P 64": lambda: attend(2, 1, 64),
         "attention decode, P 16": lambda: attend(2, 1, 16),
         "attention decode, window": lambda: attend(2, 1, 64, window=4096),
+        "batch-invariant prefill": lambda: attend(0, 1, 64, ops=same_bits),
+        "batch-invariant decode": lambda: attend(2, 1, 64, ops=same_bits),
+        "batch-invariant, window": lambda: attend(2, 1, 64, window=4096, ops=same_bits),
+        "batch-invariant linear": lambda: same_product(1),
         "attention tree of 16": lambda: attend(2, 16, 64, tree=True),
         "attention tree of 64": lambda: attend(2, 64, 64, tree=True),
         "sample": lambda: ops.sample(logits, sampling),

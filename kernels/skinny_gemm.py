@@ -30,7 +30,8 @@ PREFETCH_BYTES = 2048  # of each row of a program's weights, into the L2 cache, 
 class GemmConfig:
     """block_n, block_k: a tile of the weights. split: programs along K; 0: the kernel without tensor cores (M ≤ 4).
 
-    stages: depth of the load pipeline. tma: tiles are fetched by tensor descriptors, not by pointers.
+    stages: depth of the load pipeline. tma: tiles are fetched by tensor descriptors, not by pointers. block_m: rows of x in a tile;
+    0: as few as hold them all.
     """
 
     block_n: int
@@ -39,6 +40,7 @@ class GemmConfig:
     split: int = 0
     stages: int = 1
     tma: bool = False
+    block_m: int = 0
 
 
 @triton.jit
@@ -188,6 +190,11 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return weight.element_size() == 2 and x.dtype == weight.dtype and aligned and not wanted
 
 
+def invariant_fits(weight: Tensor) -> bool:
+    """Whether the batch-invariant mode has a product for the weight [N, K]: there is no other kernel to fall back to."""
+    return weight.is_contiguous() and weight.element_size() == 2 and weight.shape[1] % 128 == 0
+
+
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
     """x [M, K], weight [N, K], bias [N] → [M, N]; any M, at a cost that grows with it beyond 128 rows (4 without tensor cores)."""
     x = x.contiguous()
@@ -214,7 +221,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmCo
             **options,
         )
         return out
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    block_m = config.block_m or min(128, max(16, triton.next_power_of_2(rows)))
     partial = out
     if config.split > 1:
         partial = torch.empty(config.split, rows, width, dtype=torch.float32, device=x.device)

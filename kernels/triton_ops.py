@@ -7,17 +7,22 @@ from torch import Tensor
 
 from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling, token_bitmask
 from kernels.attention_decode import decode_attention
+from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
 from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
 from kernels.skinny_gemm import fits, skinny_linear
 
+INVARIANT_ROWS = 1024  # of one product in the batch-invariant mode
+
 
 class TritonOps:
     """Launches on torch's current stream. Grids follow from shapes and host bounds, so a step can be captured in a CUDA graph.
 
-    fixed_split: tokens in a span of decode attention, whatever the batch (None: by load). With it a row's attention has the
-    same bits in every batch, and so has a linear's: its kernel depends on the weights' shape alone.
+    fixed_split: the batch-invariant mode (None: off). A row's result then depends on its own sequence and on nothing else, bit by bit:
+    neither on the other rows of the batch, nor on how its prompt was cut into chunks, nor on whether its context was prefilled or
+    decoded. Contexts are cut into spans of so many tokens (a multiple of 64), and a product's kernel depends on the weights' shape
+    alone. Rows of speculation trees are equal among themselves only: the mode is for engines without.
     hopper_prefill: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window).
     """
 
@@ -30,10 +35,21 @@ class TritonOps:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if fits(x, weight):
             (rows, depth), width = x.shape, weight.shape[0]
-            config = choose(rows, width, depth) if self.fixed_split is None else invariant(width, depth)
-            if config is not None:
+            if self.fixed_split is not None:
+                return self._invariant_linear(x, weight, bias)
+            if (config := choose(rows, width, depth)) is not None:
                 return skinny_linear(x, weight, bias, config)
         return torch.nn.functional.linear(x, weight, bias)
+
+    def _invariant_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Many rows are taken in turn: the spans' sums of all of a long prefill would take gigabytes."""
+        config = invariant(*weight.shape)
+        if x.shape[0] <= INVARIANT_ROWS:
+            return skinny_linear(x, weight, bias, config)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        for part, into in zip(x.split(INVARIANT_ROWS), out.split(INVARIANT_ROWS), strict=True):
+            into.copy_(skinny_linear(part, weight, bias, config))
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
@@ -67,7 +83,15 @@ class TritonOps:
     ) -> Tensor:
         q = q.contiguous()
         out = torch.empty_like(q)
-        decode_attention(q, k_cache, v_cache, batch, scale, window, out, self.fixed_split)
+        if self.fixed_split is not None:
+            trees = batch.tree_mask is not None
+            if trees:
+                decode_attention(q, k_cache, v_cache, batch, scale, window, out, self.fixed_split)
+            invariant_attention(
+                q, k_cache, v_cache, batch, scale, window, out, decodes=not trees, span=self.fixed_split
+            )
+            return out
+        decode_attention(q, k_cache, v_cache, batch, scale, window, out)
         if self.hopper_prefill:
             from kernels import attention_prefill_hopper as hopper  # Gluon: has no interpreter, so not for every import
 

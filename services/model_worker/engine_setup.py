@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from kernels import select_ops
+from kernels.ops import Ops
 from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.cuda_graphs import CudaGraphs, padded_sizes
@@ -38,6 +40,7 @@ class EngineConfig:
     heads                folder of a drafter for the model; None: `medusa` in the model's folder, if there is one
     speculate            False: no drafter is loaded
     max_tree_rows        speculation trees of all sequences in a step have at most so many nodes
+    batch_invariant      tokens do not depend on what shares their steps, bit by bit; slower, without speculation, on CUDA in bfloat16
     typical_acceptance   (ε, δ): sampled tokens are taken from the drafter when they are plausible, though the distribution is no longer
                          the model's; see speculation.acceptance.typical_match
     amateur              folder of the second model of contrastive decoding, with the same vocabulary; None: there is none
@@ -61,6 +64,7 @@ class EngineConfig:
     cpu_cache_bytes: int = 1 << 30
     heads: Path | None = None
     speculate: bool = True
+    batch_invariant: bool = False
     max_tree_rows: int = 512
     typical_acceptance: tuple[float, float] | None = None
     amateur: Path | None = None
@@ -108,7 +112,7 @@ def build(
             weights = dummy_weights(model, dtype, device)
         else:
             weights = load_weights(config.model, model, dtype, device, lambda part, text: report(0.8 * part, text))
-        ops = select_ops(device)
+        ops = _ops(config, device, weights)
         speculation = _speculation(config, model, weights)
         overshoot = 0 if speculation is None else speculation.depth + speculation.trees[-1].size
         if config.memories:
@@ -173,9 +177,36 @@ def build(
     return info, BatchScheduler(limits, BlockPool(blocks, config.prefix_cache)), runner, controller
 
 
+def _ops(config: EngineConfig, device: torch.device, weights: Weights) -> Ops:
+    """Raises ModelError if the batch-invariant mode is wanted and cannot be had."""
+    if not config.batch_invariant:
+        return select_ops(device)
+    if config.heads is not None or config.amateur is not None:
+        raise ModelError("unsupported_option", "the batch-invariant mode is without speculation and without an amateur")
+    try:
+        ops = select_ops(device, batch_invariant=True)
+    except ValueError as error:
+        raise ModelError("unsupported_option", str(error)) from None
+    from kernels.skinny_gemm import invariant_fits  # Triton's: a CPU does without
+
+    for name, weight in _products(weights):
+        if not invariant_fits(weight):
+            text = f"the batch-invariant mode has no product for {name} ({weight.dtype}, {tuple(weight.shape)})"
+            raise ModelError("unsupported_option", text)
+    return ops
+
+
+def _products(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of all matrix products."""
+    for number, layer in enumerate(weights.layers):
+        for name in ("qkv", "o", "gate_up", "down"):
+            yield f"layers.{number}.{name}", getattr(layer, name)
+    yield "head", weights.head
+
+
 def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights) -> Speculation | None:
     folder = config.heads or config.model / "medusa"
-    if not config.speculate or (config.heads is None and not folder.is_dir()):
+    if not config.speculate or config.batch_invariant or (config.heads is None and not folder.is_dir()):
         return None
     drafter, trees = load_drafter(folder, model, weights.head)
     # Prompts must get on beside sequences with trees.

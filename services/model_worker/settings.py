@@ -59,6 +59,9 @@ class WorkerSettings(StageSettings):
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
     cpu_cache_bytes: int = Field(1 << 30, ge=1, description="memory of the KV cache on a CPU")
     speculate: bool = Field(True, description="guess tokens ahead, if the model has a drafter; the output is the same")
+    batch_invariant: bool = Field(
+        False, description="tokens do not depend on what shares their steps, bit by bit; slower, without speculation"
+    )
     heads: str | None = Field(None, description="folder of the drafter; default: medusa in the model's folder, if any")
     max_tree_rows: int = Field(512, ge=2, description="guessed tokens of all sequences in a step, at most")
     typical_acceptance: tuple[float, float] | None = Field(

@@ -242,6 +242,35 @@ def test_fixed_split_gives_the_same_bits_in_every_batch():
         assert torch.equal(invariant.attention(q[s : s + 1], *caches, alone, 0.1), together[s : s + 1])
 
 
+@pytest.mark.parametrize("window", [0, 700])
+def test_batch_invariant_prefill_and_decode_agree_bit_by_bit(ops, window):
+    """One sequence: prefilled at once, in chunks beside others, and token by token; against the ordinary kernels within rounding."""
+    invariant, length = TritonOps(fixed_split=512), 2000
+    whole = attention_batch([length], [length], 64, 120, decode_seqs=0, device="cuda")
+    caches = [random_cache(120, 64, KV_HEADS, HEAD_DIM, BF16, "cuda") for _ in "kv"]
+    q = bf16(length, Q_HEADS, HEAD_DIM)
+    together = invariant.attention(q, *caches, whole, 0.1, window)
+    torch.testing.assert_close(together, ops.attention(q, *caches, whole, 0.1, window), atol=0.02, rtol=0.02)
+    others = attention_batch([900, 300, length], [1, 100, 777], 64, 120, decode_seqs=1, device="cuda")
+    others.block_table[2] = whole.block_table[0, : others.block_table.shape[1]]
+    mixed = torch.cat((bf16(101, Q_HEADS, HEAD_DIM), q[-777:]))
+    assert torch.equal(invariant.attention(mixed, *caches, others, 0.1, window)[101:], together[-777:])
+    for position in (0, 63, 64, 511, 512, 1023, 1999):
+        alone = attention_batch([position + 1], [1], 64, 120, decode_seqs=1, device="cuda")
+        alone.block_table.copy_(whole.block_table[:, : alone.block_table.shape[1]])
+        row = slice(position, position + 1)
+        assert torch.equal(invariant.attention(q[row], *caches, alone, 0.1, window), together[row]), position
+
+
+def test_batch_invariant_products_of_thousands_of_rows():
+    invariant, weight, x = TritonOps(fixed_split=512), bf16(6144, 4096), bf16(3000, 4096)
+    together = invariant.linear(x, weight)
+    exact = F.linear(x.double(), weight.double())
+    assert_as_exact_as_torch(together, F.linear(x, weight), exact)
+    for rows in (slice(0, 1), slice(1000, 1130), slice(2047, 3000)):
+        assert torch.equal(invariant.linear(x[rows], weight), together[rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_sample(ops, dtype):
     rows = 64

@@ -26,7 +26,9 @@ def test_nothing_spills_and_no_matrix_product_is_serialised(report):
 
 
 def test_attention_uses_tensor_cores_and_tma(report):
-    attention = [line for line in report.values() if "_prefill_" in line or "_decode_kernel" in line]
+    attention = [
+        line for line in report.values() if "_prefill_" in line or "_decode_kernel" in line or "_span_kernel" in line
+    ]
     assert len(attention) >= 10
     for line in attention:
         assert ("wgmma   0" not in line) or ("mma   0 tma" not in line), line
