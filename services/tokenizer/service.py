@@ -163,7 +163,7 @@ class TokenizerService(Service):
         settings = self.settings
         if self._in_flight >= settings.max_in_flight:
             message = f"{self._in_flight} requests are being admitted"
-        elif (waiting := self._waiting + self._stored_since) >= settings.max_waiting:
+        elif (waiting := self._waiting + self._stored_since + self._in_flight) >= settings.max_waiting:
             message = f"{waiting} requests wait for a worker"
         else:
             return None
