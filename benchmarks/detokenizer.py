@@ -87,7 +87,8 @@ def core(
 ) -> tuple[float, Sink]:
     """Tokens a second of CPU time from a stored entry to encoded messages."""
     sink = Sink()
-    recorder = Recorder(Meter("detokenizer"), Tracer(), Endpoint("replay", "replay"), Endpoint("prefix", "prefix"))
+    endpoints = [Endpoint(name, name) for name in ("replay", "prefix", "attach")]
+    recorder = Recorder(Meter("detokenizer"), Tracer(), *endpoints)
     settings, decoding = DetokenizerSettings(), decoder_for(tokenizer)
     partition = Partition(sink, settings, 0, decoding, _no_task, recorder)  # type: ignore[arg-type]
     partition.core.recorder = recorder if measured else None

@@ -321,6 +321,13 @@ def hash_body(body: Mapping[str, Any], **context: Any) -> bytes:
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"a value that JSON cannot express: {error}") from None
 
 
+def check_tenant(body: Mapping[str, Any], tenant: str | None) -> None:
+    """Through a tenant's own door a body need not say whose it is, but it must not say otherwise.
+    Raises GorgonError(INVALID_REQUEST)."""
+    if tenant is not None and body.get("tenant", tenant) != tenant:
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"tenant: this connection is of tenant {tenant!r}")
+
+
 def parse_request(body: Mapping[str, Any]) -> GenerateRequest:
     """Raises GorgonError(INVALID_REQUEST) that names offending fields."""
     if unknown := body.keys() - GenerateRequest.model_fields.keys():

@@ -6,6 +6,8 @@ from shared import subjects
 from shared.bus import BucketSpec, Bus, StreamSpec
 from shared.config import StageSettings
 
+JOB_ACK_WAIT = 30.0  # seconds that a tokenizer may be silent over a job before another gets it
+
 # The log keeps what ended for this many attach windows, so that whoever may still attach finds all of it.
 TOK_WINDOWS = 2
 

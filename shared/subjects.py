@@ -8,6 +8,7 @@ llm.v1.replay.<model>.<partition>      what has been generated so far (core, ans
 llm.v1.beacon.<model>.<partition>      "this partition is being served" (core, from the owner)
 llm.v1.req.<model>.<class>             accepted requests (stream REQ), one class a group of tenants
 llm.v1.tok.<model>.<partition>         the token log (stream TOK)
+llm.v1.attach.<model>.<partition>      an accepted request's events go elsewhere (core, from tokenizers to the owner)
 llm.v1.prefix.<model>.<partition>      committed prefix of a fenced request (core, answered by the owner)
 llm.v1.worker.<worker>.run|abort       orders to one worker incarnation (core)
 llm.v1.hb.<stage>.<model>.<instance>   heartbeats (core)
@@ -17,6 +18,10 @@ llm.v1.ctl.held                        "who reads this request" among gateways (
 llm.v1.pieces.<model>                  texts of token ids, ids of texts (core, queue group TOKENIZERS)
 llm.v1.log.<stage>.<instance>          structured log lines for gorgon tail (core)
 $SRV.<verb>[.gorgon-<stage>[.<instance>]]   PING, INFO, STATS of the NATS micro protocol (core; every instance answers)
+
+The doors (generate, jobs, cancel, replay) also exist with a tenant as one more token. Whoever comes through such a door is that tenant,
+whatever the body says: NATS maps a tenant's account to it (docs/security.md). The doors without are for those who are trusted to say
+whose request it is.
 """
 
 from __future__ import annotations
@@ -80,6 +85,16 @@ def jobs(model: str) -> str:
     return f"{ROOT}.jobs.{model}"
 
 
+def of_tenant(door: str, tenant: str = "*") -> str:
+    """The same door for one tenant only."""
+    return f"{door}.{tenant}"
+
+
+def tenant_of(subject: str, door: str) -> str | None:
+    """Whose door a message for `door` came through; None if it was the one that is everybody's."""
+    return subject[len(door) + 1 :] or None
+
+
 def results(key: str) -> str:
     return f"{ROOT}.results.{key}"
 
@@ -102,6 +117,10 @@ def req(model: str, tenant_class: int) -> str:
 
 def tok(model: str, partition: int) -> str:
     return f"{ROOT}.tok.{model}.{partition}"
+
+
+def attach(model: str, partition: int) -> str:
+    return f"{ROOT}.attach.{model}.{partition}"
 
 
 def prefix(model: str, partition: int) -> str:
@@ -151,6 +170,11 @@ def replays(model: str) -> str:
     return f"{ROOT}.replay.{model}.*"
 
 
+def attaches(model: str) -> str:
+    """The attach subjects of all partitions."""
+    return f"{ROOT}.attach.{model}.*"
+
+
 def prefixes(model: str) -> str:
     """The prefix subjects of all partitions."""
     return f"{ROOT}.prefix.{model}.*"
@@ -164,6 +188,15 @@ def consumer_jobs(model: str) -> str:
     return f"tokenizer-{model}"
 
 
+def consumer_tenants_jobs(model: str) -> str:
+    return f"tokenizer-{model}-tenants"
+
+
+def job_consumers(model: str) -> dict[str, str]:
+    """Durable consumers of a model's jobs, and the subject of each."""
+    return {consumer_jobs(model): jobs(model), consumer_tenants_jobs(model): of_tenant(jobs(model))}
+
+
 def snapshot_key(model: str, partition: int) -> str:
     return f"{model}.{partition}"
 
@@ -175,7 +208,7 @@ def archive_key(model: str, key: str) -> str:
 
 # What each stream holds; `shared.streams` creates them.
 STREAM_SUBJECTS: dict[str, str] = {
-    STREAM_JOBS: f"{ROOT}.jobs.*",
+    STREAM_JOBS: f"{ROOT}.jobs.>",
     STREAM_RESULTS: f"{ROOT}.results.*.*",
     STREAM_REQ: f"{ROOT}.req.*.*",
     STREAM_TOK: f"{ROOT}.tok.*.*",

@@ -145,7 +145,10 @@ class Partition:
     async def _serve(self) -> None:
         self.core.drop_stale()
         model = self._settings.model
-        await self._listen(subjects.replay(model, self.number), self._on_replay, self._recorder.replays)
+        replay = subjects.replay(model, self.number)
+        await self._listen(replay, self._on_replay, self._recorder.replays)
+        await self._listen(subjects.of_tenant(replay), self._on_replay, self._recorder.replays)
+        await self._listen(subjects.attach(model, self.number), self._on_attach, self._recorder.attaches)
         await self._listen(subjects.prefix(model, self.number), self._on_prefix_query, self._recorder.prefixes)
         self.serving = True
         self.core.tokens, self.core.recorder = 0, self._recorder
@@ -311,7 +314,8 @@ class Partition:
         if not message.reply:
             return None
         try:
-            asked = parse_replay(message.data, message.reply)
+            tenant = subjects.tenant_of(message.subject, subjects.replay(self._settings.model, self.number))
+            asked = parse_replay(message.data, message.reply, tenant)
         except GorgonError as error:
             self._publish(ReplyTo(message.reply), [error_event(None, error)])
             return f"{error.code}:{error.message}"
@@ -343,6 +347,22 @@ class Partition:
         else:
             answer = unpack_answer(entry.value, self._new_decoding)
             self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
+
+    def _on_attach(self, message: Message) -> str | None:
+        """A tokenizer has a request again that was accepted before."""
+        try:
+            entry = codec.decode_as(Attach, message.data)
+        except codec.CodecError as error:
+            self._log.error("attach_unreadable", error=str(error))
+            return f"{ErrorCode.INTERNAL}:{error}"
+        data = codec.encode(entry)
+
+        async def write() -> None:
+            await until_done("Attach", entry.key, lambda: self._bus.append(self._subject, data))
+            self._bus.publish(message.reply, b"+OK")
+
+        self._spawn(write(), "attach")
+        return None
 
     def _publish_not_found(self, asked: Replay) -> None:
         text = "no such request here: not started yet, or ended too long ago"

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, StrictInt, ValidationError, field_validator
 
 from services.detokenizer.answer import Answer, Cursor
-from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, decode_body
+from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, check_tenant, decode_body
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT, PrefixQuery, PrefixReply, ReplyTo
@@ -50,9 +50,10 @@ class Replay(NamedTuple):
     reply: ReplyTo
 
 
-def parse_replay(data: bytes, reply_subject: str) -> Replay:
-    """Raises GorgonError(INVALID_REQUEST)."""
+def parse_replay(data: bytes, reply_subject: str, tenant: str | None = None) -> Replay:
+    """`tenant`: through whose door it came; None: the body says whose request it is. Raises GorgonError(INVALID_REQUEST)."""
     body, encoding = decode_body(data)
+    check_tenant(body, tenant)
     try:
         asked = ReplayRequest.model_validate(body)
     except ValidationError as error:
@@ -61,7 +62,7 @@ def parse_replay(data: bytes, reply_subject: str) -> Replay:
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {first['msg']}") from None
     cursors = {c.choice: (c.position, c.offset) for c in asked.cursors}
     reply = ReplyTo(reply_subject, encoding, asked.batched, asked.stream)
-    return Replay(request_key(asked.tenant, asked.id), asked.id, cursors, asked.attach, reply)
+    return Replay(request_key(tenant or asked.tenant, asked.id), asked.id, cursors, asked.attach, reply)
 
 
 def prefix_reply(query: PrefixQuery, state: RequestState | None, answer: Answer | None) -> PrefixReply | None:

@@ -12,14 +12,15 @@ class Recorder:
     """One for all partitions of a process. A partition that catches up, or is not served any more, records nothing, so what was
     counted before a change of owners is not counted again.
 
-    replays, prefixes   the endpoints that partitions answer on
+    replays, prefixes, attaches   the endpoints that partitions answer on
     """
 
-    def __init__(self, meter: Meter, tracer: Tracer, replays: Endpoint, prefixes: Endpoint) -> None:
+    def __init__(self, meter: Meter, tracer: Tracer, replays: Endpoint, prefixes: Endpoint, attaches: Endpoint) -> None:
         self._meter = meter
         self._tracer = tracer
         self.replays = replays
         self.prefixes = prefixes
+        self.attaches = attaches
         self._snapshot = meter.histogram("gorgon_detokenizer_snapshot_seconds")
         self.inter_token = meter.histogram("gorgon_detokenizer_inter_token_seconds")
         self._first_token = meter.histogram("gorgon_detokenizer_time_to_first_token_seconds")

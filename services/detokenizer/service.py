@@ -41,7 +41,8 @@ class DetokenizerService(Service):
         self._tokens_before = 0  # committed in partitions that are another's now
         replays = self.endpoint("replay", subjects.replays(settings.model))
         prefixes = self.endpoint("prefix", subjects.prefixes(settings.model))
-        self._recorder = Recorder(self.meter, self.tracer, replays, prefixes)
+        attaches = self.endpoint("attach", subjects.attaches(settings.model))
+        self._recorder = Recorder(self.meter, self.tracer, replays, prefixes, attaches)
 
     # ------------------------------------------------ life
 

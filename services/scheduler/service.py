@@ -71,6 +71,9 @@ class SchedulerService(Service):
         await self.bus.subscribe(subjects.heartbeats(self.stage, model), self._on_scheduler_beat)
         await self.bus.subscribe(subjects.cancel(model), self._on_cancel, queue=subjects.SCHEDULERS)
         await self.bus.subscribe(subjects.cancel(model), self._on_any_cancel)
+        tenants = subjects.of_tenant(subjects.cancel(model))
+        await self.bus.subscribe(tenants, self._on_cancel, queue=subjects.SCHEDULERS)
+        await self.bus.subscribe(tenants, self._on_any_cancel)
         for subject, durable in self._intakes():
             consumer = await self.bus.consume(
                 subjects.STREAM_REQ,
@@ -477,20 +480,24 @@ class SchedulerService(Service):
     def _on_any_cancel(self, message: Message) -> None:
         """Every scheduler hears a cancel: the one that holds the request in its queue ends it there."""
         try:
-            self.dispatcher.drop(_cancelled_key(message.data)[0])
+            self.dispatcher.drop(self._cancelled_key(message)[0])
         except GorgonError:
             return  # the member of the queue group answers
 
     def _on_cancel(self, message: Message) -> None:
         began = self._now()
         try:
-            key, encoding = _cancelled_key(message.data)
+            key, encoding = self._cancelled_key(message)
         except GorgonError as error:
             self._cancels.done(self._now() - began, f"{error.code}:{error.message}")
             if message.reply:
                 self.bus.publish(message.reply, api.encode_event(api.error_event(None, error), "json"))
             return
         self.spawn(self._cancel(key, encoding, message.reply, began), f"cancel.{key}")
+
+    def _cancelled_key(self, message: Message) -> tuple[str, str]:
+        door = subjects.cancel(self.settings.model)
+        return _cancelled_key(message.data, subjects.tenant_of(message.subject, door))
 
     async def _cancel(self, key: str, encoding: str, reply: str, began: float) -> None:
         """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
@@ -646,10 +653,11 @@ def _our_fault(key: str) -> m.End:
     return m.End(key, "error", failure=m.Failure(ErrorCode.INTERNAL, "the scheduler failed at this request"))
 
 
-def _cancelled_key(data: bytes) -> tuple[str, str]:
-    """(request key, encoding) of a cancel. Raises GorgonError(INVALID_REQUEST)."""
+def _cancelled_key(data: bytes, door_of: str | None = None) -> tuple[str, str]:
+    """(request key, encoding) of a cancel; `door_of` is the tenant through whose door it came. Raises GorgonError(INVALID_REQUEST)."""
     body, encoding = api.decode_body(data)
-    tenant, request_id = body.get("tenant", api.DEFAULT_TENANT), body.get("id")
+    api.check_tenant(body, door_of)
+    tenant, request_id = door_of or body.get("tenant", api.DEFAULT_TENANT), body.get("id")
     unknown = body.keys() - {"id", "tenant"}
     if unknown or not all(isinstance(x, str) and subjects.is_token(x) for x in (tenant, request_id)):
         raise GorgonError(

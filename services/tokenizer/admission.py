@@ -12,7 +12,7 @@ import structlog
 
 from services.tokenizer.chat_template import MAX_CHARS
 from services.tokenizer.model_files import ModelFiles
-from shared.api import DEFAULT_TENANT, GenerateRequest, decode_body, encoding_of, hash_body, parse_request
+from shared.api import DEFAULT_TENANT, GenerateRequest, check_tenant, decode_body, encoding_of, hash_body, parse_request
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import ReplyTo, Request
@@ -66,17 +66,25 @@ class Admission:
         self._defaults = {"max_tokens": default_max_tokens, **files.defaults}
 
     def admit(
-        self, data: bytes, reply_subject: str, context: int | None, *, job_id: str | None = None
+        self,
+        data: bytes,
+        reply_subject: str,
+        context: int | None,
+        *,
+        tenant: str | None = None,
+        job_id: str | None = None,
     ) -> Admitted | Refused:
         """context   tokens of prompt and completion together, None if unknown
+        tenant    through whose door it came; None: the body says whose it is
         job_id    of a durable request: its id if it has none of its own
         """
         started = time.perf_counter()
-        to = Addressee(ReplyTo(reply_subject, encoding_of(data)))
+        to = Addressee(ReplyTo(reply_subject, encoding_of(data)), tenant=tenant or DEFAULT_TENANT)
         try:
             body, _ = decode_body(data)
-            to = addressee_of(body, to)
+            to = addressee_of(body, to, tenant)
             asked = parse_request(body)
+            check_tenant(body, tenant)
             to = to._replace(metadata=asked.metadata, reply=to.reply._replace(stream=asked.stream))
             if to.id is None:
                 to = to._replace(id=job_id or uuid.uuid4().hex)
@@ -229,9 +237,10 @@ def _ranks(asked: GenerateRequest) -> bool:
     return asked.best_of is not None and asked.best_of > asked.n
 
 
-def addressee_of(body: Mapping[str, Any], to: Addressee) -> Addressee:
-    """`to`, completed by what a body that may be wrong in any way says."""
-    request_id, tenant, trace = body.get("id"), body.get("tenant"), body.get("traceparent")
+def addressee_of(body: Mapping[str, Any], to: Addressee, tenant: str | None = None) -> Addressee:
+    """`to`, completed by what a body that may be wrong in any way says. `tenant`: as of `admit`."""
+    request_id, trace = body.get("id"), body.get("traceparent")
+    tenant = tenant if tenant is not None else body.get("tenant")
     return to._replace(
         reply=to.reply._replace(batched=body.get("batched") is True),
         id=request_id if isinstance(request_id, str) and is_token(request_id) else None,

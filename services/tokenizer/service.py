@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from services.tokenizer.registry import Presence, Registry
 from services.tokenizer.settings import TokenizerSettings
 from services.tokenizer.store import RequestStore
 from shared import codec, subjects
-from shared.api import accepted_event, decode_body, encode_for, encoding_of, error_event
+from shared.api import DEFAULT_TENANT, accepted_event, decode_body, encode_for, encoding_of, error_event
 from shared.bus import Bus, BusError, Consumer, Delivery, Message, PayloadTooLarge, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.logging import note_request
 from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo
+from shared.retry import until_done
 from shared.service import Service
+from shared.streams import JOB_ACK_WAIT
 from shared.traceparent import generate as generate_trace
 from shared.tracing import Span, wall_clock
-
-_JOB_ACK_WAIT = 30.0  # seconds
 
 
 class TokenizerService(Service):
@@ -44,7 +45,7 @@ class TokenizerService(Service):
         self._threads = ThreadPoolExecutor(settings.threads, "encode")
         self._counts: Counter[str] = Counter()
         self._doors: list[Subscription] = []
-        self._jobs: Consumer | None = None
+        self._jobs: list[Consumer] = []
         self._job_results = JobResults(bus)
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -95,16 +96,21 @@ class TokenizerService(Service):
             await self.bus.subscribe(subjects.generate(settings.model), self._on_request, queue=subjects.TOKENIZERS),
             await self.bus.subscribe(subjects.generate("*"), self._on_any_request, queue=subjects.FALLBACK),
             await self.bus.subscribe(subjects.pieces(settings.model), self._on_pieces, queue=subjects.TOKENIZERS),
+            await self.bus.subscribe(
+                subjects.of_tenant(subjects.generate(settings.model)), self._on_request, queue=subjects.TOKENIZERS
+            ),
+            await self.bus.subscribe(
+                subjects.of_tenant(subjects.generate("*")), self._on_any_request, queue=subjects.FALLBACK
+            ),
         ]
-        self._jobs = await self.bus.consume(
-            subjects.STREAM_JOBS,
-            subjects.consumer_jobs(settings.model),
-            subjects.jobs(settings.model),
-            self._on_job,
-            limit=settings.jobs_in_flight,
-            ack_wait=_JOB_ACK_WAIT,
-        )
+        for name, subject in subjects.job_consumers(settings.model).items():
+            self._jobs.append(await until_done("consume", name, partial(self._take_jobs, name, subject)))
         self.spawn(self._watch_load(), "load")
+
+    async def _take_jobs(self, name: str, subject: str) -> Consumer:
+        limit = self.settings.jobs_in_flight
+        stream = subjects.STREAM_JOBS
+        return await self.bus.consume(stream, name, subject, self._on_job, limit=limit, ack_wait=JOB_ACK_WAIT)
 
     async def _load(self) -> ModelFiles:
         """In a thread: a large vocabulary takes a second, in which the connection must be kept alive."""
@@ -114,8 +120,8 @@ class TokenizerService(Service):
     async def on_drain(self) -> None:
         for door in self._doors:
             await door.unsubscribe()
-        if self._jobs is not None:
-            await self._jobs.stop()
+        for jobs in self._jobs:
+            await jobs.stop()
         await self._idle.wait()
 
     async def on_stop(self) -> None:
@@ -155,8 +161,8 @@ class TokenizerService(Service):
                 self.log.debug("backlog_unknown", error=repr(error))
             self._update_context()
             self._registry.forget_old(asyncio.get_running_loop().time())
-            if self._jobs is not None and not self.draining:
-                self._jobs.set_limit(settings.jobs_in_flight if self._overload() is None else 0)
+            for jobs in () if self.draining else self._jobs:
+                jobs.set_limit(settings.jobs_in_flight if self._overload() is None else 0)
             await asyncio.sleep(settings.backlog_interval)
 
     def _overload(self) -> GorgonError | None:
@@ -199,13 +205,20 @@ class TokenizerService(Service):
 
     def _addressee(self, message: Message) -> Addressee:
         """Of a request that is refused unread; a long one is not decoded for its id."""
-        to = Addressee(ReplyTo(message.reply, encoding_of(message.data)))
+        tenant = self._tenant_of(message.subject)
+        to = Addressee(ReplyTo(message.reply, encoding_of(message.data)), tenant=tenant or DEFAULT_TENANT)
         if len(message.data) <= self.settings.inline_bytes:
             try:
-                return addressee_of(decode_body(message.data)[0], to)
+                return addressee_of(decode_body(message.data)[0], to, tenant)
             except GorgonError:
                 pass
         return to
+
+    @staticmethod
+    def _tenant_of(subject: str) -> str | None:
+        """Whose door it is (of generate or jobs, of whatever model); None for everybody's."""
+        tokens = subject.split(".")
+        return tokens[4] if len(tokens) > 4 else None
 
     def _answered(self, began: float, error: GorgonError | None = None) -> None:
         seconds = asyncio.get_running_loop().time() - began
@@ -214,7 +227,7 @@ class TokenizerService(Service):
             self._admission_seconds.observe(seconds)
 
     async def _serve(self, message: Message, began: float) -> None:
-        outcome = await self._admit(message.data, message.reply)
+        outcome = await self._admit(message.data, message.reply, self._tenant_of(message.subject))
         outcome, span = self._traced(outcome, began)
         if isinstance(outcome, Admitted):
             try:
@@ -263,13 +276,12 @@ class TokenizerService(Service):
             tokenize_ms=round(admitted.request.tokenize_ms, 2),
         )
 
-    async def _admit(self, data: bytes, reply: str, job: str | None = None) -> Admitted | Refused:
-        admit = self._admission.admit
+    async def _admit(self, data: bytes, reply: str, tenant: str | None, job: str | None = None) -> Admitted | Refused:
+        admit = partial(self._admission.admit, data, reply, self._context, tenant=tenant, job_id=job)
         if len(data) <= self.settings.inline_bytes:
-            outcome = admit(data, reply, self._context, job_id=job)
+            outcome = admit()
         else:
-            loop = asyncio.get_running_loop()
-            outcome = await loop.run_in_executor(self._threads, lambda: admit(data, reply, self._context, job_id=job))
+            outcome = await asyncio.get_running_loop().run_in_executor(self._threads, admit)
         if isinstance(outcome, Admitted) and outcome.request.constraint:
             assert self._constraints is not None
             try:
@@ -343,7 +355,7 @@ class TokenizerService(Service):
 
     def _on_any_request(self, message: Message) -> None:
         """One tokenizer, of whatever model, gets each request a second time: to say so if nobody serves its model."""
-        model = message.subject.rpartition(".")[2]
+        model = message.subject.split(".")[3]
         loop = asyncio.get_running_loop()
         if model == self.settings.model or self._presence(model) is Presence.SERVED:
             return
@@ -385,7 +397,8 @@ class TokenizerService(Service):
         """Every step may be repeated, so the job is acked last."""
         seq, data = delivery.message.seq, delivery.message.data
         began = asyncio.get_running_loop().time()
-        outcome, span = self._traced(await self._admit(data, "", job_id(seq)), began)
+        tenant = self._tenant_of(delivery.message.subject)
+        outcome, span = self._traced(await self._admit(data, "", tenant, job_id(seq)), began)
         accepted_seq = 0
         if isinstance(outcome, Admitted):
             accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome), seq)

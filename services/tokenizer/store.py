@@ -10,7 +10,7 @@ import structlog
 
 from services.tokenizer.settings import TokenizerSettings
 from shared import codec, subjects
-from shared.bus import Appended, Bucket, Bus, BusError, BusTimeout, PayloadTooLarge, StorageFull
+from shared.bus import Appended, Bucket, Bus, BusError, BusTimeout, NoResponders, PayloadTooLarge, StorageFull
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Assignment, Attach, ReplyTo, Request, Tombstone
 
@@ -72,10 +72,20 @@ class RequestStore:
         return ended.body_hash, None
 
     async def _attach(self, request: Request) -> None:
+        """The owner of the partition writes it into the log, and answers when it is there: a tokenizer, which reads what
+        strangers send, has no right to write among the tokens."""
         partition = subjects.partition_of(request.key, self._settings.partitions)
-        subject, data = subjects.tok(request.model, partition), codec.encode(Attach(request.key, request.reply))
+        subject, data = subjects.attach(request.model, partition), codec.encode(Attach(request.key, request.reply))
         timeout = self._settings.append_timeout
-        await self._insist("attach", request.key, lambda: self._bus.append(subject, data, timeout=timeout))
+
+        async def attach() -> None:
+            try:
+                await self._bus.request(subject, data, timeout)
+            except NoResponders:
+                await asyncio.sleep(timeout / 2)  # the partition is changing hands
+                raise
+
+        await self._insist("attach", request.key, attach)
 
     async def _insist(self, what: str, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """Some attempts. Raises GorgonError."""

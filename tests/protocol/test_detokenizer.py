@@ -429,6 +429,49 @@ async def test_whoever_repeats_a_request_gets_everything_from_the_beginning():
 
 
 @virtual
+async def test_an_attach_is_answered_when_it_is_in_the_log():
+    async with World() as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[list(range(26)) * 2])
+        world.backend.open("default.r", m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(0.4)
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe("here", lambda message: events.append(json.loads(message.data)))
+        partition = world.backend.partition("default.r")
+        attach = codec.encode(m.Attach("default.r", m.ReplyTo("here", "json")))
+        await world.bus.request(subjects.attach(MODEL, partition), attach, 1.0)
+        assert attach in [stored.data for stored in world.broker.streams[subjects.STREAM_TOK].messages.values()]
+        await until(lambda: events and events[-1]["event"] == "finished")
+        tokens = m.StepTokens("w", 1, (m.Tokens("default.r", 0, 9, 0, b""),))
+        for wrong in (codec.encode(tokens), b"x"):  # a tokenizer writes no tokens
+            before = len(world.broker.streams[subjects.STREAM_TOK].messages)
+            world.bus.publish(subjects.attach(MODEL, partition), wrong, reply="there")
+            await asyncio.sleep(0.5)
+            assert len(world.broker.streams[subjects.STREAM_TOK].messages) == before
+
+
+@virtual
+async def test_a_tenants_door_shows_only_its_own_requests():
+    async with World() as world:
+        await world.detokenizer("a")
+        for key in ("alice.r", "bob.r"):
+            world.plan("r", choices=[list(range(26))])
+            world.backend.open(key, m.ReplyTo("nobody.there", "json"), durable=False)
+        await asyncio.sleep(2.0)
+
+        async def ask(tenant: str | None, door: str) -> dict[str, Any]:
+            key = f"{tenant or door}.r"
+            subject = subjects.of_tenant(subjects.replay(MODEL, world.backend.partition(key)), door)
+            body = dict(id="r") | ({"tenant": tenant} if tenant else {})
+            return json.loads((await world.bus.request(subject, json.dumps(body).encode(), 1.0)).data)
+
+        assert (await ask("alice", "alice"))["event"] == "tokens"
+        assert (await ask(None, "alice"))["event"] == "tokens"
+        assert (await ask("alice", "bob"))["code"] == "invalid_request"
+        assert (await ask("carol", "carol"))["code"] == "not_found"
+
+
+@virtual
 async def test_prefix_is_answered_from_inside_the_fence():
     async with World(partitions=1) as world:
         service = await world.detokenizer("a")

@@ -335,6 +335,20 @@ async def test_cancel_before_open_while_waiting_and_while_running() -> None:
 
 
 @virtual
+async def test_a_tenants_door_cancels_only_its_own() -> None:
+    world = await World().start()
+    running = world.submit("running", tokens=1000)
+    await until(lambda: world.orders(running))
+    for door, body in (("u", dict(id="running", tenant="t")), ("u", dict(id="running"))):
+        await world.client.request(subjects.of_tenant(subjects.cancel(MODEL), door), msgpack.packb(body), 1.0)
+    await asyncio.sleep(1)
+    assert not list(world.entries(m.End, running))
+    await world.client.request(subjects.of_tenant(subjects.cancel(MODEL), "t"), msgpack.packb(dict(id="running")), 1.0)
+    await world.ended(running)
+    await world.stop()
+
+
+@virtual
 async def test_a_bad_cancel_is_told_so() -> None:
     world = await World().start()
     for body in (b"\xc1", b'{"id": 5}', b'{"id": "a", "more": 1}', b'{"id": "a.b"}'):

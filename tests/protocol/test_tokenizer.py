@@ -21,7 +21,7 @@ from services.tokenizer.service import TokenizerService
 from services.tokenizer.settings import TokenizerSettings
 from shared import codec, subjects
 from shared import messages as m
-from shared.bus import BucketSpec
+from shared.bus import BucketSpec, Message
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.streams import stream_specs
 from shared.structured import Matcher, Vocabulary, json_constraint
@@ -58,12 +58,14 @@ class World:
         self.bus = MemoryBus(self.broker)
         self.inbox: list[tuple[str, bytes]] = []
         self.services: list[TokenizerService] = []
+        self.owned = True  # whether somebody owns the partitions
 
     async def start(self, model: str = MODEL, context: int = 1024, **settings: Any) -> TokenizerService:
         for bucket in (subjects.BUCKET_ASSIGN, subjects.BUCKET_SNAPSHOT):
             await self.bus.ensure_bucket(BucketSpec(bucket))
         if not self.services:
             await self.bus.subscribe("inbox.>", lambda message: self.inbox.append((message.subject, message.data)))
+            await self.bus.subscribe(subjects.attach("*", "*"), self._own)  # type: ignore[arg-type]
         # No threads in virtual time.
         options = dict(model=model, name=f"t{len(self.services)}", inline_bytes=2**30, registry_grace=0.5)
         files = dataclasses.replace(demo_files(), context=context)
@@ -72,9 +74,19 @@ class World:
         await service.start()
         return service
 
-    def send(self, body: dict[str, Any] | bytes, reply: str = "inbox.a", model: str = MODEL) -> None:
+    def _own(self, message: Message) -> None:
+        """What a partition's owner does with an attach."""
+
+        async def write() -> None:
+            await self.bus.append(message.subject.replace("attach", "tok"), message.data)
+            self.bus.publish(message.reply, b"+OK")
+
+        if self.owned:
+            self._writing = asyncio.get_running_loop().create_task(write())
+
+    def send(self, body: dict[str, Any] | bytes, reply: str = "inbox.a", model: str = MODEL, door: str = "") -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.bus.publish(subjects.generate(model), data, reply=reply)
+        self.bus.publish(subjects.generate(model) + door, data, reply=reply)
 
     def events(self, reply: str | None = None) -> list[dict[str, Any]]:
         events = []
@@ -84,10 +96,12 @@ class World:
                 events.extend(event if isinstance(event, list) else [event])
         return events
 
-    async def ask(self, body: dict[str, Any] | bytes, model: str = MODEL, wait: float = 1.0) -> dict[str, Any]:
+    async def ask(
+        self, body: dict[str, Any] | bytes, model: str = MODEL, wait: float = 1.0, door: str = ""
+    ) -> dict[str, Any]:
         """The one event that answers."""
         self.inbox.clear()
-        self.send(body, model=model)
+        self.send(body, model=model, door=door)
         await asyncio.sleep(wait)
         events = self.events()
         assert len(events) == 1, events
@@ -100,9 +114,9 @@ class World:
         messages = self.broker.streams[subjects.STREAM_RESULTS].messages.values()
         return [json.loads(message.data) for message in messages if message.subject == subjects.results(key)]
 
-    async def job(self, body: dict[str, Any] | bytes, wait: float = 1.0) -> int:
+    async def job(self, body: dict[str, Any] | bytes, wait: float = 1.0, door: str = "") -> int:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        appended = await self.bus.append(subjects.jobs(MODEL), data)
+        appended = await self.bus.append(subjects.jobs(MODEL) + door, data)
         await asyncio.sleep(wait)
         return appended.seq
 
@@ -164,6 +178,52 @@ async def test_the_same_id_again_attaches() -> None:
     conflict = await world.ask(body | {"prompt": "Twice"})
     assert (conflict["code"], conflict["id"], conflict["retryable"]) == ("id_conflict", "r1", False)
     assert len(world.stored(subjects.STREAM_TOK)) == 1
+    await world.stop()
+
+
+@virtual
+async def test_without_an_owner_a_repetition_is_to_be_sent_again() -> None:
+    world = World()
+    await world.start()
+    body = {"id": "r1", "prompt": "Once"}
+    await world.ask(body)
+    world.owned = False
+    event = await world.ask(body, wait=10.0)
+    assert (event["code"], event["retryable"], event["id"]) == ("unavailable", True, "r1")
+    world.owned = True
+    assert (await world.ask(body))["event"] == "accepted"
+    await world.stop()
+
+
+@virtual
+async def test_whoever_comes_through_a_tenants_door_is_that_tenant() -> None:
+    world = World()
+    await world.start()
+    event = await world.ask({"id": "r", "prompt": "x"}, door=".alice")
+    assert (event["event"], event["tenant"]) == ("accepted", "alice")
+    assert (await world.ask({"id": "r", "tenant": "alice", "prompt": "x"}, door=".alice"))["event"] == "accepted"
+    for claimed in ("bob", "default"):
+        event = await world.ask({"id": "r2", "tenant": claimed, "prompt": "x"}, door=".alice")
+        assert event["code"] == "invalid_request"
+        assert "alice" in event["message"]
+    [request] = world.stored(subjects.STREAM_REQ)
+    assert request.key == "alice.r"
+    assert (await world.ask({"prompt": "x"}, model="nobody", wait=3.0, door=".alice"))["code"] == "unknown_model"
+    await world.stop()
+
+
+@virtual
+async def test_jobs_through_a_tenants_door() -> None:
+    world = World()
+    await world.start()
+    seq = await world.job({"prompt": "x"}, door=".alice")
+    await world.job({"id": "mine", "tenant": "bob", "prompt": "x"}, door=".alice")
+    [request] = world.stored(subjects.STREAM_REQ)
+    assert request.key == f"alice.job-{seq}"
+    assert [event["event"] for event in world.results(f"alice.job-{seq}")] == ["accepted"]
+    assert [event["code"] for event in world.results("alice.mine")] == ["invalid_request"]
+    assert not world.results("bob.mine")
+    assert not world.broker.streams[subjects.STREAM_JOBS].messages
     await world.stop()
 
 
