@@ -8,6 +8,7 @@ A partition of TOK is totally ordered, so whoever folds its entries from the beg
     holds                positions above the length wait until the gap is filled
     awaits_prompt        where the prompt's log-probabilities are told, the tokens of choices wait until all of them are there
                          (but not a failure)
+    waits_for_open       TOKENS before OPEN wait for it: a scheduler orders the run while OPEN is on its way
     raises_epoch         FENCE is monotone: only a higher epoch takes effect
     clear_held           FENCE forgets what the old epoch left waiting, and fixes `base` = length, where the new epoch begins
     is_open_for_entries  the first terminal entry in log order wins; everything after it is dropped
@@ -139,6 +140,9 @@ class PartitionFold:
         prompt, opened = request.prompt, request.opened
         return prompt is not None and opened is not None and len(prompt.ids) < opened.prompt_tokens
 
+    def waits_for_open(self, request: RequestState) -> bool:
+        return request.opened is None
+
     def raises_epoch(self, request: RequestState, fence: m.Fence) -> bool:
         return fence.epoch > request.epoch
 
@@ -162,9 +166,10 @@ class PartitionFold:
         if isinstance(entry, m.StepTokens):
             for tokens in entry.entries:
                 known = self.requests.get(tokens.key)
-                if known is not None and known.opened is not None:
-                    known.touched = stamp
-                    self._tokens(known, tokens, effects)
+                if known is None:
+                    known = self.requests[tokens.key] = RequestState(tokens.key)
+                known.touched = stamp
+                self._tokens(known, tokens, effects)
             return effects
         request = self.requests.get(entry.key)
         if request is None:
@@ -193,6 +198,9 @@ class PartitionFold:
         effects.append(Opened(entry.key))
         if request.terminal is not None:
             effects.append(Ended(entry.key, request.terminal))
+        if request.prompt is not None:
+            self._commit_held(request, m.PROMPT, request.prompt, effects)
+        self._commit_held_choices(request, effects)
 
     def _fence(self, request: RequestState, entry: m.Fence, effects: list[Effect]) -> None:
         if not self.raises_epoch(request, entry):
@@ -217,6 +225,9 @@ class PartitionFold:
     def _tokens(self, request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> None:
         if not self.is_open_for_entries(request) or not self.is_current(request, tokens):
             return
+        if self.waits_for_open(request):
+            request.held[tokens.choice, tokens.position] = tokens
+            return
         of_prompt = tokens.choice == m.PROMPT and request.prompt is not None
         if not of_prompt and not 0 <= tokens.choice < len(request.choices):
             return
@@ -230,9 +241,13 @@ class PartitionFold:
             return
         self._commit(request, choice, tokens, effects)
         self._commit_held(request, tokens.choice, choice, effects)
-        if of_prompt and not self.awaits_prompt(request):
-            for index, waiting in enumerate(request.choices):
-                self._commit_held(request, index, waiting, effects)
+        if of_prompt:
+            self._commit_held_choices(request, effects)
+
+    def _commit_held_choices(self, request: RequestState, effects: list[Effect]) -> None:
+        for index, choice in enumerate(request.choices):
+            if not self.awaits_prompt(request):
+                self._commit_held(request, index, choice, effects)
 
     def _commit_held(self, request: RequestState, index: int, choice: Choice, effects: list[Effect]) -> None:
         while (

@@ -179,7 +179,7 @@ class SchedulerService(Service):
         span.end()
 
     async def _start(self, known: Known, worker: Worker, need: Need, delivery: Delivery) -> None:
-        """Assign, OPEN, run, ack: from the first of these on, the request survives this process."""
+        """Assign, OPEN and run, ack: from the first of these on, the request survives this process."""
         request = known.request
         self._busy.add(request.key)
         accepted = False
@@ -195,8 +195,9 @@ class SchedulerService(Service):
                 return
             finally:
                 self.dispatcher.release(worker, need)
-            await self._open(known)
-            accepted = await self._run(known, 1, worker.instance)
+            # The order does not wait until OPEN is stored: that would be a round trip more to the first token. OPEN is sent first,
+            # and the fold lets tokens wait for it, should they overtake it all the same.
+            _, accepted = await asyncio.gather(self._open(known), self._run(known, 1, worker.instance))
             if accepted:
                 self._queue_seconds.observe(self._requests.age(known))
             await delivery.ack()

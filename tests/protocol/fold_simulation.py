@@ -72,6 +72,7 @@ class Live:
     prompt: bool = False  # its log-probabilities are wanted
     epoch: int = 1
     opened: bool = False
+    stored: bool = False  # its OPEN is in the log; else it is still on its way
     ran: bool = False
     cancelled_at: int | None = None  # log position of the first END
     attached: str | None = None
@@ -101,8 +102,13 @@ class Simulation:
 
     def open(self, r: Live) -> None:
         opened = m.Open(r.key, m.ReplyTo("inbox.first"), 1, PROMPT_TOKENS, MAX_TOKENS, choices=r.choices)
-        self.append(opened._replace(prompt_logprobs=r.prompt))
+        opened = opened._replace(prompt_logprobs=r.prompt)
         r.opened = True
+        if self.random.random() < 0.3:  # the order for the run does not wait until it is stored
+            self.network.append(codec.encode(opened))
+        else:
+            self.append(opened)
+            r.stored = True
         if self.faulty and self.random.random() < 0.1:  # the run is lost, or comes much later, beside its re-target
             return
         self.run(r, r.epoch, tuple([] for _ in range(r.choices)), 0)
@@ -114,6 +120,10 @@ class Simulation:
         worker.jobs[r.key, epoch] = Job(r.key, epoch, [list(ids) for ids in prefix], prompt)
 
     def fence(self, r: Live) -> None:
+        if not r.stored:  # whoever fences has stored an OPEN before, or seen it stored
+            opened = m.Open(r.key, m.ReplyTo("inbox.first"), 1, PROMPT_TOKENS, MAX_TOKENS, choices=r.choices)
+            self.append(opened._replace(prompt_logprobs=r.prompt))
+            r.stored = True
         r.epoch += 1
         r.ran = False
         self.append(m.Fence(r.key, r.epoch))
@@ -233,6 +243,8 @@ class Simulation:
                     lambda: self.random.random() < 0.5 and self.attach(r),
                 )
             )()
+        else:
+            self.late()
 
     def simulate(self) -> None:
         for _ in range(FAULTY_STEPS):

@@ -42,6 +42,11 @@ class NoAwaiting(PartitionFold):
         return False
 
 
+class NotWaitingForOpen(PartitionFold):
+    def waits_for_open(self, request):  # type: ignore[no-untyped-def]
+        return False
+
+
 class AnyFence(PartitionFold):
     def raises_epoch(self, request, fence):  # type: ignore[no-untyped-def]
         return True
@@ -72,6 +77,7 @@ RULES = [
     Duplicates,
     NoHolding,
     NoAwaiting,
+    NotWaitingForOpen,
     AnyFence,
     HeldOutlivesFence,
     SecondTerminal,
@@ -108,6 +114,26 @@ def test_fence_fixes_the_prefix_that_the_next_epoch_continues() -> None:
     effects = fold.apply(_tokens(2, [3], epoch=2), 9)
     assert effects == [Committed("t.a", 0, 2, [3], None)]
     assert fold.requests["t.a"].prefix == ([1, 2],), "the prefix is that of the fence, whatever came after"
+
+
+def test_tokens_that_overtake_open_wait_for_it_and_for_no_other_epoch() -> None:
+    fold = PartitionFold()
+    assert fold.apply(_tokens(0, [1, 2]), 0) == [] == fold.apply(_tokens(2, [3], finish="length"), 1)
+    fold = PartitionFold.restore(fold.snapshot())
+    effects = fold.apply(_open(), 2)
+    assert [type(e).__name__ for e in effects] == ["Opened", "Committed", "Committed", "ChoiceFinished", "Ended"]
+    fold = PartitionFold()
+    for entry in (_tokens(0, [1, 2]), m.Fence("t.a", 2), _tokens(0, [5]), _tokens(0, [7], epoch=2)):
+        assert not [e for e in fold.apply(entry, 0) if isinstance(e, Committed)]
+    assert fold.apply(_open(), 1)[1:] == [Committed("t.a", 0, 0, [7], None)]
+    fold = PartitionFold()
+    for entry in (_tokens(0, [1]), m.End("t.a", "cancelled")):
+        fold.apply(entry, 0)
+    assert [type(e).__name__ for e in fold.apply(_open(), 1)] == ["Opened", "Ended"]
+    fold.apply(_tokens(0, [1], epoch=1), 2)
+    fold = PartitionFold()
+    fold.apply(_tokens(0, [1]), 0)
+    assert fold.prune(before=1.0) == ["t.a"], "what is never opened is forgotten"
 
 
 def test_all_choices_must_finish() -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from services.model_worker.models.config import parse_config
+from services.model_worker.models.config import ModelError, parse_config
 from services.model_worker.models.rope import _attention_factor, inverse_frequencies
 from tests.unit.engine_harness import SHARED, greedy, needs_weights, running, weights
 
 transformers = pytest.importorskip("transformers")
 
 TINY_MODELS = SHARED / "tools/tiny_models.py"
-FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3", "phi3")
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 64, 100, 127, 128, 200)
 TOKENS = 64
 BLOCK = 16
@@ -101,6 +101,17 @@ def test_greedy_ids_equal_transformers(oracle: Oracle, variant: str) -> None:
             assert [output.ids for output in again] == oracle.expected
             if harness.engine.scheduler.limits.window == 0:  # a window lets go of the prefix
                 assert harness.engine.stats().prefix_hit_tokens >= sum((n - 1) // BLOCK * BLOCK for n in LENGTHS)
+
+
+def test_the_other_families_are_refused_by_name(tiny_models: ModuleType) -> None:
+    others = tiny_models.ALL.keys() - set(FAMILIES)
+    assert len(others) == len(tiny_models.ALL) - len(FAMILIES) > 15
+    for name in others:
+        architecture, config, options = tiny_models.ALL[name]
+        raw = {**getattr(transformers, config)(**options).to_dict(), "architectures": [architecture]}
+        with pytest.raises(ModelError, match=architecture) as caught:
+            parse_config(raw)
+        assert caught.value.code == "unsupported_architecture"
 
 
 def test_alone_equals_in_a_batch(oracle: Oracle) -> None:

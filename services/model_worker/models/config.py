@@ -79,6 +79,7 @@ FAMILIES = {
         {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
         qkv_bias=False,
     ),
+    "Phi3ForCausalLM": Family("phi3", {"max_position_embeddings": 4096}, qkv_bias=False),
     "Qwen2ForCausalLM": Family(
         "qwen2",
         {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
@@ -202,7 +203,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 def _windows(family: Family, config: dict[str, Any], layers: int) -> tuple[int, ...]:
     window = config.get("sliding_window") or 0
     if "max_window_layers" not in family.defaults:  # all layers alike
-        return (window if family.name == "mistral" else 0,) * layers
+        return (window if family.name in ("mistral", "phi3") else 0,) * layers
     if not config.get("use_sliding_window", False) or not window:
         return (0,) * layers
     kinds = config.get("layer_types")

@@ -1,4 +1,5 @@
-"""Where each checkpoint tensor belongs. All families supported so far name their tensors as Llama does."""
+"""Where each checkpoint tensor belongs. All families supported so far name their tensors as Llama does, but that Phi-3 stores q, k
+and v in one, and gate and up: as the decoder has them."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ _PLAIN = {
     "self_attn.k_norm.weight": "k_norm",
     "self_attn.o_proj.weight": "o",
     "self_attn.o_proj.bias": "o_bias",
+    "self_attn.qkv_proj.weight": "qkv",
+    "mlp.gate_up_proj.weight": "gate_up",
     "mlp.down_proj.weight": "down",
     "mlp.down_proj.bias": "down_bias",
 }
