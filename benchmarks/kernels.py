@@ -333,7 +333,7 @@ def bench_sampling(report: Report) -> None:
 
 def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
     from kernels import select_ops
-    from kernels.ops import SamplingBatch
+    from kernels.ops import LogitEdits, SamplingBatch
 
     ops = select_ops("cuda")
     logits = torch.randn(rows, vocabulary, device="cuda")
@@ -353,6 +353,18 @@ def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
     def softmax_and_race() -> torch.Tensor:
         return (logits / 0.6).softmax(-1).div_(torch.empty_like(logits).exponential_(1)).argmax(-1)
 
+    typical = batch(0, 1.0)
+    typical.typical_p = whole(0.9, torch.float32)
+    no_choice = whole(0, i32)
+    edits = LogitEdits(
+        ids=torch.arange(512, device="cuda", dtype=i32)[None].contiguous(),
+        values=torch.zeros(1, 512, device="cuda"),
+        until=torch.ones(1, 512, device="cuda", dtype=i32),
+        words=torch.arange(256, device="cuda", dtype=i32)[None].contiguous(),
+        prefixes=torch.zeros(1, 256, 16, device="cuda", dtype=i32),
+    )
+    recent = torch.ones(rows, 16, device="cuda", dtype=i32)
+
     cases = {
         "greedy": partial(ops.sample, logits, batch(0, 1.0, any_random=False)),
         "temperature": partial(ops.sample, logits, batch(0, 1.0, any_filter=False)),
@@ -362,6 +374,8 @@ def sampling_case(report: Report, rows: int, vocabulary: int) -> None:
         "top-p 0.5": partial(ops.sample, logits, batch(0, 0.5)),
         "min-p 0.05": partial(ops.sample, logits, batch(0, 1.0, 0.05)),
         "top-k 200": partial(ops.sample, logits, batch(200, 1.0)),
+        "typical-p 0.9": partial(ops.sample, logits, typical),
+        "512 edits, 256 words": partial(ops.edit_logits, logits.clone(), edits, no_choice, no_choice, recent),
         "torch argmax": partial(logits.argmax, -1),
         "torch temperature": softmax_and_race,
         "torch sort": partial(logits.sort, -1),

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import dependent_launch
-from kernels.ops import AttentionBatch
+from kernels.ops import AttentionBatch, LogitEdits
 from kernels.philox import gumbel_noise
-from kernels.reference import ReferenceOps, filter_scores
+from kernels.reference import ReferenceOps, filter_scores, keep_typical
 from kernels.skinny_gemm import GemmConfig, skinny_linear
 from kernels.triton_ops import TritonOps
 from tests.kernels.cases import attention_batch, random_cache, sampling_batch
@@ -294,6 +294,51 @@ def test_sample(ops, dtype):
     scores += gumbel_noise(batch.seed, batch.position, batch.choice, VOCABULARY)
     lost = scores.max(-1).values - scores.gather(1, got[:, None])[:, 0]
     assert lost[~greedy].max() < 1e-4  # the noise's logarithms are rounded differently
+
+
+def test_sample_typical(ops):
+    """The choice is one of those kept, and none that is kept beats it; at the edge of what is kept f32 decides otherwise than f64."""
+    rows = 64
+    logits = torch.randn(rows, VOCABULARY, device="cuda") * 3
+    index = torch.arange(rows)
+    batch = sampling_batch(
+        rows,
+        device="cuda",
+        temperature=torch.tensor([0.6, 1, 1.5])[index % 3],
+        top_k=torch.tensor([0, 0, 40, 500])[index % 4],
+        top_p=torch.tensor([1, 0.9])[index % 2],
+        min_p=torch.tensor([0, 0, 0, 0, 0.01])[index % 5],
+        typical_p=torch.tensor([0.2, 0.5, 0.9, 1])[index % 4],
+        seed=index * 7919 - 5,
+        position=index,
+    )
+    got = ops.sample(logits, batch)
+    scores = filter_scores(logits / batch.temperature[:, None], batch.top_k, batch.top_p, batch.min_p)
+    noise = gumbel_noise(batch.seed, batch.position, batch.choice, VOCABULARY)
+    for margin in (-1e-4, 1e-4):  # kept by a little less and by a little more
+        typical_p = torch.where(batch.typical_p < 1, batch.typical_p + margin, 1.0)
+        kept = keep_typical(scores, typical_p)
+        lost = (kept + noise).max(-1).values - (scores + noise).gather(1, got[:, None])[:, 0]
+        assert lost.max() < 1e-4 if margin < 0 else (kept.gather(1, got[:, None]) > -torch.inf).all()
+
+
+def test_logit_edits(ops):
+    rows, slots, number, words, length = 40, 8, 512, 256, 16
+    ids = torch.stack([torch.randperm(VOCABULARY, device="cuda")[:number] for _ in range(slots)]).int()
+    ids[:, 300:] = -1
+    values = torch.randn(slots, number, device="cuda") * 20
+    values[:, 200:] = -torch.inf
+    until = torch.where(torch.arange(number, device="cuda") < 250, 2**31 - 1, 7).int().expand(slots, -1).contiguous()
+    prefixes = torch.full((slots, words, length), -1, device="cuda", dtype=torch.int32)
+    prefixes[..., -3:] = torch.randint(0, 3, (slots, words, 3), device="cuda").int()
+    last = torch.randint(0, VOCABULARY, (slots, words), device="cuda").int()
+    edits = LogitEdits(ids, values, until, last, prefixes)
+    edit_rows = (torch.arange(rows, device="cuda") % 9 - 1).int()
+    position = torch.arange(rows, device="cuda").int()
+    recent = torch.randint(0, 3, (rows, length), device="cuda").int()
+    logits = torch.randn(rows, VOCABULARY, device="cuda")
+    expected, got = (o.edit_logits(logits.clone(), edits, edit_rows, position, recent) for o in (REFERENCE, ops))
+    assert torch.equal(got, expected) and torch.isinf(got).any()
 
 
 def test_penalties_and_moves(ops):
