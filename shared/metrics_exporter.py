@@ -96,12 +96,30 @@ def _from_beat(spec: Spec, beat: Heartbeat | WorkerHeartbeat | None) -> list[tup
     return [("", float(value))]
 
 
-class MetricsExporter:
-    """`start` serves GET / (any path) on host:port; `render` gives the same text to who has an HTTP server already."""
+class LabelledCollector(Collector):
+    """A stage's own registry, with the labels that tell the stage."""
 
-    def __init__(self, service: Measured) -> None:
+    def __init__(self, registry: CollectorRegistry, service: Measured) -> None:
+        self._registry = registry
+        self._labels = dict(zip(LABELS, (service.stage, service.model, service.instance), strict=True))
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample._replace(labels=self._labels | sample.labels) for sample in family.samples]
+            yield family
+
+
+class MetricsExporter:
+    """`start` serves GET / (any path) on host:port; `render` gives the same text to who has an HTTP server already.
+
+    own   what a stage keeps in prometheus_client's objects besides
+    """
+
+    def __init__(self, service: Measured, own: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(StageCollector(service))
+        if own is not None:
+            self._registry.register(LabelledCollector(own, service))
         ProcessCollector(registry=self._registry)
         self._server: Any = None
         self._thread: Any = None

@@ -25,6 +25,7 @@ from services.gateway.page import page_router
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorBody
 from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
+from shared.tracing import Tracer
 
 log = structlog.get_logger()
 
@@ -62,7 +63,9 @@ LastEvent = Annotated[
 ]
 
 
-def build_app(settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: Generations, metrics: Metrics) -> FastAPI:
+def build_app(
+    settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: Generations, metrics: Metrics, tracer: Tracer
+) -> FastAPI:
     app = FastAPI(
         title="Gorgon",
         summary="The OpenAI door of a pipeline of actors on NATS",
@@ -72,7 +75,7 @@ def build_app(settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: Ge
     )
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     app.state.authenticator = Authenticator.from_file(settings.api_keys)
-    completions = Completions(settings, bus, generations, metrics)
+    completions = Completions(settings, bus, generations, metrics, tracer)
     started = asyncio.get_running_loop().time()
 
     def check_model(name: str) -> None:

@@ -24,12 +24,19 @@ from services.gateway.sse import EventStream, until_disconnected
 from services.gateway.translate import chat_body, completion_bodies
 from services.gateway.vocabulary import Vocabulary
 from shared.bus import Bus
+from shared.logging import note_request
+from shared.subjects import request_key
+from shared.traceparent import trace_id_of
+from shared.tracing import Tracer
 
 log = structlog.get_logger()
 
 
 class Completions:
-    def __init__(self, settings: GatewaySettings, bus: Bus, generations: Generations, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: GatewaySettings, bus: Bus, generations: Generations, metrics: Metrics, tracer: Tracer
+    ) -> None:
+        self._tracer = tracer
         self._settings = settings
         self._bus = bus
         self._generations = generations
@@ -133,26 +140,48 @@ class Completions:
         began = asyncio.get_running_loop().time()
         route = "/v1/chat/completions" if isinstance(asked, ChatCompletionRequest) else "/v1/completions"
         headers = {"x-request-id": cursor.base}
+        request_id = request_key(caller.tenant, cursor.base)
+        span = self._tracer.begin(
+            "http",
+            _traceparent(request),
+            request_id=request_id,
+            route=route,
+            model=asked.model,
+            stream=bool(asked.stream),
+            resumed=resumed,
+        )
+        if span.traceparent:
+            note_request(request_id, trace=span.traceparent)
+            for body in bodies:
+                body["traceparent"] = span.traceparent
         try:
             await self._begin(asked, caller, call, bodies, cursor, key, resumed)
             working = asyncio.ensure_future(call.until_accepted() if asked.stream else call.whole())
             result = await self._unless_gone(request, working)
         except BaseException as error:
             call.close()
+            span.end(error=str(error) or type(error).__name__)
             if isinstance(error, ApiError):
                 error.add_header("x-request-id", cursor.base)
             raise
         self._metrics.requests.labels(route, "200").inc()
         if not asked.stream:
             call.close()
+            span.end()
             return JSONResponse(result, headers=headers)
         self._metrics.accepted_seconds.observe(asyncio.get_running_loop().time() - began)
+        span.event("accepted")
+
+        def on_close() -> None:
+            call.close()
+            span.end()
+
         return EventStream(
             call.events(),
             headers,
             keepalive=self._settings.keepalive,
             stall_timeout=self._settings.stall_timeout,
-            on_close=call.close,
+            on_close=on_close,
         )
 
     async def _begin(
@@ -195,6 +224,12 @@ class Completions:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
+
+
+def _traceparent(request: Request) -> str:
+    """The caller's span, "" if it names none. A malformed header is ignored, as the W3C specification wants it."""
+    given = request.headers.get("traceparent", "")
+    return given if trace_id_of(given) else ""
 
 
 def _wants_usage(asked: Common) -> bool:

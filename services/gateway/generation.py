@@ -178,7 +178,7 @@ class Generations:
             )
 
     async def _cancel(self, generation: Generation) -> None:
-        log.info("cancelling", request_id=generation.id, tenant=generation.tenant)
+        log.info("cancelling", request_id=subjects.request_key(generation.tenant, generation.id))
         with contextlib.suppress(GorgonError):
             await generation.stream.cancel()
         self._forget(generation)
@@ -193,7 +193,7 @@ class Generations:
                 await self._bus.request(subjects.HELD, question, HELD_TIMEOUT)
             except BusError:
                 continue
-            log.info("held_elsewhere", request_id=generation.id)
+            log.info("held_elsewhere", request_id=subjects.request_key(generation.tenant, generation.id))
             self._forget(generation)
             return
         if not generation.readers:

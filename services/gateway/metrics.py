@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.metrics_exporter import Measured, MetricsExporter
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
+    """`registry` holds the gateway's own figures; `page` shows them beside those of every stage."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._exporter: MetricsExporter
         self.requests = Counter(
             "gorgon_gateway_requests", "HTTP calls by route and status", ["route", "status"], registry=self.registry
         )
@@ -25,5 +30,8 @@ class Metrics:
         )
         self.resumed = Counter("gorgon_gateway_resumed", "streams that were gone on with", registry=self.registry)
 
+    def expose(self, service: Measured) -> None:
+        self._exporter = MetricsExporter(service, self.registry)
+
     def page(self) -> bytes:
-        return generate_latest(self.registry)
+        return self._exporter.render()

@@ -18,7 +18,6 @@ from services.gateway.settings import GatewaySettings
 from shared import codec, subjects
 from shared.bus import Bus, Message
 from shared.messages import Heartbeat
-from shared.metrics_exporter import StageCollector
 from shared.service import Service
 
 FORGET_EVERY = 60.0  # seconds
@@ -41,7 +40,7 @@ class GatewayService(Service):
         self.port = settings.port
         self._fleet = Fleet()
         self._metrics = Metrics()
-        self._metrics.registry.register(StageCollector(self))
+        self._metrics.expose(self)
         self._generations = Generations(bus, settings, self.spawn)
         self._server: _Server
         self._serving: asyncio.Task[None] | None = None
@@ -49,7 +48,7 @@ class GatewayService(Service):
     async def on_start(self) -> None:
         await self.bus.subscribe(subjects.heartbeats(), self._on_heartbeat)
         await self._generations.start()
-        app = build_app(self.settings, self.bus, self._fleet, self._generations, self._metrics)
+        app = build_app(self.settings, self.bus, self._fleet, self._generations, self._metrics, self.tracer)
         listener = _listen(self.settings.host, self.settings.port)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(

@@ -13,6 +13,7 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
 
 from services.cli import DEMO_MODEL
 from shared.client import Client
@@ -292,7 +293,15 @@ async def test_operation(port: int) -> None:
     ready = await call(port, "/ready")
     assert (ready.status, (await ready.body())["models"]) == (200, [MODEL])
     metrics = b"".join([chunk async for chunk in (await call(port, "/metrics")).chunks()]).decode()
-    assert 'gorgon_gateway_requests_total{route="/v1/completions",status="200"}' in metrics
+    samples = {s.name: s.labels for family in text_string_to_metric_families(metrics) for s in family.samples}
+    route = samples["gorgon_gateway_requests_total"]
+    assert (route["stage"], route["model"]) == ("gateway", MODEL) and route["instance"].startswith("gateway-1")
+    assert {
+        "gorgon_ready",
+        "gorgon_load_ratio",
+        "gorgon_gateway_in_flight",
+        "process_cpu_seconds_total",
+    } <= samples.keys()
     schema = await (await call(port, "/openapi.json")).body()
     assert CHAT in schema["paths"]
 

@@ -30,6 +30,7 @@ from services.supervisor import STAGES
 from shared import subjects
 from shared.metrics import Kind, metrics_of
 from tests.pipeline.harness import Deployment, RawClient, deployed, free_ports
+from tests.pipeline.http_client import call
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -313,7 +314,7 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
     env = {"GORGON_OTLP_ENDPOINT": collector.url}
     streams = 10
     async with (
-        deployed(tmp_path, "demo", DEMO, flags, {"model_worker": 2}, env=env) as deployment,
+        deployed(tmp_path, "demo", DEMO, flags, {"model_worker": 2, "gateway": 1}, env=env) as deployment,
         RawClient(deployment.url, "demo") as client,
     ):
         # Half of them bring a trace of their own, half do not; one is refused.
@@ -326,6 +327,11 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
             for n, (name, trace) in enumerate(given.items())
         }
         wrong = await client.ask(dict(id="wrong", prompt=[10**6], traceparent=f"00-{77:032x}-{78:016x}-01"))
+        body = dict(model="demo", prompt=[9, 9], max_tokens=3, stream=True)
+        http = await call(
+            deployment.supervisor.plan.http_port, "/v1/completions", body, {"traceparent": f"00-{88:032x}-{89:016x}-01"}
+        )
+        assert [event async for event in http.events()]
         for answer in answers.values():
             await answer.until_tokens(5)
         deployment.expected_deaths["model_worker-1"] = 1
@@ -384,6 +390,11 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
         f"{78:016x}",
     )
     assert refused.status.message.startswith("invalid_request")
+    by_name = {s.name: s for _, s in collector.of(f"default.{http.headers['x-request-id']}")}
+    assert {s.trace_id.hex() for s in by_name.values()} == {f"{88:032x}"}
+    assert by_name["http"].parent_span_id.hex() == f"{89:016x}"
+    assert by_name["tokenize"].parent_span_id == by_name["http"].span_id
+    assert by_name["deliver"].parent_span_id == by_name["schedule"].parent_span_id == by_name["tokenize"].span_id
     _check_logs(logs, trace_of)
 
 

@@ -37,7 +37,7 @@ def known_samples() -> dict[str, set[str]]:
         else:
             known[metric.name] = labels
     for family in Metrics().registry.collect():
-        labels = {"instance", "job", "route", "status", "le"}
+        labels = common | {"route", "status", "le"}
         if family.type == "histogram":
             known |= {f"{family.name}_{suffix}": labels for suffix in ("bucket", "sum", "count")}
         else:
