@@ -417,11 +417,11 @@ class WorkerService(Service):
         return None if isinstance(output, TokenOutput) and output.finish is FinishReason.ABORTED else run
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
-        if not run.first:
-            run.first = asyncio.get_running_loop().time()
-            if run.admitted:
-                self._prefill_seconds.observe(max(0.0, run.first - run.admitted))
         if output.choice != PROMPT:
+            if not run.first:
+                run.first = asyncio.get_running_loop().time()
+                if run.admitted:
+                    self._prefill_seconds.observe(max(0.0, run.first - run.admitted))
             run.lengths[output.choice] = output.position + len(output.ids)
             run.unproven.discard(output.choice)
         failure = logprobs = None

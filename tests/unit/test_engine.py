@@ -395,3 +395,20 @@ def test_what_cannot_be_loaded(model: Path, code: str, options: dict[str, Any]) 
     with pytest.raises(ModelError) as caught:
         Harness(config).engine.load()
     assert caught.value.code == code
+
+
+def test_steps_tell_their_time_and_who_got_a_slot(harness: Harness) -> None:
+    began = time.monotonic()
+    first = harness.submit(greedy("long", list(range(3, 60)), max_tokens=4))
+    second = harness.submit(greedy("short", PROMPT, max_tokens=4))
+    harness.wait([first, second])
+    ended = time.monotonic()
+    retired = [step for step in harness.steps if step.seconds is not None]
+    # The long prompt takes more than one step of 32 rows, and the steps without a token tell their time, too.
+    assert any(not step.tokens for step in retired)
+    assert len(retired) == harness.engine.stats().step
+    assert all(step.seconds > 0 for step in retired)
+    assert sum(step.seconds or 0 for step in retired) <= ended - began
+    slots = {slot.request_id: slot.when for step in retired for slot in step.admitted}
+    assert slots.keys() == {"long", "short"}
+    assert all(began <= when <= ended for when in slots.values())

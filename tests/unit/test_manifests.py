@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from services.model_worker.settings import WorkerSettings
 from services.scheduler.settings import SchedulerSettings
 from services.tokenizer.settings import TokenizerSettings
 from shared import subjects
+from shared.broker import find_binary
 from tests.unit.test_deploy_observe import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -363,6 +366,14 @@ def test_nats_is_a_cluster_of_three() -> None:
     lame_duck = int(re.search(r"lame_duck_duration: (\d+)s", conf)[1])  # type: ignore[index]
     assert nats["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > lame_duck
     assert "max_payload: 8MB" in conf, "shared.bus.MAX_PAYLOAD"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "nats.conf"
+        path.write_text(conf.replace("/data", f"{folder}/data"))
+        server = [str(find_binary()), "-t", "-c", str(path)]
+        done = subprocess.run(
+            server, env={"POD_NAME": "nats-0"}, capture_output=True, text=True, check=False, timeout=30
+        )
+        assert done.returncode == 0, done.stderr
     url = environment(next(c for d, c in containers(BASE) if d["metadata"]["name"] == "tokenizer"))["GORGON_NATS_URL"]
     host, port = re.fullmatch(r"nats://(\w+):(\d+)", url).groups()  # type: ignore[union-attr]
     assert int(port) in {p["port"] for p in services[host]["spec"]["ports"]}
