@@ -27,13 +27,17 @@ MAX_REASON = 400  # characters of what the library says
 # `lenient` would let keywords that are not implemented pass.
 _JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": True,
-    "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
+    "whitespace_pattern": r" |\n[ \t]{0,20}",
     "lenient": False,
     "coerce_one_of": False,
 }
 # The library's measures of work, not of time, so that a grammar passes or fails alike everywhere: the defaults but for the two that
 # bound a step, whose mask everybody in the batch waits for.
 _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=25_000, verbose_errors=False)
+
+
+# What a text is made of: characters, and ids of special tokens, which no characters can stand for.
+Text = str | Sequence[str | int]
 
 
 class ConstraintError(ValueError):
@@ -67,8 +71,10 @@ def choice_constraint(texts: Sequence[str]) -> str:
     return _sized("start: " + " | ".join(map(_literal, texts)))
 
 
-def tool_constraint(alternatives: Sequence[tuple[str, Mapping[str, Any], str]], *, separator: str | None = None) -> str:
-    """A call in a model's own notation: for each tool the text before the JSON arguments, their schema, and the text after.
+def tool_constraint(
+    alternatives: Sequence[tuple[Text, Mapping[str, Any], Text]], *, separator: Text | None = None
+) -> str:
+    """A call in a model's own notation: for each tool what stands before the JSON arguments, their schema, and what stands after.
 
     separator   between calls, if there may be several
     """
@@ -81,9 +87,12 @@ def tool_constraint(alternatives: Sequence[tuple[str, Mapping[str, Any], str]], 
     return _sized(f"start: call{more}\ncall: {' | '.join(f'call_{index}' for index in range(len(calls)))}\n{rules}")
 
 
-def _literal(text: str) -> str:
-    """As a string of the grammar's language."""
-    return json.dumps(text, ensure_ascii=False) if text else '""'
+def _literal(text: Text) -> str:
+    """In the grammar's language."""
+    pieces = (text,) if isinstance(text, str) else text
+    return " ".join(
+        f"<[{piece}]>" if isinstance(piece, int) else json.dumps(piece, ensure_ascii=False) for piece in pieces
+    )
 
 
 def _sized(constraint: str) -> str:
@@ -99,10 +108,11 @@ class Matcher:
     error      why it can tell no more (a token that the grammar forbids, or the library's limits), else ""
     """
 
-    __slots__ = ("_matcher", "complete", "error")
+    __slots__ = ("_matcher", "_tokenizer", "complete", "error")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._matcher = matcher
+        self._tokenizer = tokenizer
         self.error = ""
         self.complete = False
         self.check()
@@ -113,7 +123,7 @@ class Matcher:
         return self._matcher
 
     def fork(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._tokenizer)
 
     def advance(self, tokens: Iterable[int]) -> bool:
         """Goes past these tokens; False, with `error`, if that is not possible."""
@@ -132,6 +142,19 @@ class Matcher:
         """As `fill_mask` writes it; empty after an error."""
         bits: list[bytes] = []
         return bits[0] if self._after(lambda: bits.append(self._matcher.compute_bitmask())) else b""
+
+    def mistaken(self, special: int) -> int | None:
+        """For a special token in the mask: None if the grammar means it. Where all that may follow is text that spells it, the library
+        proposes the special token and would refuse it; then the ordinary token that begins this text."""
+        found: list[int] = []
+
+        def look() -> None:
+            if not self._matcher.validate_tokens([special]):
+                text = self._matcher.compute_ff_bytes().decode("utf-8", "ignore")
+                found.extend(self._tokenizer.greedy_tokenize(text)[:1])
+
+        self._after(look)
+        return found[0] if found else None
 
     def _after(self, call: Callable[[], object]) -> bool:
         if self.error:
@@ -163,6 +186,8 @@ class Vocabulary:
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Iterable[int]) -> None:
         ends = sorted(eos_ids)
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends or None)
+        special = filter(self._tokenizer.is_special_token, range(self._tokenizer.vocab_size))
+        self.special_ids = frozenset(special) - frozenset(ends)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
@@ -173,7 +198,7 @@ class Vocabulary:
             compiled = self._compiled.get(constraint)
             if compiled is not None:
                 self._compiled.move_to_end(constraint)
-                return Matcher(compiled.deep_copy())
+                return Matcher(compiled.deep_copy(), self._tokenizer)
         compiled = LLMatcher(self._tokenizer, _sized(constraint), log_level=0, limits=_LIMITS)
         if compiled.is_error():
             raise ConstraintError(" ".join(compiled.get_error().split())[:MAX_REASON] or "not a grammar")
@@ -183,4 +208,4 @@ class Vocabulary:
             self._compiled[constraint] = compiled
             if len(self._compiled) > REMEMBERED:
                 self._compiled.popitem(last=False)
-            return Matcher(compiled.deep_copy())
+            return Matcher(compiled.deep_copy(), self._tokenizer)

@@ -32,6 +32,10 @@ class Constraints:
             raise ModelError("tokenizer_invalid", f"{path}: {error}") from None
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset() if self._vocabulary is None else self._vocabulary.special_ids
+
+    @property
     def available(self) -> bool:
         return self._vocabulary is not None
 
@@ -47,7 +51,10 @@ class Constraints:
                 result = ConstraintError(f"{type(error).__name__}: {error}")
             done(result)
 
-        self._threads.submit(work)
+        try:
+            self._threads.submit(work)
+        except RuntimeError:  # the engine has stopped, and with it all that it held
+            return
 
     def start(self, request: EngineRequest) -> Matcher:
         """Raises ConstraintError."""

@@ -144,7 +144,7 @@ class Engine:
         parts = build(self.config, progress or (lambda fraction, text: None))
         self.info, self.scheduler, self.runner, self.trees = parts
         self.constraints = Constraints.load(self.config.model, self.info.vocab_size, self.info.eos_ids)
-        self.masks = self.runner.token_masks()
+        self.masks = self.runner.token_masks(self.constraints.special_ids)
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
 
@@ -319,6 +319,9 @@ class Engine:
             if self._on_fatal is None:
                 raise
             self._on_fatal(error, sorted(suspects))
+        finally:
+            self.constraints.close()
+            self.masks.close()
 
     def _turn(self) -> None:
         """Takes what came in, launches a step if there is one, reads a step back if it is time."""

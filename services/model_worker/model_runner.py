@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -135,11 +135,11 @@ class ModelRunner:
                 with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                     yield
 
-    def token_masks(self) -> TokenMasks:
+    def token_masks(self, special_ids: Collection[int]) -> TokenMasks:
         """Tables for the masks of the largest step."""
         with self.context():
             rows = self.limits.max_seqs + self._max_tree_rows
-            return TokenMasks(rows, self.decoder.config.vocab_size, self.device)
+            return TokenMasks(rows, self.decoder.config.vocab_size, self.device, special_ids)
 
     # ---- one step
 

@@ -7,12 +7,15 @@ of this one is under way. They are uploaded beside it and awaited by the choice 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
+import numpy as np
 import torch
 from llguidance import LLExecutor
+from numpy.typing import NDArray
 
 from kernels.ops import Ops
 from services.model_worker.batch_scheduler import StepPlan
@@ -27,10 +30,10 @@ _MOST_THREADS = 16
 class TokenMasks:
     """Static tables, one row for each sampled row at most, in pinned memory and on the device. The engine's thread alone calls it.
 
-    rows: the most that a step samples, nodes of trees among them.
+    rows: the most that a step samples, nodes of trees among them; special_ids: tokens that are no text, ends not among them.
     """
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, rows: int, vocab_size: int, device: torch.device, special_ids: Collection[int]) -> None:
         pinned = device.type == "cuda"
         self._words = -(-vocab_size // 32)
         self._vocab_size = vocab_size
@@ -41,6 +44,10 @@ class TokenMasks:
         self._mask_rows = torch.full((rows,), -1, dtype=torch.int32, device=device) if pinned else self._host_rows
         self._uploads = torch.cuda.Stream(device) if pinned else None
         self._uploaded = torch.cuda.Event() if pinned else None
+        self._special_ids = sorted(token for token in special_ids if token < vocab_size)
+        self._special_words = np.array(sorted({token >> 5 for token in self._special_ids}), dtype=np.intp)
+        bits = [sum(1 << (t & 31) for t in self._special_ids if t >> 5 == word) for word in self._special_words]
+        self._special_bits = np.array(bits, dtype=np.uint32).view(np.int32)
         threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
         self._executor = LLExecutor(threads)
         self._walkers = ThreadPoolExecutor(threads, "masks")
@@ -94,6 +101,18 @@ class TokenMasks:
         for matcher, row in matchers:
             if matcher.error:
                 self._array[row] = -1
+            else:
+                self._mend(matcher, row)
+
+    def _mend(self, matcher: Matcher, row: int) -> None:
+        """See Matcher.mistaken."""
+        mask = self._array[row]
+        if not (mask[self._special_words] & self._special_bits).any():
+            return
+        for token in self._special_ids:
+            if _has(mask, token) and (ordinary := matcher.mistaken(token)) is not None:
+                mask[token >> 5] &= ~_bit(token)
+                mask[ordinary >> 5] |= _bit(ordinary)
 
     def _fill_trees(self, tree: Tree, walks: list[tuple[Sequence, list[int], int, int]]) -> None:
         def walk(sequence: Sequence, tokens: list[int], first: int, base: int) -> None:
@@ -116,11 +135,12 @@ class TokenMasks:
             if not matcher.fill_mask(self._address(row), self._words * 4):  # type: ignore[union-attr]
                 return False
             rows[node] = row
+            self._mend(matcher, row)  # type: ignore[arg-type]
             mask = self._array[row]
             for child in children[node]:
                 token = tokens[child]
                 # What follows a token that ends the sequence is never looked at.
-                if token in stops or not int(mask[token >> 5]) >> (token & 31) & 1:
+                if token in stops or not _has(mask, token):
                     continue
                 if not (matcher.advance((token,)) and visit(child) and matcher.rollback(1)):  # type: ignore[union-attr]
                     return False
@@ -147,6 +167,14 @@ class TokenMasks:
 
     def close(self) -> None:
         self._walkers.shutdown(wait=False, cancel_futures=True)
+
+
+def _bit(token: int) -> np.int32:
+    return np.uint32(1 << (token & 31)).view(np.int32)
+
+
+def _has(mask: NDArray[np.int32], token: int) -> bool:
+    return bool(int(mask[token >> 5]) >> (token & 31) & 1)
 
 
 @lru_cache(maxsize=64)

@@ -48,7 +48,7 @@ def demo(**options: Any) -> Iterator[Harness]:
 def asked(
     name: str, constraint: str, generated: Any = (), epoch: int = 1, choice: int = 0, **params: Any
 ) -> EngineRequest:
-    values = {"max_tokens": 90, "temperature": 0.0} | params
+    values = {"max_tokens": 64, "temperature": 0.0} | params
     return EngineRequest(
         name, choice, epoch, PROMPT, SamplingParams(**values), generated_ids=generated, constraint=constraint
     )
@@ -156,7 +156,7 @@ def test_a_batch_changes_nothing(alone: dict[tuple[str, str], Collected]) -> Non
 
 
 def test_preempted_ones_go_on(alone: dict[tuple[str, str], Collected]) -> None:
-    with demo(max_seqs=12, num_blocks=36, max_model_len=256) as started:
+    with demo(max_seqs=12, num_blocks=20, max_model_len=128) as started:
         outputs = started.run(all_requests())
         assert started.engine.stats().preemptions > 0
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
@@ -250,6 +250,20 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         )
         assert outputs[0].logprobs[0].top_ids == outputs[1].logprobs[0].top_ids
         assert outputs[0].ids[0] not in outputs[0].logprobs[0].top_ids
+
+
+def test_text_that_spells_a_special_token() -> None:
+    """It is written in ordinary tokens, with guesses and without; the token itself comes only where the grammar names it."""
+    special = TOKENIZER.token_to_id("<|user|>")
+    texts = constraint_of(Structured(choice=["<|user|>: a", "<|user|>: b"]))
+    token = constraint_of(Structured(grammar=f'start: "a" <[{special}]> "b"'))
+    for speculate in (False, True):
+        with demo(speculate=speculate, max_tree_rows=64) as started:
+            if speculate:
+                RandomPicks(started, plain=0.0)
+            text, named = started.run([asked("text", texts), asked("named", token)])
+            assert text.finish is FinishReason.STOP and special not in text.ids and text_of(text)[:9] == "<|user|>:"
+            assert named.finish is FinishReason.STOP and special in named.ids
 
 
 class Broken:
