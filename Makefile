@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n auto
 
 .PHONY: run up test test-ci simulation mutations chaos chaos-short compose-test lint bench clean
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check --root-user-action=ignore install -q
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --root-user-action=ignore
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
