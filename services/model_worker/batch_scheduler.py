@@ -17,148 +17,16 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
 
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import PROMPT, EngineRequest, TokenLogprobs, TokenOutput
 from services.model_worker.search.beam import Candidates
-from services.model_worker.search.beam_group import BeamGroup, TableDiff
+from services.model_worker.search.beam_group import BeamGroup
 from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence, Status
 from services.model_worker.siblings import Siblings
 from services.model_worker.speculation.tree import Tree
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """max_model_len    longest sequence, prompt and generated tokens together
-    max_seqs            slots: sequences that run at the same time
-    max_batched_tokens  rows of one step, at least max_seqs
-    window              positions that any layer can see, 0: all. Blocks wholly before it are released
-    overshoot           positions past max_model_len that a speculation tree may be laid out over
-    memories            sequences of contrastive search at a time: each keeps its hidden states
-    """
-
-    block_size: int
-    max_model_len: int
-    max_seqs: int
-    max_batched_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-    window: int = 0
-    overshoot: int = 0
-    memories: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_batched_tokens < self.max_seqs:
-            raise ValueError(f"max_batched_tokens ({self.max_batched_tokens}) is below max_seqs ({self.max_seqs})")
-
-    def blocks_of(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Rows start … start + rows - 1 of a sequence whose token ids are all known.
-
-    final      the next token is sampled from the last row
-    reported   the first and the end of the prompt's tokens whose log-probabilities are wanted; token t's is that of row t - 1
-    """
-
-    sequence: Sequence
-    start: int
-    rows: int
-    final: bool
-    reported: tuple[int, int] = (0, 0)
-
-    @property
-    def report_rows(self) -> range:
-        """The rows, counted in the sequence, that the reported tokens' log-probabilities come from: the first token has none."""
-        first, end = self.reported
-        return range(max(first, 1) - 1, max(end, 1) - 1)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: a row (or a tree's rows) for each of `decodes`, whose last token the device knows and perhaps the host does not, then
-    the chunks; and in forward passes of their own the rows of searches.
-
-    tree            what the decodes guess, None: nothing
-    admitted        sequences that got a slot: their state must be written to the device first
-    table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
-    copies          (block, new block, rows): the beginning of a block that a sequence (or beam) shares with another and is about to
-                    write to, to be copied first
-    beams           of beam search: a row for each beam of their groups
-    contrasted      of contrastive search: a row for each candidate; ordered by their number
-    contrasted_chunks   likewise, prompts: all hidden states are kept, and no token is chosen
-    guided          of contrastive decoding: a row each
-    """
-
-    step: int
-    tree: Tree | None = None
-    admitted: list[Sequence] = field(default_factory=list)
-    decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    table_slots: list[int] = field(default_factory=list)
-    table_columns: list[int] = field(default_factory=list)
-    table_blocks: list[int] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    beams: list[Sequence] = field(default_factory=list)
-    contrasted: list[Sequence] = field(default_factory=list)
-    contrasted_chunks: list[Chunk] = field(default_factory=list)
-    guided: list[Sequence] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        searches = sum(sequence.step_rows for sequence in (*self.beams, *self.contrasted, *self.guided))
-        chunks = sum(chunk.rows for chunk in (*self.chunks, *self.contrasted_chunks))
-        return len(self.decodes) * self.nodes + chunks + searches
-
-    @property
-    def amateur_chunks(self) -> list[Chunk]:
-        """Those of `chunks` that the second model of contrastive decoding computes, too."""
-        return [chunk for chunk in self.chunks if chunk.sequence.strategy is Strategy.CONTRASTIVE_DECODING]
-
-    @property
-    def has_search(self) -> bool:
-        return bool(self.beams or self.contrasted or self.contrasted_chunks or self.guided or self.amateur_chunks)
-
-    @property
-    def nodes(self) -> int:
-        """Rows of each decode."""
-        return 1 if self.tree is None else self.tree.size
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences of `decodes` and `chunks` that get new tokens, in the order of the sampler's rows."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.final]
-
-    @property
-    def chosen(self) -> list[Sequence]:
-        """All sequences that get new tokens, but for beams."""
-        return self.sampled + self.contrasted + self.guided
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Those of the rows of `decodes` and `chunks`."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks]
-
-    @property
-    def participants(self) -> list[Sequence]:
-        prompts = [chunk.sequence for chunk in self.contrasted_chunks]
-        return self.sequences + self.beams + self.contrasted + prompts + self.guided
-
-    def add_blocks(self, sequence: Sequence, column: int, blocks: list[int]) -> None:
-        self.table_slots += [sequence.slot] * len(blocks)
-        self.table_columns += range(column, column + len(blocks))
-        self.table_blocks += blocks
-
-    def add_diff(self, diff: TableDiff) -> None:
-        for slot, column, block in diff.entries:
-            self.table_slots.append(slot)
-            self.table_columns.append(column)
-            self.table_blocks.append(block)
-        self.copies += diff.copies
-
+from services.model_worker.step_plan import Chunk, SchedulerLimits, StepPlan
 
 # Most rows of a chunk whose log-probabilities are wanted, so that a step need not read back more.
 REPORT_ROWS = 512

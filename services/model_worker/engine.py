@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from services.model_worker.batch_scheduler import BatchScheduler, StepPlan
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.constraints import Constraints
 from services.model_worker.engine_setup import EngineConfig, ModelInfo, build
 from services.model_worker.interface import (
@@ -48,6 +48,7 @@ from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.controller import Acceptance, TreeController
 from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_bound import StepBound
+from services.model_worker.step_plan import StepPlan
 from services.model_worker.step_state import field_row
 from services.model_worker.token_masks import TokenMasks
 from shared.errors import ErrorCode
@@ -471,7 +472,7 @@ class Engine:
         self._tokens_generated += sum(len(token.ids) for token in tokens if token.choice != PROMPT)
         output.tokens += tokens
         for token in tokens:
-            # Of a beam search's choices only the first is a sequence.
+            # Of the choices of a beam search only one stands for the sequence.
             sequence = self._sequences.get((token.request_id, token.choice))
             if token.finish is not None and sequence is not None:
                 token.drafted, token.accepted = sequence.acceptance.steps, sequence.acceptance.accepted

@@ -10,7 +10,7 @@ import torch
 
 from kernels import select_ops
 from kernels.ops import Ops
-from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.cuda_graphs import CudaGraphs, padded_sizes
 from services.model_worker.kv_cache import KVCache, block_bytes
@@ -22,6 +22,7 @@ from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.speculation.controller import TreeController
 from services.model_worker.speculation.drafter import load_drafter
 from services.model_worker.speculation.verify import Speculation
+from services.model_worker.step_plan import SchedulerLimits
 from services.model_worker.warm_up import time_decodes, warm_up
 from shared.sampling import MAX_CONTRASTIVE
 

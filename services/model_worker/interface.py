@@ -45,7 +45,8 @@ class EngineRequest:
                    its worker
     prompt_done    None: the prompt's log-probabilities are not wanted of this sequence. k: those of the tokens from k on are, with
                    params.prompt_logprobs alternatives
-    choices        of a beam search, which is one sequence for the engine: its outputs are of the choices 0 … choices - 1
+    choices        of a beam search, which is one sequence for the engine: what it finds are the choices 0 … choices - 1, and `choice`
+                   stands for them all until then
     constraint     the grammar that the generated text must follow (shared/structured.py); "": none
     """
 

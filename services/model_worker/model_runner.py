@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
-from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
 from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.kv_cache import KVCache, copied_rows
 from services.model_worker.logit_edits import ROW_WORDS
@@ -25,6 +24,7 @@ from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.search.runner import SearchRunner
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
+from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
 from services.model_worker.token_masks import TokenMasks
 from shared.sampling import MAX_LOGPROBS
@@ -392,7 +392,7 @@ class ModelRunner:
 
         with self.context():
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
-            largest = peak(prefill)
+            largest = max(peak(prefill), peak(lambda: self.search.rehearse(nobody, self.cache)))
             captured = peak(decode)
             torch.cuda.empty_cache()
         return largest + captured + len(self.decode_shapes()) * (8 << 20)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ops import Ops
-from services.model_worker.batch_scheduler import Chunk, StepPlan
 from services.model_worker.interface import TokenLogprobs
+from services.model_worker.step_plan import Chunk, StepPlan
 from shared.sampling import MAX_LOGPROBS
 
 # Rows whose logits are in memory at the same time.

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from services.model_worker.batch_scheduler import StepPlan
 from services.model_worker.interface import TokenLogprobs
 from services.model_worker.prompt_logprobs import Logprobs, PromptBuffers, prompt_reports
 from services.model_worker.sampler import Sampled
 from services.model_worker.search.beam import Candidates
+from services.model_worker.step_plan import StepPlan
 from shared.sampling import MAX_BEAMS, MAX_STOP_TOKEN_IDS
 
 # Of a beam: as many as there are beams, and all stop ids, those of the model included. More than MAX_LOGPROBS.

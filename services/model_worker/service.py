@@ -320,7 +320,7 @@ class WorkerService(Service):
                 choices=run.choices if beams else 1,
                 constraint=run.constraint,
             )
-            for choice in ([0] if beams else choices)
+            for choice in (choices[:1] if beams else choices)
         ]
 
     def _on_abort(self, message: Message) -> str | None:

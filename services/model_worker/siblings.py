@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.model_worker.sequence import Sequence, Status
 
 if TYPE_CHECKING:
-    from services.model_worker.batch_scheduler import SchedulerLimits, StepPlan
+    from services.model_worker.step_plan import SchedulerLimits, StepPlan
 
 Key = tuple[str, int]  # (request id, epoch)
 

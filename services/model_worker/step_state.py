@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.model_worker.batch_scheduler import SchedulerLimits
 from services.model_worker.logit_edits import EditState, recent_tokens, remembers_tokens
 from services.model_worker.sequence import Sequence
+from services.model_worker.step_plan import SchedulerLimits
 from shared.sampling import SamplingParams
 
 Words = NDArray[np.int32]

@@ -18,10 +18,10 @@ from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from kernels.ops import Ops
-from services.model_worker.batch_scheduler import StepPlan
 from services.model_worker.sampler import RowMasks
 from services.model_worker.sequence import Sequence, Status
 from services.model_worker.speculation.tree import Tree
+from services.model_worker.step_plan import StepPlan
 from shared.structured import Matcher
 
 _MOST_THREADS = 16

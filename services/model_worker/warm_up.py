@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
 from services.model_worker.logit_edits import edit_row
@@ -12,6 +12,7 @@ from services.model_worker.model_runner import ModelRunner
 from services.model_worker.sampler import SamplingMode
 from services.model_worker.speculation.controller import ENOUGH, TreeController
 from services.model_worker.speculation.tree import Tree
+from services.model_worker.step_plan import SchedulerLimits
 from services.model_worker.step_state import field_row
 from shared.sampling import SamplingParams
 
@@ -60,7 +61,7 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         if plan is None:
             return False
         result = runner.launch(plan).result()
-        scheduler.retire(plan, result.ids, result.logprobs, result.reports)
+        scheduler.retire(plan, result.ids, result.logprobs, result.reports, result.candidates)
         return True
 
     with runner.context():
@@ -79,6 +80,11 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                 add(_KINDS[0], "choices of one request")
             while step():
                 pass
+        for params in _searches(runner, limits):
+            for _ in range(3):
+                add(params)
+            while step():
+                pass
         for tree in (
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):
@@ -90,6 +96,18 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                 while step(tree):
                     pass
     return scheduler.steps
+
+
+def _searches(runner: ModelRunner, limits: SchedulerLimits) -> list[SamplingParams]:
+    """Those that can run here."""
+    kinds = []
+    if limits.max_seqs > 2:
+        kinds.append(SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0, num_beams=3))
+    if runner.search.memories is not None:
+        kinds.append(SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0, penalty_alpha=0.5, top_k=3))
+    if runner.search.amateur is not None:
+        kinds.append(SamplingParams(max_tokens=4, ignore_eos=True, temperature=1.0, cd_alpha=0.1, top_k=4))
+    return kinds
 
 
 def time_decodes(runner: ModelRunner, controller: TreeController) -> None:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 
 from services.model_worker.__main__ import make_engine
+from services.model_worker.engine_api import EngineLimits, OnFatal, OnSteps, Progress
 from services.model_worker.fixed_engine import expected_ids
-from services.model_worker.interface import EngineRequest, FinishReason, StepOutput, TokenOutput
-from services.model_worker.service import MAX_ENTRIES, EndedRuns, EngineDied, StallWatch, WorkerService, _parts
+from services.model_worker.interface import EngineRequest, EngineStats, FinishReason, StepOutput, TokenOutput
+from services.model_worker.service import (
+    MAX_ENTRIES,
+    EndedRuns,
+    EngineDied,
+    StallWatch,
+    WorkerService,
+    _parts,
+)
 from services.model_worker.settings import Fault, FixedEngineSettings, WorkerSettings
 from shared import codec, subjects
 from shared import messages as m
@@ -584,3 +592,90 @@ async def test_loading_is_reported_and_orders_are_taken_only_when_ready() -> Non
     await asyncio.sleep(0.2)
     assert isinstance(plain[-1], m.WorkerHeartbeat)
     await worker.stop()
+
+
+class ScriptedEngine:
+    """Takes everything and gives out what the test says."""
+
+    limits = EngineLimits(1000, 512, 8, 16)
+
+    def __init__(self, on_steps: OnSteps) -> None:
+        self.on_steps = on_steps
+        self.submitted: list[EngineRequest] = []
+        self.aborted: list[tuple[str, int]] = []
+
+    async def load(self, progress: Progress) -> None:
+        progress("nothing", 1.0)
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self.submitted += requests
+
+    def abort(self, request_id: str, epoch: int) -> None:
+        self.aborted.append((request_id, epoch))
+
+    def pause(self, paused: bool) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    def stats(self) -> EngineStats:
+        return EngineStats(1, None, 1.0, {}, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0)
+
+    def check_idle(self) -> list[str]:
+        return []
+
+
+@virtual
+async def test_a_beam_search_is_one_sequence_that_begins_anew() -> None:
+    world = World(heartbeat_interval=0.1)
+    engines: list[ScriptedEngine] = []
+
+    def scripted(settings: WorkerSettings, on_steps: OnSteps, on_fatal: OnFatal) -> ScriptedEngine:
+        engines.append(ScriptedEngine(on_steps))
+        return engines[-1]
+
+    await world.bus.subscribe(subjects.heartbeats(), world._on_beat)
+    world.worker = WorkerService(MemoryBus(world.broker), world.settings, scripted)
+    await world.worker.start()
+    (engine,) = engines
+    sampling = SamplingParams(max_tokens=10, num_beams=4, temperature=0.0)
+    # Migrated, isolated, and the first choice had been stored before the old worker died.
+    run = m.Run("t.a", 3, codec.pack_ids([5, 6]), sampling, 3, (codec.pack_ids([7, 8]), b"", b""), (0,), isolated=True)
+    await world.open(run)
+    await world.append(m.Fence("t.a", 3))
+    assert (await world.order(run)).accepted
+    (request,) = engine.submitted
+    assert (request.choice, request.choices, list(request.generated_ids)) == (1, 3, [])
+    await until(lambda: world.beats[-1].isolated == ("t.a",))
+    engine.on_steps([StepOutput(1, [TokenOutput("t.a", 1, 3, 0, [])])])
+    await until(lambda: world.beats[-1].running == {"t.a": 3} and not world.beats[-1].isolated)
+    assert not world.tokens_of("t.a")
+    found = [[7, 8], [9, 9, 9], [4]]
+    outputs = [TokenOutput("t.a", c, 3, 0, ids, finish=FinishReason.LENGTH) for c, ids in enumerate(found)]
+    engine.on_steps([StepOutput(9, outputs)])
+    await world.idle()
+    stored = world.tokens_of("t.a")
+    assert [(t.choice, t.position, codec.unpack_ids(t.ids)) for t in stored] == [(1, 0, [9, 9, 9]), (2, 0, [4])]
+    assert [tokens.finish for tokens in stored] == ["length", "length"]
+
+
+@virtual
+async def test_a_failed_or_late_beam_search_fails_all_choices() -> None:
+    world = World()
+    engines: list[ScriptedEngine] = []
+    world.worker = WorkerService(
+        MemoryBus(world.broker),
+        world.settings,
+        lambda s, on_steps, f: engines.append(ScriptedEngine(on_steps)) or engines[-1],
+    )
+    await world.worker.start()
+    (engine,) = engines
+    run = m.Run("t.a", 1, codec.pack_ids([5]), SamplingParams(num_beams=2), 2, deadline=1.0)
+    await world.open(run)
+    assert (await world.order(run)).accepted
+    engine.on_steps([StepOutput(4, [TokenOutput("t.a", 0, 1, 0, [], finish=FinishReason.DEADLINE)])])
+    await world.idle()
+    assert (await world.ended("t.a")).terminal is not None
+    (tokens,) = world.tokens_of("t.a")
+    assert tokens.failure is not None and tokens.failure.code == "deadline_exceeded"

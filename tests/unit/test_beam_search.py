@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits, StepPlan
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest, FinishReason, TokenOutput
 from services.model_worker.search.beam import BeamSearch, Candidates
 from services.model_worker.search.beam_group import blocks_needed
 from services.model_worker.sequence import Sequence
+from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
 
 EOS = 5

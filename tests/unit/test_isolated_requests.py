@@ -7,9 +7,10 @@ from itertools import takewhile
 
 import pytest
 
-from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits, StepPlan
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
+from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
 
 

@@ -19,11 +19,11 @@ from transformers.generation.logits_process import (
 )
 
 from kernels.reference import ReferenceOps
-from services.model_worker.batch_scheduler import SchedulerLimits
 from services.model_worker.engine import EngineRequest, FinishReason
 from services.model_worker.logit_edits import edit_row
 from services.model_worker.sampler import SamplingMode, choose
 from services.model_worker.sequence import Sequence
+from services.model_worker.step_plan import SchedulerLimits
 from services.model_worker.step_state import Staging, StepState, field_row
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import greedy, needs_weights, running, weights

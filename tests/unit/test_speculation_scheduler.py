@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.model_worker.batch_scheduler import BatchScheduler, SchedulerLimits, StepPlan
+from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.block_pool import BlockPool
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.tree import Tree, default_trees
+from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from tests.unit.test_batch_scheduler import EOS, Device, World, ask, continuation, requests_strategy
 
 TREES = default_trees(3).trees[:4]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
-from services.model_worker.batch_scheduler import Chunk, SchedulerLimits, StepPlan
 from services.model_worker.kv_cache import KVCache
 from services.model_worker.models.decoder import Decoder
 from services.model_worker.sampler import Sampled, SamplingMode, choose
@@ -26,7 +25,9 @@ from services.model_worker.search.contrastive import (
     guided_scores,
 )
 from services.model_worker.sequence import Sequence
+from services.model_worker.step_plan import Chunk, SchedulerLimits, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
+from shared.sampling import MAX_BEAMS, MAX_LOGPROBS
 
 
 class _ChunkRows(NamedTuple):
@@ -61,6 +62,7 @@ class SearchRunner:
     ) -> None:
         self.amateur = amateur
         self.memories = memories
+        self._max_seqs = limits.max_seqs
         self._decoder = decoder
         self._ops = ops
         self._state = state
@@ -91,6 +93,17 @@ class SearchRunner:
         for run in others:
             run()
         return [run() for run in chosen], [run() for run in candidates]
+
+    def rehearse(self, nobody: Tensor, cache: KVCache) -> None:
+        """The pass that takes the most memory, on slots that are nobody's, int64. Writes nothing that matters before the first step."""
+        rows = self._max_seqs
+        zeros = torch.zeros(3 * rows, dtype=torch.int32, device=nobody.device)
+        if self.amateur is None:
+            wanted = min(MAX_BEAMS, self._decoder.config.vocab_size)
+            self._run_beams(nobody[:rows], zeros[:rows], zeros[:rows], 1, wanted, cache)
+        else:
+            everything = SamplingMode(random=True, filters=True, logprobs=MAX_LOGPROBS, typical=True)
+            self._run_guided(nobody, zeros, rows, 1, everything, cache)
 
     # ---- beams
 
