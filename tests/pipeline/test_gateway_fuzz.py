@@ -12,8 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-
 from services.cli import DEMO_MODEL
 from tests.pipeline.harness import deployed
 from tests.pipeline.http_client import call
@@ -38,5 +36,7 @@ async def test_no_request_is_answered_with_a_5xx(tmp_path: Path) -> None:
         output = (await fuzzer.communicate())[0].decode()
         assert fuzzer.returncode == 0, output[-4000:]
         metrics = b"".join([chunk async for chunk in (await call(port, "/metrics")).chunks()]).decode()
-        assert 'status="200"' in metrics and 'status="400"' in metrics, "it got to the pipeline, and was refused there too"
+        assert 'status="200"' in metrics and 'status="400"' in metrics, (
+            "it got to the pipeline, and was refused there too"
+        )
         await deployment.until_idle()
