@@ -218,10 +218,12 @@ class PiecesQuery(NamedTuple):
 
 
 class PiecesReply(NamedTuple):
-    """`pieces`: the bytes of each id that was asked for, b"" for one that stands for nothing. `ids`: of the text."""
+    """`pieces`: the bytes of each id that was asked for, b"" for one that stands for nothing; `special`: those among them that leave no
+    text. `ids`: of the text."""
 
     pieces: tuple[bytes, ...] = ()
     ids: bytes = b""
+    special: bytes = b""
 
 
 # ---------------------------------------------------------------- KV bucket `assign`, key = request key

@@ -9,41 +9,47 @@ from typing import Any
 from services.gateway.cursor import Cursor, Progress
 from services.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError
 from services.gateway.generation import Generation, Generations
-from services.gateway.render import Choice, Pieces, Renderer, _dump, usage_of
+from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt, dump, usage_of
 from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
 from shared.client import Delta
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT
+from shared.tool_calls import FORMATS, parse
 
 
 @dataclass(slots=True)
 class Part:
-    """A prompt's request; its choices are numbered from `first` on. `read` counts the deltas that were, `scanned` those that were
-    looked through for the prompt's; `prompt`: ids and log-probabilities of those."""
+    """A prompt's request; its choices are numbered from `first` on. `read` counts the deltas that were; those in `held` wait for
+    something that has to be known before them."""
 
     generation: Generation
     first: int
+    prompt: Prompt | None
     read: int = 0
+    held: list[Delta] = field(default_factory=list)
     ended: bool = False
-    scanned: int = 0
-    prompt: tuple[list[int], list[dict[str, Any]]] = field(default_factory=lambda: ([], []))
 
 
 class Call:
-    """`usage` asks for a last chunk with the usage; `continuous_usage` for the usage so far in every chunk. `silent`: no generated
-    token counts."""
+    """What is wanted beside the text:
+
+    usage             a last chunk with the usage;  continuous_usage: the usage so far in every chunk
+    echo              the prompt before each choice
+    tools             calls are looked for in the text
+    """
 
     def __init__(
         self,
         generations: Generations,
-        renderer: Renderer,
+        renderer: ChatRenderer | CompletionRenderer,
         cursor: Cursor,
         vocabulary: Vocabulary,
         *,
         usage: bool = False,
         continuous_usage: bool = False,
-        silent: bool = False,
+        echo: bool = False,
+        tools: bool = False,
     ) -> None:
         self.renderer = renderer
         self.parts: list[Part] = []
@@ -52,14 +58,14 @@ class Call:
         self._vocabulary = vocabulary
         self._usage = usage
         self._continuous_usage = continuous_usage
-        self._silent = silent
+        self._echo = echo
+        self._tools = tools
         self._choices: dict[int, Choice] = {}
         self._bell = Bell()
         self._closed = False
-        self._pieces: Pieces = vocabulary.pieces
 
     def read(self, generation: Generation, first: int) -> None:
-        self.parts.append(Part(generation, first))
+        self.parts.append(Part(generation, first, Prompt() if self._echo else None))
         generation.bells.add(self._bell.ring)
 
     def close(self) -> None:
@@ -106,22 +112,24 @@ class Call:
             await self._bell.wait()
         choices = []
         for part in self.parts:
-            await self._take_prompt(part)
-            for delta in part.generation.deltas:
-                if delta.choice == PROMPT:
-                    continue
-                await self._learn(delta)
-                self.renderer.absorb(self._choice(part.first + delta.choice), delta)
             end = part.generation.end
             assert end is not None
+            self._find_tool_format(part)
+            for delta in part.generation.deltas:
+                await self._learn(delta)
+                if delta.choice == PROMPT:
+                    if part.prompt is not None:
+                        part.prompt.extend(delta)
+                else:
+                    self.renderer.absorb(self._choice(part, delta.choice), delta)
             for ended in end["choices"]:
-                choice = self._choice(part.first + ended["choice"])
-                choices.append(self.renderer.choice(choice, ended["finish_reason"], self._pieces))
+                choice = self._choice(part, ended["choice"])
+                choices.append(self.renderer.choice(choice, ended["finish_reason"], self._vocabulary))
         return self.renderer.whole(choices, self._usage_at_end())
 
     def _usage_at_end(self) -> dict[str, Any]:
         usages = [end["usage"] for part in self.parts if (end := part.generation.end) is not None]
-        generated = 0 if self._silent else sum(u["completion_tokens"] for u in usages)
+        generated = sum(u["completion_tokens"] for u in usages)
         cached = [u["cached_tokens"] for u in usages if "cached_tokens" in u]
         return usage_of(sum(u["prompt_tokens"] for u in usages), generated, sum(cached) if cached else None)
 
@@ -146,7 +154,7 @@ class Call:
                 return
             if error is not None:
                 # After the status has been sent, this is how OpenAI's clients hear of it.
-                out.append(f"data: {_dump(error.body)}\n\n")
+                out.append(f"data: {dump(error.body)}\n\n")
                 yield "".join(out).encode()
                 return
             if out:
@@ -156,53 +164,63 @@ class Call:
     async def _news(self, part: Part, out: list[str]) -> None:
         """Raises ApiError if the request has failed; what came before it is in `out`."""
         generation = part.generation
-        if not await self._take_prompt(part):
-            return
         while part.read < len(generation.deltas):
             delta = generation.deltas[part.read]
             part.read += 1
-            if delta.choice == PROMPT:
-                continue
             await self._learn(delta)
-            self._on_delta(part.first + delta.choice, delta, out)
+            if delta.choice != PROMPT:
+                part.held.append(delta)
+            elif part.prompt is not None:
+                part.prompt.extend(delta)
+        if not self._may_go_on(part):
+            return
+        for delta in part.held:
+            self._on_delta(part, delta, out)
+        part.held.clear()
         end = generation.end
         if end is None or part.ended or part.read < len(generation.deltas):
             return
         self._check(generation)
         part.ended = True
         for ended in end["choices"]:
-            index = part.first + ended["choice"]
-            choice = self._choice(index)  # before it counts as begun
-            progress = self._cursor.choices.setdefault(index, Progress())
-            if not progress.finished:
-                chunk = self.renderer.last(choice, ended["finish_reason"], self._pieces)
-                progress.finished = True
+            progress = self._cursor.choices.get(part.first + ended["choice"])
+            if progress is None or not progress.finished:
+                choice = self._choice(part, ended["choice"])
+                chunk = self.renderer.last(choice, ended["finish_reason"], self._vocabulary)
+                self._cursor.choices.setdefault(choice.index, Progress()).finished = True
                 out.append(self._event(self._chunk(chunk)))
 
-    async def _take_prompt(self, part: Part) -> bool:
-        """Whether all is there that is told of the prompt, which goes before the choices' first tokens."""
-        generation, (ids, entries) = part.generation, part.prompt
-        while part.scanned < len(generation.deltas):
-            delta = generation.deltas[part.scanned]
-            part.scanned += 1
-            if delta.choice == PROMPT and delta.logprobs:
-                await self._learn(delta)
-                ids += delta.ids
-                entries += delta.logprobs
-        if not self.renderer.tells_prompt:
+    def _may_go_on(self, part: Part) -> bool:
+        """Whether all is known that comes before the choices' text: events may overtake each other."""
+        if self._tools:
+            self._find_tool_format(part)
+            if self._cursor.tool_format is None:
+                return False
+        if part.prompt is None or part.generation.end is not None:
             return True
-        accepted = generation.stream.accepted
-        # Whoever resumes a call has no `accepted` event; what is replayed comes in order.
-        complete = generation.end is not None or (
-            len(ids) >= (accepted["prompt_tokens"] if accepted is not None else 1)
-        )
-        if complete:
-            self.renderer.tell_prompt(part.first, ids, entries)
-        return complete
+        accepted = part.generation.stream.accepted
+        if accepted is None:  # of a stream that is gone on with: what has begun has its prompt
+            return bool(part.prompt.ids) or all(
+                part.first + delta.choice in self._cursor.choices for delta in part.held
+            )
+        return len(part.prompt.ids) >= int(accepted["prompt_tokens"])
 
-    def _on_delta(self, index: int, delta: Delta, out: list[str]) -> None:
+    def _find_tool_format(self, part: Part) -> None:
+        """The event of acceptance names it; where that was lost, the end shows it."""
+        if not self._tools or not isinstance(self.renderer, ChatRenderer):
+            return
+        generation = part.generation
+        if self._cursor.tool_format is None:
+            if generation.stream.accepted is not None:
+                self._cursor.tool_format = generation.stream.accepted.get("tool_format", "")
+            elif generation.end is not None:
+                self._cursor.tool_format = format_of(generation)
+        self.renderer.tool_format = self._cursor.tool_format or ""
+
+    def _on_delta(self, part: Part, delta: Delta, out: list[str]) -> None:
+        index = part.first + delta.choice
         progress = self._cursor.choices.get(index)
-        choice = self._choice(index)
+        choice = self._choice(part, delta.choice)
         if progress is None:
             progress = self._cursor.choices[index] = Progress()
         elif progress.position > delta.position or progress.offset > delta.offset:
@@ -211,7 +229,7 @@ class Call:
             if new is None:
                 return
             delta = new
-        chunk = self.renderer.delta(choice, delta, self._pieces)
+        chunk = self.renderer.delta(choice, delta, self._vocabulary)
         progress.position = delta.position + len(delta.ids)
         progress.offset = delta.offset + len(delta.text)
         if chunk is not None:
@@ -229,9 +247,10 @@ class Call:
     def _event(self, data: str) -> str:
         return f"id: {self._cursor}\ndata: {data}\n\n"
 
-    def _choice(self, index: int) -> Choice:
+    def _choice(self, part: Part, number: int) -> Choice:
+        index = part.first + number
         if (choice := self._choices.get(index)) is None:
-            choice = self._choices[index] = Choice(index)
+            choice = self._choices[index] = Choice(index, part.generation.id, number, part.prompt)
             choice.begun = index in self._cursor.choices
         return choice
 
@@ -239,6 +258,20 @@ class Call:
         if self.renderer.with_logprobs and delta.logprobs:
             ids = {e["id"] for e in delta.logprobs} | {token for e in delta.logprobs for token, _ in e["top"]}
             await self._vocabulary.learn(ids)
+
+
+def format_of(generation: Generation) -> str:
+    """The format in which the calls are written that the request's end names."""
+    assert generation.end is not None
+    for ended in generation.end.get("choices", ()):
+        if "tool_calls" in ended:
+            text = "".join(delta.text for delta in generation.deltas if delta.choice == ended["choice"])
+            told = [(call["id"], call["name"], call["arguments"]) for call in ended["tool_calls"]]
+            for name in FORMATS:
+                content, calls = parse(name, text, generation.id, ended["choice"])
+                if content == ended["content"] and [call[:3] for call in calls] == told:
+                    return name
+    return ""
 
 
 def split(delta: Delta, position: int, offset: int) -> tuple[Delta, Delta | None]:

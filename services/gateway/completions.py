@@ -17,7 +17,7 @@ from services.gateway.cursor import Cursor, parse_cursor
 from services.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, refused
 from services.gateway.generation import Generations, new_id
 from services.gateway.metrics import Metrics
-from services.gateway.render import ChatRenderer, CompletionRenderer, Prompt
+from services.gateway.render import ChatRenderer, CompletionRenderer
 from services.gateway.schema import ChatCompletionRequest, Common, CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.gateway.sse import EventStream, until_disconnected
@@ -62,7 +62,7 @@ class Completions:
             include_usage=_wants_usage(asked),
             logprobs=body.get("logprobs"),
         )
-        call = self._call(asked, renderer, cursor)
+        call = self._call(asked, renderer, cursor, tools="tools" in body and body.get("tool_choice") != "none")
         return await self._answer(request, asked, caller, call, [body], cursor, key, last_event_id is not None)
 
     async def text(
@@ -77,38 +77,24 @@ class Completions:
         """Raises ApiError."""
         bodies = completion_bodies(asked, deadline, self._settings.max_prompts)
         cursor = _cursor(asked, caller, key, last_event_id)
-        silent = bool(asked.echo) and asked.max_tokens == 0
         renderer = CompletionRenderer(
             cursor.base,
             cursor.created,
             asked.model,
             include_usage=_wants_usage(asked),
             logprobs=bodies[0].get("logprobs"),
-            n=asked.n or 1,
-            silent=silent,
-            tells_prompt="prompt_logprobs" in bodies[0],
         )
-        if asked.echo:
-            await self._echo(asked, bodies, renderer)
-        call = self._call(asked, renderer, cursor, silent)
+        call = self._call(asked, renderer, cursor, echo=bool(asked.echo))
         return await self._answer(request, asked, caller, call, bodies, cursor, key, last_event_id is not None)
 
-    async def _echo(self, asked: CompletionRequest, bodies: list[dict[str, Any]], renderer: CompletionRenderer) -> None:
-        """What goes before each choice's text. Raises ApiError."""
-        vocabulary = self._vocabulary(asked.model)
-        for number, body in enumerate(bodies):
-            prompt = body["prompt"]
-            if isinstance(prompt, str):
-                text, ids = prompt, []
-            else:
-                ids = prompt
-                await vocabulary.learn(ids)
-                text = b"".join(vocabulary.pieces[token] for token in ids).decode("utf-8", "replace")
-            for choice in range(asked.n or 1):
-                renderer.prompts[number * (asked.n or 1) + choice] = Prompt(text, ids)
-
     def _call(
-        self, asked: Common, renderer: ChatRenderer | CompletionRenderer, cursor: Cursor, silent: bool = False
+        self,
+        asked: Common,
+        renderer: ChatRenderer | CompletionRenderer,
+        cursor: Cursor,
+        *,
+        echo: bool = False,
+        tools: bool = False,
     ) -> Call:
         options = asked.stream_options
         return Call(
@@ -118,7 +104,8 @@ class Completions:
             self._vocabulary(asked.model),
             usage=_wants_usage(asked),
             continuous_usage=bool(options and options.continuous_usage_stats),
-            silent=silent,
+            echo=echo,
+            tools=tools,
         )
 
     def _vocabulary(self, model: str) -> Vocabulary:

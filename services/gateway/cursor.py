@@ -1,10 +1,10 @@
 """Ids of server-sent events. Each says which request the event belongs to and how much of every choice the client has once it has read
 it, so that `Last-Event-ID` alone is enough to go on, at any gateway:
 
-    <request id>~<creation time, hex>~<choice>.<tokens>.<characters>[f]~…[~u]
+    <request id>~<creation time, hex>~<choice>.<tokens>.<characters>[f]~…[~x<format>][~u]
 
-`f`: the choice's last chunk was among them; `u`: the usage was. A call of several prompts has one id, whose requests are called
-<id>-0, <id>-1, …
+`f`: the choice's last chunk was among them; `u`: the usage was; `x`: how the model writes its tool calls, if they are looked for.
+A call of several prompts has one id, whose requests are called <id>-0, <id>-1, …
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from services.gateway.errors import refused
+from shared.tool_calls import FORMATS
 
 _ID = re.compile(r"[0-9a-f]{32}\Z")
 _CHOICE = re.compile(r"(\d{1,6})\.(\d{1,9})\.(\d{1,9})(f?)\Z")
@@ -33,11 +34,14 @@ class Cursor:
     created: int
     choices: dict[int, Progress] = field(default_factory=dict)
     usage_sent: bool = False
+    tool_format: str | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.base}~{self.created:x}"]
         for index, at in self.choices.items():
             parts.append(f"{index}.{at.position}.{at.offset}{'f' if at.finished else ''}")
+        if self.tool_format is not None:
+            parts.append(f"x{self.tool_format}")
         if self.usage_sent:
             parts.append("u")
         return "~".join(parts)
@@ -54,6 +58,10 @@ def parse_cursor(text: str) -> Cursor:
         if parts and parts[-1] == "u":
             cursor.usage_sent = True
             parts.pop()
+        if parts and parts[-1][:1] == "x":
+            cursor.tool_format = parts.pop()[1:]
+            if cursor.tool_format and cursor.tool_format not in FORMATS:
+                raise ValueError
         for part in parts:
             match = _CHOICE.match(part)
             if match is None:

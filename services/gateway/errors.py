@@ -26,6 +26,8 @@ _OF_CODE: dict[ErrorCode, tuple[int, str, str | None]] = {
     ErrorCode.UNAVAILABLE: (503, "server_error", None),
     # Not a 5xx: clients send those again, and this one has killed two workers.
     ErrorCode.QUARANTINED: (422, INVALID_REQUEST, None),
+    # Nor this one: the same constraint would fail again.
+    ErrorCode.CONSTRAINT_FAILED: (422, INVALID_REQUEST, None),
     ErrorCode.INTERNAL: (500, "server_error", None),
 }
 _NAMED_FIELD = re.compile(r"(?:unknown fields: )?([a-z][a-z0-9_]*)(?:\.[^ :]*)?(?::|,|\Z)")

@@ -6,17 +6,23 @@ JSON of chunks is put together by hand: they differ in a few values, and there i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from shared.client import Delta
+from shared.tool_calls import ToolCall, ToolCallDelta, ToolCallParser, parse
 
 FINGERPRINT = "gorgon"
-_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a probability of zero
 
-Pieces = Mapping[int, bytes]
+
+class Pieces(Protocol):
+    """What token ids stand for: their bytes, and which of them leave no text (services/gateway/vocabulary.py)."""
+
+    pieces: dict[int, bytes]
+    special: set[int]
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> dict[str, Any]:
@@ -30,25 +36,35 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int | No
     return usage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
-    """What `echo` gives back of a prompt: its text and, if asked for, the log-probabilities of its tokens in the pipeline's form
-    (the first token has none)."""
+    """What `echo` gives back of a prompt, as far as it has come."""
 
-    text: str
-    ids: list[int]
-    logprobs: list[dict[str, Any] | None] | None = None
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any] | None] = field(default_factory=list)
+
+    def extend(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.ids += delta.ids
+        for number, entry in enumerate(delta.logprobs or ()):
+            self.logprobs.append(entry if delta.position + number else None)  # before the first token comes nothing
 
 
 class Choice:
-    """One choice as far as it has been rendered."""
+    """One choice as far as it has been rendered. `number` is its place in its request, `index` in the answer."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, request_id: str = "", number: int = 0, prompt: Prompt | None = None) -> None:
         self.index = index
+        self.request_id = request_id
+        self.number = number
+        self.prompt = prompt
         self.begun = False
         self.text: list[str] = []
+        self.ids: list[int] = []
         self.logprobs: list[dict[str, Any]] = []
         self.chars = 0  # of the text that logprobs cover, for offsets
+        self.parser: ToolCallParser | None = None
 
 
 class Renderer:
@@ -57,7 +73,6 @@ class Renderer:
     object_name: str
     chunk_name: str
     id_prefix: str
-    tells_prompt = False  # log-probabilities of prompts
 
     def __init__(self, base: str, created: int, model: str, *, include_usage: bool, logprobs: int | None) -> None:
         self._logprobs = logprobs
@@ -66,7 +81,7 @@ class Renderer:
             id=f"{self.id_prefix}{base}", object=self.object_name, created=created, model=model
         )
         head = self._identity | {"object": self.chunk_name, "system_fingerprint": FINGERPRINT}
-        self._head = _dump(head)[:-1] + ',"choices":['
+        self._head = dump(head)[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
 
     @property
@@ -77,20 +92,18 @@ class Renderer:
         """`choice` is the JSON of one choice, or empty."""
         if usage is None:
             return f"{self._head}{choice}{self._tail}"
-        return f'{self._head}{choice}],"usage":{_dump(usage)}}}'
+        return f'{self._head}{choice}],"usage":{dump(usage)}}}'
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self._identity | dict(choices=choices, usage=usage, system_fingerprint=FINGERPRINT)
 
     # ------------------------------------------------ what the endpoints differ in
 
-    def tell_prompt(self, first: int, ids: list[int], entries: list[dict[str, Any]]) -> None:
-        """What was told of the prompt of choice `first` and those after it; only for those that echo it."""
-
     def absorb(self, choice: Choice, delta: Delta) -> None:
         """Takes in what is not to be sent: a client that resumes has it, or it will be sent as a whole."""
         choice.begun = True
         choice.text.append(delta.text)
+        choice.ids.extend(delta.ids)
         choice.chars += len(delta.text)
         choice.logprobs.extend(delta.logprobs or ())
 
@@ -116,7 +129,7 @@ def _finite(logprob: float | None) -> float:
 
 def chat_logprobs(entries: list[dict[str, Any]], pieces: Pieces, top: int) -> list[dict[str, Any]]:
     def one(token: int, logprob: float | None) -> dict[str, Any]:
-        piece = pieces[token]
+        piece = pieces.pieces[token]
         return dict(
             token=piece.decode("utf-8", "replace"),
             logprob=_finite(logprob),
@@ -129,33 +142,79 @@ def chat_logprobs(entries: list[dict[str, Any]], pieces: Pieces, top: int) -> li
     ]
 
 
+def _called(call: ToolCall) -> dict[str, Any]:
+    return dict(id=call.id, type="function", function=dict(name=call.name, arguments=call.arguments))
+
+
+def _call_news(call: ToolCallDelta) -> dict[str, Any]:
+    """Id and name come once."""
+    if call.name is None:
+        return dict(index=call.index, function=dict(arguments=call.arguments))
+    function = dict(name=call.name, arguments=call.arguments)
+    return dict(index=call.index, id=call.id, type="function", function=function)
+
+
 class ChatRenderer(Renderer):
+    """`tool_format`: how the model writes its calls, "" if nobody looks for them (shared/tool_calls.py)."""
+
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
+    tool_format = ""
+
+    def absorb(self, choice: Choice, delta: Delta) -> None:
+        super().absorb(choice, delta)
+        self._feed(choice, delta.text)
+
+    def _feed(self, choice: Choice, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """Content and news of calls in further text."""
+        if not self.tool_format:
+            return text, []
+        if choice.parser is None:
+            choice.parser = ToolCallParser(self.tool_format, choice.request_id, choice.number)
+        content, calls = choice.parser.feed(text)
+        return content, [_call_news(call) for call in calls]
 
     def delta(self, choice: Choice, delta: Delta, pieces: Pieces) -> str | None:
+        content, calls = self._feed(choice, delta.text)
         logprobs = "null"
         if self._logprobs is not None and delta.logprobs:
-            content = chat_logprobs(delta.logprobs, pieces, self._logprobs)
-            logprobs = f'{{"content":{_dump(content)},"refusal":null}}'
-        elif not delta.text and choice.begun:
+            entries = chat_logprobs(delta.logprobs, pieces, self._logprobs)
+            logprobs = f'{{"content":{dump(entries)},"refusal":null}}'
+        elif not content and not calls and choice.begun:
             return None
-        role = "" if choice.begun else '"role":"assistant",'
-        choice.begun = True
-        return f'{{"index":{choice.index},"delta":{{{role}"content":{_dump(delta.text)}}},"logprobs":{logprobs},"finish_reason":null}}'
+        return self._chunk(choice, content, calls, logprobs, "null")
 
     def last(self, choice: Choice, reason: str, pieces: Pieces) -> str:
-        delta = "{}" if choice.begun else '{"role":"assistant","content":""}'
+        content, calls = "", []
+        if choice.parser is not None:
+            content, news = choice.parser.finish()
+            calls = [_call_news(call) for call in news]
+        return self._chunk(choice, content, calls, "null", f'"{reason}"')
+
+    def _chunk(self, choice: Choice, content: str, calls: list[dict[str, Any]], logprobs: str, reason: str) -> str:
+        parts = []
+        if not choice.begun:
+            parts.append('"role":"assistant"')
+        if content or not (choice.begun or calls):
+            parts.append(f'"content":{dump(content)}')
+        if calls:
+            parts.append(f'"tool_calls":{dump(calls)}')
         choice.begun = True
-        return f'{{"index":{choice.index},"delta":{delta},"logprobs":null,"finish_reason":"{reason}"}}'
+        return (
+            f'{{"index":{choice.index},"delta":{{{",".join(parts)}}},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        )
 
     def choice(self, choice: Choice, reason: str, pieces: Pieces) -> dict[str, Any]:
         logprobs = None
         if self._logprobs is not None:
-            content = chat_logprobs(choice.logprobs, pieces, self._logprobs)
-            logprobs = dict(content=content, refusal=None)
-        message = dict(role="assistant", content="".join(choice.text), refusal=None)
+            logprobs = dict(content=chat_logprobs(choice.logprobs, pieces, self._logprobs), refusal=None)
+        text = "".join(choice.text)
+        message: dict[str, Any] = dict(role="assistant", content=text, refusal=None)
+        if self.tool_format:
+            content, calls = parse(self.tool_format, text, choice.request_id, choice.number)
+            if calls:
+                message |= dict(content=content or None, tool_calls=[_called(call) for call in calls])
         return dict(index=choice.index, message=message, logprobs=logprobs, finish_reason=reason)
 
 
@@ -179,54 +238,38 @@ def completion_logprobs(
     chosen: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     for token, entry in zip(ids, entries, strict=True):
-        text = _token_text(pieces[token])
+        text = _token_text(pieces.pieces[token])
         tokens.append(text)
         offsets.append(offset)
-        offset += len(pieces[token].decode("utf-8", "ignore"))
+        offset += 0 if token in pieces.special else len(pieces.pieces[token].decode("utf-8", "ignore"))
         if entry is None:
             chosen.append(None)
             tops.append(None)
             continue
         logprob = _finite(entry["logprob"])
         chosen.append(logprob)
-        likeliest = {_token_text(pieces[t]): _finite(p) for t, p in entry["top"][:top]}
+        likeliest = {_token_text(pieces.pieces[t]): _finite(p) for t, p in entry["top"][:top]}
         tops.append({text: logprob} | likeliest)
     return dict(text_offset=offsets, token_logprobs=chosen, tokens=tokens, top_logprobs=tops if top else None)
 
 
 class CompletionRenderer(Renderer):
-    """`prompts`: what is echoed, by choice index; `n`: choices of a prompt; `silent`: nothing but the prompt is wanted (max_tokens 0);
-    `tells_prompt`: with its log-probabilities."""
+    """A choice's `prompt`, if it has one, goes before its text."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, *args: Any, n: int = 1, silent: bool = False, tells_prompt: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.prompts: dict[int, Prompt] = {}
-        self.tells_prompt = tells_prompt
-        self._n = n
-        self._silent = silent
-
-    def tell_prompt(self, first: int, ids: list[int], entries: list[dict[str, Any]]) -> None:
-        logprobs = [None if entry["logprob"] is None else entry for entry in entries]
-        for index in range(first, first + self._n):
-            self.prompts[index] = replace(self.prompts[index], ids=ids, logprobs=logprobs)
-
     def absorb(self, choice: Choice, delta: Delta) -> None:
-        if not choice.begun and (prompt := self.prompts.get(choice.index)) is not None:
-            choice.chars = len(prompt.text)
+        if not choice.begun and choice.prompt is not None:
+            choice.chars = len(choice.prompt.text)
         super().absorb(choice, delta)
 
     def delta(self, choice: Choice, delta: Delta, pieces: Pieces) -> str | None:
-        ids, text, entries = delta.ids, delta.text, list(delta.logprobs or ())
-        if self._silent:
-            ids, text, entries = [], "", []
-        return self._next(choice, ids, text, entries, pieces, None)
+        return self._next(choice, delta.ids, delta.text, delta.logprobs or (), pieces, None)
 
     def last(self, choice: Choice, reason: str, pieces: Pieces) -> str:
-        chunk = self._next(choice, [], "", [], pieces, reason)
+        chunk = self._next(choice, [], "", (), pieces, reason)
         assert chunk is not None
         return chunk
 
@@ -240,28 +283,28 @@ class CompletionRenderer(Renderer):
         reason: str | None,
     ) -> str | None:
         offset, choice.chars = choice.chars, choice.chars + len(text)
-        if not choice.begun and (prompt := self.prompts.get(choice.index)) is not None:
+        prompt = choice.prompt
+        if not choice.begun and prompt is not None:
             text = prompt.text + text
             choice.chars += len(prompt.text)
-            if prompt.logprobs is not None:
+            if prompt.logprobs:
                 ids, entries = prompt.ids + ids, [*prompt.logprobs, *entries]
+            else:
+                offset += len(prompt.text)
         choice.begun = True
         logprobs = "null"
         if self._logprobs is not None and entries:
-            logprobs = _dump(completion_logprobs(entries, ids, pieces, self._logprobs, offset))
+            logprobs = dump(completion_logprobs(entries, ids, pieces, self._logprobs, offset))
         elif not text and reason is None:
             return None
         ended = "null" if reason is None else f'"{reason}"'
-        return f'{{"index":{choice.index},"text":{_dump(text)},"logprobs":{logprobs},"finish_reason":{ended}}}'
+        return f'{{"index":{choice.index},"text":{dump(text)},"logprobs":{logprobs},"finish_reason":{ended}}}'
 
     def choice(self, choice: Choice, reason: str, pieces: Pieces) -> dict[str, Any]:
-        text = "" if self._silent else "".join(choice.text)
-        ids = [] if self._silent else [entry["id"] for entry in choice.logprobs]
-        entries: list[dict[str, Any] | None] = [] if self._silent else list(choice.logprobs)
-        if (prompt := self.prompts.get(choice.index)) is not None:
-            text = prompt.text + text
-            if prompt.logprobs is not None:
-                ids, entries = prompt.ids + ids, prompt.logprobs + entries
+        text, ids = "".join(choice.text), choice.ids
+        entries: Sequence[dict[str, Any] | None] = choice.logprobs
+        if (prompt := choice.prompt) is not None:
+            text, ids, entries = prompt.text + text, prompt.ids + ids, [*prompt.logprobs, *entries]
         logprobs = None
         if self._logprobs is not None:
             logprobs = completion_logprobs(entries, ids, pieces, self._logprobs, 0)

@@ -98,7 +98,6 @@ class CompletionRequest(Common):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
-    prompt_logprobs: int | None = None
 
 
 class EmbeddingRequest(Body):

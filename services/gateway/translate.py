@@ -75,18 +75,11 @@ def completion_bodies(asked: CompletionRequest, deadline: float | None, max_prom
     if len(prompts) > max_prompts:
         raise refused(f"{len(prompts)} prompts: at most {max_prompts} are taken in one call", "prompt")
     body = _common(asked, deadline)
-    tokens = asked.max_tokens if asked.max_tokens is not None else COMPLETION_MAX_TOKENS
-    # Nothing but the prompt back is what those want who measure its log-probabilities.
-    body["max_tokens"] = tokens
-    if asked.echo and tokens == 0:
-        body["echo"] = True
+    body["max_tokens"] = asked.max_tokens if asked.max_tokens is not None else COMPLETION_MAX_TOKENS
     if asked.logprobs is not None:
         body["logprobs"] = _top(asked.logprobs, "logprobs")
-        if asked.echo:
-            body["prompt_logprobs"] = asked.logprobs
-    if asked.prompt_logprobs is not None:
-        _only(bool(asked.echo), "prompt_logprobs", "they come with 'echo': true")
-        body["prompt_logprobs"] = _top(asked.prompt_logprobs, "prompt_logprobs")
+    if asked.echo:
+        body["echo"] = True
     body = _with_metadata(body, asked, {})
     return [checked(body | {"prompt": prompt}) for prompt in prompts]
 

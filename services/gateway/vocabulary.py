@@ -18,10 +18,11 @@ AT_ONCE = 65536  # ids in one question
 
 
 class Vocabulary:
-    """Of one model. `pieces` holds what is known so far."""
+    """Of one model. `pieces` holds what is known so far, `special` the ids among them that leave no text."""
 
     def __init__(self, bus: Bus, model: str) -> None:
         self.pieces: dict[int, bytes] = {}
+        self.special: set[int] = set()
         self._bus = bus
         self._subject = subjects.pieces(model)
 
@@ -32,10 +33,7 @@ class Vocabulary:
             asked = unknown[start : start + AT_ONCE]
             reply = await self._ask(PiecesQuery(ids=codec.pack_ids(asked)))
             self.pieces.update(zip(asked, reply.pieces, strict=True))
-
-    async def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, as the pipeline would make them. Raises ApiError."""
-        return codec.unpack_ids((await self._ask(PiecesQuery(text=text))).ids)
+            self.special.update(codec.unpack_ids(reply.special))
 
     async def _ask(self, query: PiecesQuery) -> PiecesReply:
         data = codec.encode(query)

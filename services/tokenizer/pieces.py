@@ -16,7 +16,9 @@ class Pieces(dict[int, bytes]):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)  # they leave no text
+        self._added = {i: token.content for i, token in added.items()}
         state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
         decoder = json.loads(state)
         parts = decoder.get("decoders", [decoder])

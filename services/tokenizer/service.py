@@ -338,7 +338,9 @@ class TokenizerService(Service):
         if query.text:
             self.spawn(self._encode_for(query.text, message.reply), "encode")
             return
-        reply = PiecesReply(tuple(self._pieces[token] for token in codec.unpack_ids(query.ids)))
+        ids = codec.unpack_ids(query.ids)
+        special = codec.pack_ids(self._pieces.special.intersection(ids))
+        reply = PiecesReply(tuple(self._pieces[token] for token in ids), special=special)
         self.bus.publish(message.reply, codec.encode(reply))
 
     async def _encode_for(self, text: str, reply: str) -> None:

@@ -209,6 +209,51 @@ async def test_echoed_logprobs_as_evaluations_ask_for_them(client: AsyncOpenAI, 
             assert rows[echoed.index][0] is first is None and rows[echoed.index][1:] == pytest.approx(others, abs=1e-3)
 
 
+async def test_logprobs_of_the_prompt(client: AsyncOpenAI) -> None:
+    """As the harnesses ask that measure likelihoods: the prompt's own log-probabilities, whole and streamed alike."""
+    params: dict[str, Any] = dict(model=MODEL, prompt=PROMPT, echo=True, logprobs=2, temperature=0)
+    whole = await client.completions.create(**params, max_tokens=3)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+    assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+    assert all(value is not None and value <= 0 for value in logprobs.token_logprobs[1:])
+    assert whole.usage is not None
+    assert len(logprobs.tokens) == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    text = whole.choices[0].text
+    assert text.startswith(PROMPT)
+    for token, offset in zip(logprobs.tokens[1:], logprobs.text_offset or [], strict=False):
+        assert offset == 0 or token in text
+    only = await client.completions.create(**params, max_tokens=0)
+    assert only.choices[0].logprobs is not None
+    assert only.choices[0].logprobs.tokens == logprobs.tokens[: whole.usage.prompt_tokens]
+    streamed: list[str] = []
+    async for chunk in await client.completions.create(**params, max_tokens=3, stream=True):
+        if chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.tokens or []
+    assert streamed == logprobs.tokens
+
+
+async def test_json_schema(client: AsyncOpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    params: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, max_tokens=200, response_format=wanted, seed=4)
+    answer = await client.chat.completions.create(**params)
+    person = json.loads(answer.choices[0].message.content or "")
+    assert set(person) == {"name", "age"} and isinstance(person["age"], int)
+    text = ""
+    async for chunk in await client.chat.completions.create(**params, stream=True):
+        text += chunk.choices[0].delta.content or ""
+    assert json.loads(text) == person
+
+
 async def test_stop(client: AsyncOpenAI, deployment: Deployment) -> None:
     text = await expected(deployment, max_tokens=40, temperature=0)
     stop = text[len(text) // 2 :][:5]

@@ -17,6 +17,7 @@ from tests.pipeline.harness import deployed
 from tests.pipeline.http_client import call
 
 EXAMPLES = os.environ.get("GORGON_FUZZ_EXAMPLES", "25")
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = shutil.which("schemathesis") or str(Path(sys.executable).parent / "schemathesis")
 
 
@@ -29,7 +30,7 @@ async def test_no_request_is_answered_with_a_5xx(tmp_path: Path) -> None:
             *(COMMAND, "run", f"http://127.0.0.1:{port}/openapi.json", "--checks", "not_a_server_error", "--no-color"),
             *("--max-examples", EXAMPLES, "--request-timeout", "30", "--exclude-path", "/api/pipeline", "--seed", "1"),
             env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.pipeline.schemathesis_hooks"},
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )

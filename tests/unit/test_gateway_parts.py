@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def test_completion_fields() -> None:
     assert [body["prompt"] for body in texts(prompt=["a", "b"])] == ["a", "b"]
     assert [body["prompt"] for body in texts(prompt=[1, 2])] == [[1, 2]]
     assert [body["prompt"] for body in texts(prompt=[[1], [2, 3]])] == [[1], [2, 3]]
-    assert texts(max_tokens=0, echo=True)[0]["max_tokens"] == 0
+    (body,) = texts(max_tokens=0, echo=True)
+    assert (body["max_tokens"], body["echo"]) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +110,11 @@ def test_every_code_has_a_status() -> None:
 @given(
     st.dictionaries(st.integers(0, 40), st.tuples(st.integers(0, 10**6), st.integers(0, 10**6), st.booleans())),
     st.booleans(),
+    st.sampled_from([None, "", "hermes", "llama3"]),
 )
-def test_cursor_comes_back(choices: dict[int, tuple[int, int, bool]], usage: bool) -> None:
-    cursor = Cursor(new_id("t", None), 1_700_000_000, {i: Progress(*at) for i, at in choices.items()}, usage)
+def test_cursor_comes_back(choices: dict[int, tuple[int, int, bool]], usage: bool, tools: str | None) -> None:
+    progress = {i: Progress(*at) for i, at in choices.items()}
+    cursor = Cursor(new_id("t", None), 1_700_000_000, progress, usage, tools)
     assert parse_cursor(str(cursor)) == cursor
 
 
@@ -144,21 +148,30 @@ def test_split_loses_nothing(ids: list[int], text: str, position: int, offset: i
 def test_chat_chunks() -> None:
     renderer = ChatRenderer("b", 1, "m", include_usage=True, logprobs=None)
     choice = Choice(2)
-    first = renderer.delta(choice, Delta(0, 0, [1], 'say "é"\n', 0), {})
+    first = renderer.delta(choice, Delta(0, 0, [1], 'say "é"\n', 0), NOTHING)
     assert first is not None
     chunk = json.loads(renderer.chunk(first))
     assert chunk["choices"] == [
         dict(index=2, delta=dict(role="assistant", content='say "é"\n'), logprobs=None, finish_reason=None)
     ]
     assert chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" and chunk["id"] == "chatcmpl-b"
-    assert renderer.delta(choice, Delta(0, 1, [1], "", 8), {}) is None, "text that waits is no chunk"
-    last = json.loads(renderer.chunk(renderer.last(choice, "stop", {})))
+    assert renderer.delta(choice, Delta(0, 1, [1], "", 8), NOTHING) is None, "text that waits is no chunk"
+    last = json.loads(renderer.chunk(renderer.last(choice, "stop", NOTHING)))
     assert last["choices"][0] == dict(index=2, delta={}, logprobs=None, finish_reason="stop")
     assert json.loads(renderer.chunk("", {"total_tokens": 3}))["usage"] == {"total_tokens": 3}
 
 
+@dataclass
+class Known:
+    pieces: dict[int, bytes] = field(default_factory=dict)
+    special: set[int] = field(default_factory=set)
+
+
+NOTHING = Known()
+
+
 def test_bytes_that_are_no_text() -> None:
-    pieces = {1: "é".encode()[:1], 2: "é".encode()[1:]}
+    pieces = Known({1: "é".encode()[:1], 2: "é".encode()[1:]})
     entry = dict(id=1, logprob=None, top=[[1, None], [2, -3.0]])
     renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=2)
     chunk = renderer.delta(Choice(0), Delta(0, 0, [1], "", 0, [entry]), pieces)
@@ -169,23 +182,26 @@ def test_bytes_that_are_no_text() -> None:
 
 
 def test_echoed_logprobs_come_first() -> None:
-    pieces = {1: b"ab", 2: b"c", 3: b"d"}
+    pieces = Known({0: b"<s>", 1: b"ab", 2: b"c", 3: b"d"}, {0})
     renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=1)
-    renderer.prompts[0] = Prompt("abc", [1, 2], [None, dict(id=2, logprob=-1.0, top=[[3, -0.5]])])
+    prompt = Prompt()
+    first, second = dict(id=0, logprob=None, top=[]), dict(id=1, logprob=-0.2, top=[[1, -0.2]])
+    prompt.extend(Delta(-1, 0, [0, 1], "ab", 0, [first, second]))
+    prompt.extend(Delta(-1, 2, [2], "c", 2, [dict(id=2, logprob=-1.0, top=[[3, -0.5]])]))
     delta = Delta(0, 0, [3], "d", 0, [dict(id=3, logprob=-2.0, top=[[3, -2.0]])])
-    chunk = renderer.delta(Choice(0), delta, pieces)
+    chunk = renderer.delta(Choice(0, prompt=prompt), delta, pieces)
     assert chunk is not None
     streamed = json.loads(chunk)
-    choice = Choice(0)
+    choice = Choice(0, prompt=prompt)
     renderer.absorb(choice, delta)
     whole = renderer.choice(choice, "stop", pieces)
     for said in (streamed, whole):
         assert said["text"] == "abcd"
         assert said["logprobs"] == dict(
-            text_offset=[0, 2, 3],
-            token_logprobs=[None, -1.0, -2.0],
-            tokens=["ab", "c", "d"],
-            top_logprobs=[None, {"c": -1.0, "d": -0.5}, {"d": -2.0}],
+            text_offset=[0, 0, 2, 3],
+            token_logprobs=[None, -0.2, -1.0, -2.0],
+            tokens=["<s>", "ab", "c", "d"],
+            top_logprobs=[None, {"ab": -0.2}, {"c": -1.0, "d": -0.5}, {"d": -2.0}],
         )
 
 

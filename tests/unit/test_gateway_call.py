@@ -1,0 +1,168 @@
+"""A call that reads a scripted request: tool calls as OpenAI's client folds them, whole, streamed, and gone on with anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, cast
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from services.gateway.call import Call
+from services.gateway.cursor import Cursor, parse_cursor
+from services.gateway.errors import ApiError
+from services.gateway.generation import Generation, Generations
+from services.gateway.render import ChatRenderer, CompletionRenderer
+from services.gateway.vocabulary import Vocabulary
+from shared.client import Delta, Stream
+from shared.memory_bus import MemoryBroker, MemoryBus
+
+BASE = "a" * 32
+SAID = (
+    'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2]}}\n</tool_call>'
+    '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+)
+
+
+class Script:
+    """Stands for the client's stream: what has come of the request so far."""
+
+    def __init__(self, accepted: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
+        self.accepted = accepted
+        self.ending = end
+        self.known = True
+        self.body: dict[str, Any] | None = {}
+        self.news: list[Delta] = []
+
+    def take_deltas(self) -> list[Delta]:
+        news, self.news = self.news, []
+        return news
+
+
+def deltas(text: str, size: int) -> list[Delta]:
+    """One token a character, `size` in an event."""
+    return [Delta(0, i, [5] * len(text[i : i + size]), text[i : i + size], i) for i in range(0, len(text), size)]
+
+
+def finished(reason: str, **more: Any) -> dict[str, Any]:
+    usage = dict(prompt_tokens=3, completion_tokens=len(SAID), total_tokens=3 + len(SAID))
+    end = dict(choice=0, finish_reason=reason, stop=None, tokens=len(SAID), chars=len(SAID)) | more
+    return dict(event="finished", id=BASE, choices=[end], usage=usage)
+
+
+def call_of(
+    script: Script, news: list[Delta], cursor: Cursor, *, tools: bool = True, echo: bool = False
+) -> tuple[Call, Generation]:
+    renderer: ChatRenderer | CompletionRenderer
+    kind = CompletionRenderer if echo else ChatRenderer
+    renderer = kind(BASE, 1, "m", include_usage=False, logprobs=None)
+    script.news = news
+    generation = Generation("t", BASE, None, False)
+    generation.follow(cast(Stream, script))
+    bus = MemoryBus(MemoryBroker(1))
+    call = Call(cast(Generations, None), renderer, cursor, Vocabulary(bus, "m"), tools=tools, echo=echo)
+    call.read(generation, 0)
+    return call, generation
+
+
+async def chunks_of(call: Call) -> list[tuple[str, dict[str, Any]]]:
+    """(event id, chunk)"""
+    found = []
+    blocks = b"".join([data async for data in call.events()]).decode().split("\n\n")
+    assert blocks[-2] == "data: [DONE]"
+    for block in blocks[:-2]:
+        name, data = block.split("\n")
+        found.append((name.removeprefix("id: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def fold(chunks: list[dict[str, Any]]) -> tuple[str, list[tuple[str, str, str]], str | None]:
+    """As OpenAI's client does: content, calls by index, finish reason."""
+    content, calls, reason = "", {}, None
+    for chunk in chunks:
+        (choice,) = ChatCompletionChunk.model_validate(chunk).choices
+        content += choice.delta.content or ""
+        for call in choice.delta.tool_calls or ():
+            assert call.function is not None
+            known = calls.setdefault(call.index, [call.id, call.function.name, ""])
+            known[2] += call.function.arguments or ""
+        reason = choice.finish_reason or reason
+    return content, [cast(tuple[str, str, str], tuple(calls[i])) for i in sorted(calls)], reason
+
+
+ACCEPTED = dict(event="accepted", prompt_tokens=3, tool_format="hermes")
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_tool_calls_whole_streamed_and_resumed(size: int) -> None:
+    call, _ = call_of(Script(ACCEPTED, finished("tool_calls")), deltas(SAID, size), Cursor(BASE, 1))
+    answer = ChatCompletion.model_validate(await call.whole())
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me see."
+    told = [
+        (c.id, c.function.name, c.function.arguments) for c in choice.message.tool_calls or [] if c.type == "function"
+    ]
+    assert [(name, json.loads(arguments)) for _, name, arguments in told] == [
+        ("weather", {"city": "Zürich", "days": [1, 2]}),
+        ("time", {}),
+    ]
+    call, _ = call_of(Script(ACCEPTED, finished("tool_calls")), deltas(SAID, size), Cursor(BASE, 1))
+    chunks = await chunks_of(call)
+    wanted = ("Let me see.", told, "tool_calls")
+    assert fold([chunk for _, chunk in chunks]) == wanted
+    for cut in range(1, len(chunks) + 1):
+        # At another gateway, which hears nothing of the acceptance and gets the text in other pieces.
+        cursor = parse_cursor(chunks[cut - 1][0])
+        rest, _ = call_of(Script(None, finished("tool_calls")), deltas(SAID, 5), cursor)
+        assert fold([c for _, c in chunks[:cut]] + [c for _, c in await chunks_of(rest)]) == wanted, cut
+
+
+async def test_text_waits_until_the_format_is_known() -> None:
+    script = Script(None, None)
+    call, generation = call_of(script, deltas(SAID, 4), Cursor(BASE, 1))
+    reading = asyncio.create_task(chunks_of(call))
+    await asyncio.sleep(0)
+    script.accepted = ACCEPTED
+    generation.on_change()
+    await asyncio.sleep(0)
+    script.ending = finished("tool_calls")
+    generation.on_change()
+    content, calls, _ = fold([chunk for _, chunk in await reading])
+    assert content == "Let me see." and len(calls) == 2
+
+
+async def test_the_end_tells_the_format_where_the_acceptance_was_lost() -> None:
+    call, _ = call_of(Script(ACCEPTED, finished("tool_calls")), deltas(SAID, 4), Cursor(BASE, 1))
+    content, calls, _ = fold([chunk for _, chunk in await chunks_of(call)])
+    named = [dict(id=i, name=name, arguments=arguments) for i, name, arguments in calls]
+    lost = Script(None, finished("tool_calls", tool_calls=named, content=content))
+    call, _ = call_of(lost, deltas(SAID, 4), Cursor(BASE, 1))
+    assert fold([chunk for _, chunk in await chunks_of(call)])[:2] == (content, calls)
+
+
+async def test_no_calls_without_tools() -> None:
+    call, _ = call_of(Script(ACCEPTED, finished("stop")), deltas(SAID, 4), Cursor(BASE, 1), tools=False)
+    assert fold([chunk for _, chunk in await chunks_of(call)]) == (SAID, [], "stop")
+
+
+async def test_the_prompt_goes_first_whichever_comes_first() -> None:
+    script = Script(ACCEPTED, None)
+    call, generation = call_of(script, deltas(SAID, 50), Cursor(BASE, 1), echo=True, tools=False)
+    reading = asyncio.create_task(chunks_of(call))
+    await asyncio.sleep(0)
+    script.news = [Delta(-1, 0, [1, 2, 3], "Prompt: ", 0)]
+    generation.on_change()
+    script.ending = finished("stop")
+    generation.on_change()
+    assert "".join(chunk["choices"][0]["text"] for _, chunk in await reading) == "Prompt: " + SAID
+
+
+async def test_a_failure_is_the_streams_last_event() -> None:
+    script = Script(ACCEPTED, dict(event="error", id=BASE, code="deadline_exceeded", message="too late"))
+    call, _ = call_of(script, deltas(SAID, 50), Cursor(BASE, 1), tools=False)
+    blocks = b"".join([data async for data in call.events()]).decode().split("\n\n")
+    assert json.loads(blocks[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert SAID.startswith(json.loads(blocks[0].split("data: ")[1])["choices"][0]["delta"]["content"])
+    with pytest.raises(ApiError, match="too late"):
+        await call.whole()
