@@ -50,6 +50,7 @@ _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 CATALOG: tuple[Metric, ...] = (
     # ---- every stage
     Metric("gorgon_ready", _G, ALL_STAGES, "1 once the stage has started and takes work."),
+    Metric("gorgon_start_time_seconds", _G, ALL_STAGES, "When this incarnation began, in seconds since the epoch."),
     Metric("gorgon_draining", _G, ALL_STAGES, "1 while the stage hands its work over.", "beat.draining"),
     Metric("gorgon_load_ratio", _G, ALL_STAGES, "How busy the stage is, 0 to 1.", "beat.load"),
     Metric("gorgon_in_flight_requests", _G, ALL_STAGES, "Requests that the stage works on.", "beat.in_flight"),

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,6 +63,7 @@ class Service:
         self._exporter: MetricsExporter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._beat = 0
+        self._started = time.time()  # for people; no decision looks at it
 
     # ------------------------------------------------ for subclasses
 
@@ -123,6 +125,7 @@ class Service:
         """Before the figures are shown, on another thread: takes over what is counted elsewhere. Extend it, read only."""
         meter = self.meter
         meter.set("gorgon_ready", float(self.ready))
+        meter.set("gorgon_start_time_seconds", self._started)
         meter.set("gorgon_nats_connected_seconds", self.bus.connected_for)
         meter.set("gorgon_nats_dropped_messages_total", self.bus.dropped)
         for endpoint in list(self.endpoints):

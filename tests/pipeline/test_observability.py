@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
 import signal
 import sys
 import threading
@@ -226,7 +228,8 @@ async def test_nats_micro_shows_every_stage(client: RawClient, deployment: Deplo
         (worker,) = await answers_of(client, "$SRV.INFO.gorgon-model_worker", 0.1)
         assert [endpoint["name"] for endpoint in worker["endpoints"]] == ["run", "abort"]
         (delivery,) = await answers_of(client, "$SRV.INFO.gorgon-detokenizer", 0.1)
-        assert [e["subject"] for e in delivery["endpoints"]] == ["llm.v1.replay.demo.*", "llm.v1.prefix.demo.*"]
+        answered = {"llm.v1.replay.demo.*", "llm.v1.prefix.demo.*", "llm.v1.attach.demo.*"}
+        assert {endpoint["subject"] for endpoint in delivery["endpoints"]} == answered
     finally:
         await native.stop()
 
@@ -260,6 +263,33 @@ async def test_top_once(client: RawClient, deployment: Deployment) -> None:
     assert "8/32" in rows[3] and "tok/s" in rows[3] and "ready" in rows[3]
     for answer in answers:
         await answer.wait()
+
+
+@module_loop
+async def test_top_live_on_a_terminal(client: RawClient, deployment: Deployment) -> None:
+    ours, its = pty.openpty()
+    command = (sys.executable, "-m", "services.cli", "top", "--nats", deployment.url)
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    process = await asyncio.create_subprocess_exec(*command, stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
+    os.set_blocking(ours, False)
+    seen = b""
+    try:
+        async with asyncio.timeout(20):
+            while seen.count(b"detokenizer-1") < 3:
+                with contextlib.suppress(BlockingIOError):
+                    seen += os.read(ours, 65536)
+                await asyncio.sleep(0.05)
+        assert b"demo: 0 live" in seen
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            await process.wait()
+        assert process.returncode == 130
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(ours)
 
 
 # ---------------------------------------------------------------- traces
@@ -312,9 +342,9 @@ def attribute(span: Span, name: str) -> str | int | None:
 async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: Path, collector: Collector) -> None:
     flags = {"model_worker": FIXED}
     env = {"GORGON_OTLP_ENDPOINT": collector.url}
-    streams = 10
+    streams, copies = 10, {"model_worker": 2, "gateway": 1}
     async with (
-        deployed(tmp_path, "demo", DEMO, flags, {"model_worker": 2, "gateway": 1}, env=env) as deployment,
+        deployed(tmp_path, "demo", DEMO, flags, copies, env=env, metrics_port=free_ports(5)) as deployment,
         RawClient(deployment.url, "demo") as client,
     ):
         # Half of them bring a trace of their own, half do not; one is refused.
@@ -341,6 +371,8 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
         await deployment.until_idle()
         client.check()
         assert wrong.code == "invalid_request"
+        await asyncio.sleep(0.3)  # for another heartbeat
+        scheduler, detokenizer = (await scrape(deployment, 1))[0], (await scrape(deployment, 4))[0]
         logs = {child.name: child.log_path for child in deployment.supervisor.stages.values()}
     # The stages have stopped and exported what was left.
     trace_of: dict[str, str] = {}
@@ -382,6 +414,14 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
         assert phases["queue"].end_time_unix_nano == phases["prefill"].start_time_unix_nano
         assert phases["prefill"].end_time_unix_nano == phases["decode"].start_time_unix_nano
     assert 0 < migrated < streams
+    # The metrics tell the same, and the death of a worker has not made them miss or repeat anything.
+    assert sum(v for (n, _), v in scheduler.items() if n == "gorgon_scheduler_migrations_total") >= migrated
+    assert scheduler["gorgon_scheduler_migration_seconds_count", ""] >= migrated
+    assert scheduler["gorgon_scheduler_workers_gone_total", "lost"] >= 1
+    assert detokenizer["gorgon_detokenizer_fences_total", ""] >= migrated
+    assert detokenizer["gorgon_detokenizer_time_to_first_token_seconds_count", ""] == streams + 1
+    assert detokenizer["gorgon_detokenizer_requests_ended_total", "finished"] == streams + 1
+    assert detokenizer["gorgon_detokenizer_tokens_total", ""] == 250 * streams + 3
     assert len(set(trace_of.values())) == streams
     ((_, refused),) = collector.of("default.wrong")
     assert (refused.name, refused.trace_id.hex(), refused.parent_span_id.hex()) == (

@@ -103,7 +103,7 @@ def test_the_dashboard_shows_what_matters() -> None:
 
 def test_examples_in_the_docs_are_valid() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    examples = re.findall(r"`((?:histogram_quantile|sum|increase|1 [-+])[^`]*)`", text)
+    examples = re.findall(r"`((?:histogram_quantile|sum|count|increase|1 [-+])[^`]*)`", text)
     assert len(examples) >= 6
     for example in examples:
         check(example)
