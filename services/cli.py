@@ -62,9 +62,10 @@ def _run(coroutine: Coroutine[Any, Any, int | None]) -> None:
     raise typer.Exit(status or 0)
 
 
-async def _connect(url: str) -> Bus:
+async def _connect(url: str, **settings: Any) -> Bus:
+    """By the GORGON_NATS_* variables, unless `settings` say otherwise."""
     try:
-        return await asyncio.wait_for(NatsBus.connect(StageSettings(nats_url=url)), 5)
+        return await asyncio.wait_for(NatsBus.connect(StageSettings(nats_url=url, **settings)), 5)
     except TimeoutError:
         raise TimeoutError(f"no NATS server answers at {url}; is `gorgon up` running?") from None
 
@@ -127,7 +128,7 @@ async def _up(plan: Plan) -> int:
         asyncio.get_running_loop().add_signal_handler(sig, stopping.set)
     try:
         await supervisor.start()
-        bus = await _connect(plan.nats_url)
+        bus = await _connect(plan.nats_url, **plan.connection("admin"))
         ready = asyncio.create_task(_wait_ready(bus, plan))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait([ready, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -163,6 +164,9 @@ def up(
     metrics_port: Annotated[
         int, typer.Option(help="Prometheus may scrape the stages here and on the ports after it; 0: not at all")
     ] = 0,
+    secured: Annotated[
+        Path | None, typer.Option(help="folder of `gorgon secure-config`: TLS, and a user for each stage")
+    ] = None,
 ) -> None:
     """Serve a model on this machine until Ctrl-C: the embedded NATS server and every stage, restarted when they die.
 
@@ -176,6 +180,10 @@ def up(
     copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True)) | {GATEWAY: gateway}
     plan = _plan(data, model, model_path, port, copies)
     plan.http_port, plan.servers, plan.metrics_port = http_port, servers, metrics_port
+    if secured is not None:
+        if not (secured / "nats.conf").is_file():
+            raise typer.BadParameter(f"{secured} holds no nats.conf: write one with gorgon secure-config {secured}")
+        plan.secured = secured.resolve()
     plan.flags[GATEWAY] = ["--dev-kill", "true"]  # one's own machine, and the gateway listens on loopback only
     _run(_up(plan))
 
@@ -225,6 +233,33 @@ def _console_log(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(10 if verbose else 30),
     )
+
+
+@app.command("secure-config")
+def secure_config(
+    folder: Path,
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="gets an account of its own; may be given several times")
+    ] = None,
+    host: Annotated[
+        list[str] | None, typer.Option(help="by which the server is reached; may be given several times")
+    ] = None,
+    port: int = 4222,
+    store: Annotated[str, typer.Option(help="JetStream's folder on the server's machine")] = "/data",
+    mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="clients must show a certificate too")] = False,
+) -> None:
+    """Write keys, certificates and the configuration of a NATS server that lets each stage do only what it needs.
+
+    Run it again with further tenants: what is there is kept.
+    """
+    from services.secure_config import write_config
+
+    hosts = host or ["localhost", "127.0.0.1"]
+    try:
+        path = write_config(folder, tenant or (), hosts, port=port, store=store, mutual_tls=mutual_tls)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    err.print(f"nats-server --config {path}; a process that connects as USER takes its settings from {folder}/USER.env")
 
 
 # ---------------------------------------------------------------- talking to a deployment

@@ -13,6 +13,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -114,6 +115,7 @@ class Plan:
     metrics_port  the first stage is scraped there, the others on the ports after it; 0: none is
     servers      of NATS: 1, or 3 that keep three copies of everything, on the ports after `port`
     store_limit  bytes that NATS may take on disk; 0: its own default
+    secured      folder of `gorgon secure-config`: the server takes only its users, over TLS
     stages_url   where the stages find the server, if not at its own port
     """
 
@@ -130,10 +132,20 @@ class Plan:
     store_limit: int = 0
     servers: int = 1
     metrics_port: int = 0
+    secured: Path | None = None
 
     @property
     def nats_url(self) -> str:
-        return ",".join(f"nats://127.0.0.1:{port}" for port in self.server_ports)
+        scheme = "nats" if self.secured is None else "tls"
+        return ",".join(f"{scheme}://127.0.0.1:{port}" for port in self.server_ports)
+
+    def connection(self, user: str) -> dict[str, Any]:
+        """Settings with which that user connects."""
+        if self.secured is None:
+            return {}
+        from services.secure_config import connection
+
+        return connection(self.secured, user)
 
     @property
     def server_ports(self) -> list[int]:
@@ -153,7 +165,14 @@ class Supervisor:
         self.brokers = []
         for name, port, route in zip(names, plan.server_ports, routes, strict=True):
             cluster = Cluster(route, routes) if plan.servers > 1 else None
-            server = server_command(plan.data / name, port, name=name, store_limit=plan.store_limit, cluster=cluster)
+            server = server_command(
+                plan.data / name,
+                port,
+                name=name,
+                store_limit=plan.store_limit,
+                cluster=cluster,
+                secured=plan.secured / "nats.conf" if plan.secured is not None else None,
+            )
             self.brokers.append(Child(name, server, logs / f"{name}.log"))
         self.broker = self.brokers[0]
         env = {"GORGON_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"}
@@ -179,7 +198,8 @@ class Supervisor:
                     port = plan.metrics_port + sum(not name.startswith(GATEWAY) for name in self.stages)
                     command += ["--metrics-port", str(port)]
                     command += ["--metrics-host", "127.0.0.1"]
-                self.stages[name] = Child(name, command, logs / f"{name}.log", env)
+                own = {f"GORGON_{key.upper()}": value for key, value in plan.connection(stage).items()}
+                self.stages[name] = Child(name, command, logs / f"{name}.log", env | own)
 
     async def start(self) -> None:
         from shared.broker import wait_until_ready

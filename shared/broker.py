@@ -87,17 +87,20 @@ def server_command(
     monitor_port: int = 0,
     store_limit: int = 0,
     cluster: Cluster | None = None,
+    secured: Path | None = None,
 ) -> list[str]:
     """Writes `nats.conf` into data_dir and returns the command that serves it. `sync_interval` is nats-server's: "always" to
     survive the loss of power, "" for its default, which survives the death of every process. `store_limit`: bytes that streams may
-    take on disk; 0: the server's default, three quarters of what is free when it starts."""
+    take on disk; 0: the server's default, three quarters of what is free when it starts. `secured` is the file of accounts and TLS
+    that `gorgon secure-config` wrote; without one everybody may do everything."""
     data_dir.mkdir(parents=True, exist_ok=True)
     jetstream: dict[str, Any] = {"store_dir": str(data_dir.resolve() / "jetstream")}
     if sync_interval:
         jetstream["sync_interval"] = sync_interval
     if store_limit:
         jetstream["max_file_store"] = store_limit
-    config: dict[str, Any] = {
+    config: dict[str, Any] = json.loads(secured.read_text()) if secured is not None else {}
+    config |= {
         "server_name": name,
         "host": host,
         "port": port,

@@ -181,6 +181,9 @@ class Bus(Protocol):
 
     # ------------------------------------------------ core
 
+    def new_inbox(self) -> str:
+        """A subject for answers, which nobody else uses."""
+
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         """Fire and forget: may be lost. Never blocks; while disconnected the message is dropped and counted."""
 

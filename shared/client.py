@@ -142,6 +142,7 @@ class Stream:
         self._patience = WAITING_PATIENCE
         self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
         self._missing_since: float | None = None
+        self.moved = False  # a server that has restarted may not know the way to an imported client's inbox any more
         self._on_change = on_change
         # How tool calls are written: None until the `accepted` event tells, "" if there are none to be looked for.
         self._tool_format: str | None = None if body is not None and body.get("tools") else ""
@@ -290,6 +291,7 @@ class Stream:
         choice.result.logprobs.extend(logprobs or ())
         choice.parts.append(text)
         self._started = True
+        self.moved = False
         self._error = None
         self._patience = FIRST_PATIENCE
         self._due = self._client.loop.time() + FIRST_PATIENCE
@@ -448,7 +450,7 @@ class Client:
         self.partitions = partitions
         self.accept_timeout = accept_timeout
         self.retried = retried
-        self.inbox = f"_INBOX.{uuid.uuid4().hex}"
+        self.inbox = ""
         self.loop: asyncio.AbstractEventLoop
         self._given = bus
         self._bus: Bus
@@ -468,6 +470,7 @@ class Client:
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._bus = await _connect(self._given) if isinstance(self._given, str) else self._given
+        self.inbox = self._bus.new_inbox()
         self._inbox_subscription = await self._bus.subscribe(self.inbox, self._on_message)
         self._bus.on_reconnect(self._on_reconnect)
         self._bus.on_closed(lambda error: self._fail_all(str(error)))
@@ -542,7 +545,13 @@ class Client:
 
     def ask_replay(self, stream: Stream) -> None:
         cursors = [dict(choice=c.choice, position=c.position, offset=c.offset) for c in stream.cursors]
-        question = dict(id=stream.id, tenant=stream.tenant, cursors=cursors, attach=stream.body is None, batched=True)
+        question = dict(
+            id=stream.id,
+            tenant=stream.tenant,
+            cursors=cursors,
+            attach=stream.body is None or stream.moved,
+            batched=True,
+        )
         self._bus.publish(subjects.replay(self.model, stream.partition), msgpack.packb(question), reply=self.inbox)
 
     def is_served(self, partition: int, now: float) -> bool:
@@ -573,6 +582,8 @@ class Client:
             self._hurry(partition)
 
     def _on_reconnect(self) -> None:
+        for stream in self._streams.values():
+            stream.moved = True
         self._hurry(None)
 
     def _fail_all(self, reason: str) -> None:

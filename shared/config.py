@@ -48,6 +48,12 @@ class StageSettings(BaseSettings):
     nats_url: str = Field("nats://127.0.0.1:4222", description="server, or several separated by commas")
     nats_user: str = ""
     nats_password: str = ""
+    nats_nkey: str = Field("", description="file with the seed of this process's nkey")
+    nats_credentials: str = Field("", description=".creds file with this process's JWT and seed")
+    nats_tls_ca: str = Field("", description="file with the CA that the server's certificate must be of")
+    nats_tls_cert: str = Field("", description="file with this process's certificate, if the server asks for one")
+    nats_tls_key: str = Field("", description="file with the certificate's key")
+    nats_inbox_prefix: str = Field("_INBOX", description="below which answers are waited for, as permissions demand")
     model: str = Field("demo", description="name of the model in subjects")
     model_path: str = Field("models/demo", description="Hugging Face folder: weights, config.json, tokenizer.json")
     name: str = Field("", description="name of this instance; default: host name")

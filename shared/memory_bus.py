@@ -474,10 +474,13 @@ class MemoryBus:
             log.warning("publish_while_disconnected", subject=subject)
         self.dropped += 1
 
+    def new_inbox(self) -> str:
+        return f"_INBOX.{self.broker.new_id()}"
+
     async def request(self, subject: str, data: bytes, timeout: float) -> Message:
         self.check_size(data)
         timeout = await self._wait_for_connection(timeout)
-        inbox = f"_INBOX.{self.broker.new_id()}"
+        inbox = self.new_inbox()
         future: asyncio.Future[Message] = self._loop.create_future()
         self.broker.inboxes[inbox] = future
         try:

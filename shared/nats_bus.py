@@ -13,6 +13,7 @@ import asyncio
 import base64
 import itertools
 import json
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -118,15 +119,16 @@ class CoreSubscription:
 class NatsBus:
     """See shared.bus.Bus for the interface; made by `connect`."""
 
-    def __init__(self) -> None:
+    def __init__(self, inbox_prefix: str = "_INBOX") -> None:
         self.dropped = 0  # core messages published while there was no connection
         self.overflowed = 0  # received, but not handled in time
         self.handler_errors = 0
         self._loop = asyncio.get_running_loop()
         self._nc = Connection()
-        self._inbox = f"_INBOX.{self._nc._nuid.next().decode()}."
+        self._inbox = f"{inbox_prefix}.{self._nc._nuid.next().decode()}."
         self._tokens = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._asked: dict[str, str] = {}  # subject of each that waits
         self._connected = asyncio.Event()
         self._since: float | None = None
         self._last_pong = 0.0
@@ -142,8 +144,9 @@ class NatsBus:
 
     @classmethod
     async def connect(cls, settings: StageSettings) -> NatsBus:
-        """Waits for a server as long as it takes, and says so in the log."""
-        bus = cls()
+        """Waits for a server as long as it takes, and says so in the log. Raises OSError for a key or certificate that cannot
+        be read."""
+        bus = cls(settings.nats_inbox_prefix)
         await bus._nc.connect(
             servers=[url.strip() for url in settings.nats_url.split(",")],
             name=settings.name or None,
@@ -158,6 +161,9 @@ class NatsBus:
             pending_size=0,  # no reconnect buffer
             user=settings.nats_user or None,
             password=settings.nats_password or None,
+            nkeys_seed=settings.nats_nkey or None,
+            user_credentials=settings.nats_credentials or None,
+            tls=_tls(settings),
         )
         await bus._nc.subscribe(bus._inbox + "*", cb=bus._answered, pending_msgs_limit=0, pending_bytes_limit=0)
         bus._up()
@@ -239,11 +245,20 @@ class NatsBus:
             self.overflowed += 1
             if self.overflowed & (self.overflowed - 1) == 0:  # 1, 2, 4, 8 ...
                 log.error("messages_overflowed", subject=error.subject, count=self.overflowed)
+        elif "permissions violation" in str(error).lower():
+            self._not_permitted(str(error))
         elif self._since is None and repr(error) != self._said:
             self._said = repr(error)
             log.warning("waiting_for_nats", error=self._said)
         else:
             log.debug("nats_error", error=repr(error))
+
+    def _not_permitted(self, error: str) -> None:
+        """The server names the subject, in lower case by way of nats-py. Whoever waits for an answer to it need not wait any longer."""
+        log.error("not_permitted", error=error)
+        for token, subject in self._asked.items():
+            if f'"{subject.lower()}"' in error and not self._waiting[token].done():
+                self._waiting[token].set_exception(BusTimeout(f"not permitted: {subject}"))
 
     async def _ping(self) -> None:
         """Knows within LINK_STALLED whether the server still answers; also whether this process itself was stopped."""
@@ -334,14 +349,14 @@ class NatsBus:
         timeout = await self._wait_for_connection(timeout)
         token = str(next(self._tokens))
         future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token] = future
+        self._waiting[token], self._asked[token] = future, subject
         timer = self._loop.call_later(timeout, _time_out, future)
         try:
             self._send(subject, data, self._inbox + token, headers)
             answer = await future
         finally:
             timer.cancel()
-            del self._waiting[token]
+            del self._waiting[token], self._asked[token]
         if answer.headers and answer.headers.get("Status") == "503":
             raise NoResponders(subject)
         return answer
@@ -477,23 +492,21 @@ class NatsBus:
     def remove_reader(self, reader: Reader) -> None:
         self._readers.pop(reader, None)
 
-    async def backlog(self, stream: str, durable: str) -> int:
+    async def consumer_info(self, stream: str, durable: str) -> dict[str, Any] | None:
         try:
-            pending: int = (await self.api(f"CONSUMER.INFO.{stream}.{durable}"))["num_pending"]
+            return await self.api(f"CONSUMER.INFO.{stream}.{durable}")
         except ApiError as error:
             if error.code == NO_CONSUMER:
-                return 0
+                return None
             raise
-        return pending
+
+    async def backlog(self, stream: str, durable: str) -> int:
+        info = await self.consumer_info(stream, durable)
+        return info["num_pending"] if info is not None else 0
 
     async def acked_below(self, stream: str, durable: str) -> int:
-        try:
-            floor: int = (await self.api(f"CONSUMER.INFO.{stream}.{durable}"))["ack_floor"]["stream_seq"]
-        except ApiError as error:
-            if error.code == NO_CONSUMER:
-                return 1
-            raise
-        return floor + 1
+        info = await self.consumer_info(stream, durable)
+        return info["ack_floor"]["stream_seq"] + 1 if info is not None else 1
 
     async def trim(self, stream: str, below_seq: int, subject: str = "") -> None:
         if below_seq > 1:
@@ -552,6 +565,17 @@ class NatsBus:
     async def bucket(self, name: str) -> NatsBucket:
         await self.api(f"STREAM.INFO.KV_{name}")
         return NatsBucket(self, name)
+
+
+def _tls(settings: StageSettings) -> ssl.SSLContext | None:
+    """None leaves it to the URL and the server whether there is TLS, with the system's CAs."""
+    if not settings.nats_tls_ca and not settings.nats_tls_cert:
+        return None
+    context = ssl.create_default_context(cafile=settings.nats_tls_ca or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.nats_tls_cert:
+        context.load_cert_chain(settings.nats_tls_cert, settings.nats_tls_key or None)
+    return context
 
 
 def _time_out(future: asyncio.Future[Any]) -> None:

@@ -419,6 +419,10 @@ class NatsConsumer:
             "max_ack_pending": -1,
             "max_waiting": 10_000,
         }
+        if (present := await self._bus.consumer_info(self._stream, self._durable)) is not None:
+            settled = present["config"]
+            if all(settled.get(name) == value for name, value in config.items() if name != "deliver_policy"):
+                return self._durable, present["num_pending"]  # to create one is a right that not every stage has
         subject = f"CONSUMER.CREATE.{self._stream}.{self._durable}.{self._subject}"
         made = await self._bus.api(subject, {"stream_name": self._stream, "config": config})
         return self._durable, made["num_pending"]

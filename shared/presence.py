@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable
 
 from shared import codec, subjects
@@ -30,7 +29,7 @@ async def gather(
         if enough is not None and enough(beats):
             done.set()
 
-    inbox = f"_INBOX.{uuid.uuid4().hex}"
+    inbox = bus.new_inbox()
     subscription = await bus.subscribe(inbox, on_reply)
     try:
         bus.publish(subjects.PS, b"", reply=inbox)

@@ -103,27 +103,27 @@ def cancel(model: str) -> str:
     return f"{ROOT}.cancel.{model}"
 
 
-def replay(model: str, partition: int) -> str:
+def replay(model: str, partition: int | str) -> str:
     return f"{ROOT}.replay.{model}.{partition}"
 
 
-def beacon(model: str, partition: int) -> str:
+def beacon(model: str, partition: int | str) -> str:
     return f"{ROOT}.beacon.{model}.{partition}"
 
 
-def req(model: str, tenant_class: int) -> str:
+def req(model: str, tenant_class: int | str) -> str:
     return f"{ROOT}.req.{model}.{tenant_class}"
 
 
-def tok(model: str, partition: int) -> str:
+def tok(model: str, partition: int | str) -> str:
     return f"{ROOT}.tok.{model}.{partition}"
 
 
-def attach(model: str, partition: int) -> str:
+def attach(model: str, partition: int | str) -> str:
     return f"{ROOT}.attach.{model}.{partition}"
 
 
-def prefix(model: str, partition: int) -> str:
+def prefix(model: str, partition: int | str) -> str:
     return f"{ROOT}.prefix.{model}.{partition}"
 
 

@@ -27,6 +27,7 @@ from shared.logging import note_request
 from shared.rendezvous import owner
 from shared.retry import until_done
 from shared.service import Service
+from shared.streams import JOB_ACK_WAIT
 
 TICK = 0.05
 SCAN = 0.2
@@ -74,6 +75,11 @@ class SchedulerService(Service):
         tenants = subjects.of_tenant(subjects.cancel(model))
         await self.bus.subscribe(tenants, self._on_cancel, queue=subjects.SCHEDULERS)
         await self.bus.subscribe(tenants, self._on_any_cancel)
+        for name, subject in subjects.job_consumers(model).items():
+            # Made here and used by tokenizers, which have no right to make them (shared/permissions.py).
+            jobs = subjects.STREAM_JOBS
+            made = await self.bus.consume(jobs, name, subject, self._on_delivery, limit=0, ack_wait=JOB_ACK_WAIT)
+            await made.stop()
         for subject, durable in self._intakes():
             consumer = await self.bus.consume(
                 subjects.STREAM_REQ,

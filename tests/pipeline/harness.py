@@ -111,7 +111,7 @@ async def deployed(
     bus: NatsBus | None = None
     try:
         await supervisor.start()
-        bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
+        bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url, **plan.connection("admin")))
         await presence.wait_for_stages(bus, plan.copies, model, 60)
         deployment = Deployment(supervisor, bus)
         yield deployment

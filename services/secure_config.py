@@ -1,0 +1,195 @@
+"""Writes everything that a secured NATS needs into one folder: `gorgon secure-config DIR`.
+
+    nats.conf              accounts, users with their permissions, TLS
+    keys/<user>.nk         seed of each user's nkey (Ed25519), for that process only
+    keys/tenant-<name>.nk  the same for each tenant
+    tls/ca.pem, server.pem, server-key.pem, client.pem, client-key.pem
+    <user>.env             settings of a process that connects as that user
+
+Run again with further tenants it keeps what is there: keys and certificates are made once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nkeys
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared.bus import MAX_PAYLOAD
+from shared.permissions import (
+    ACCOUNT,
+    ADMIN,
+    STAGES,
+    SYSTEM_ACCOUNT,
+    exports,
+    imports,
+    inbox_prefix,
+    permissions,
+)
+from shared.subjects import is_token
+
+CONFIG = "nats.conf"
+_DAYS = 825
+_RESERVED = frozenset({ACCOUNT, SYSTEM_ACCOUNT, "default"})
+
+
+def write_config(
+    folder: Path,
+    tenants: Sequence[str] = (),
+    hosts: Sequence[str] = ("localhost", "127.0.0.1"),
+    *,
+    port: int = 4222,
+    store: str = "/data",
+    mutual_tls: bool = False,
+) -> Path:
+    """Returns the server's configuration file. Raises ValueError for a tenant's name that cannot be one.
+
+    hosts        names and addresses by which the server is reached; the first is that of the .env files
+    mutual_tls   the server takes only connections that show a certificate of this folder's CA
+    """
+    for tenant in tenants:
+        if not is_token(tenant) or tenant in _RESERVED:
+            raise ValueError(f"tenant {tenant!r}: 1 to 64 of letters, digits, '_' and '-', and not reserved")
+    for name in ("keys", "tls"):
+        (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = sorted({path.stem.removeprefix("tenant-") for path in folder.glob("keys/tenant-*.nk")} | set(tenants))
+    _write_certificates(folder / "tls", hosts)
+    config = {
+        "port": port,
+        "max_payload": MAX_PAYLOAD,
+        "jetstream": {"store_dir": store},
+        "tls": {
+            "cert_file": str((folder / "tls/server.pem").resolve()),
+            "key_file": str((folder / "tls/server-key.pem").resolve()),
+            "ca_file": str((folder / "tls/ca.pem").resolve()),
+            "verify": mutual_tls,
+            "timeout": 5,
+        },
+        "accounts": _accounts(folder, known),
+        "system_account": SYSTEM_ACCOUNT,
+    }
+    path = folder / CONFIG
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    for user in (*STAGES, ADMIN, *(f"tenant-{tenant}" for tenant in known)):
+        settings = connection(folder, user, mutual_tls=mutual_tls) | {"nats_url": f"tls://{hosts[0]}:{port}"}
+        lines = [f"GORGON_{name.upper()}={value}" for name, value in settings.items()]
+        (folder / f"{user}.env").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def connection(folder: Path, user: str, *, mutual_tls: bool = False) -> dict[str, Any]:
+    """Settings (shared.config.StageSettings) with which a process connects as the user."""
+    settings = {
+        "nats_nkey": str((folder / "keys" / f"{user}.nk").resolve()),
+        "nats_tls_ca": str((folder / "tls/ca.pem").resolve()),
+    }
+    if user in STAGES:
+        settings["nats_inbox_prefix"] = inbox_prefix(user)
+    if mutual_tls:
+        settings["nats_tls_cert"] = str((folder / "tls/client.pem").resolve())
+        settings["nats_tls_key"] = str((folder / "tls/client-key.pem").resolve())
+    return settings
+
+
+def _accounts(folder: Path, tenants: list[str]) -> dict[str, Any]:
+    users = []
+    for user in (*STAGES, ADMIN):
+        allowed = permissions(user)
+        users.append(
+            {
+                "nkey": _public_key(folder / "keys" / f"{user}.nk"),
+                "permissions": {
+                    "publish": {"allow": list(allowed.publish)},
+                    "subscribe": {"allow": list(allowed.subscribe)},
+                    "allow_responses": {"max": 1, "expires": "2m"},
+                },
+            }
+        )
+    accounts: dict[str, Any] = {
+        SYSTEM_ACCOUNT: {"users": [{"nkey": _public_key(folder / "keys/system.nk")}]},
+        ACCOUNT: {"jetstream": "enabled", "users": users, "exports": exports(tenants) if tenants else []},
+    }
+    for tenant in tenants:
+        key = _public_key(folder / "keys" / f"tenant-{tenant}.nk")
+        accounts[tenant] = {"users": [{"nkey": key}], "imports": imports(tenant)}
+    return accounts
+
+
+def _public_key(path: Path) -> str:
+    """Of the seed in the file, which is made if it is not there. The server's configuration holds no secret of a user."""
+    if not path.exists():
+        _write_secret(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
+    public: bytes = nkeys.from_seed(bytearray(path.read_bytes().strip())).public_key
+    return public.decode()
+
+
+def _write_secret(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+
+
+def _write_certificates(folder: Path, hosts: Sequence[str]) -> None:
+    """A CA of its own, whose key is kept, and certificates of the server and of clients."""
+    ca_path = folder / "ca.pem"
+    if ca_path.exists():
+        ca = x509.load_pem_x509_certificate(ca_path.read_bytes())
+        ca_key = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
+        assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    else:
+        ca_key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Gorgon CA")])
+        ca = _builder(name, name, ca_key, x509.BasicConstraints(ca=True, path_length=0)).sign(ca_key, hashes.SHA256())
+        _write_key(folder / "ca-key.pem", ca_key)
+        ca_path.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    for name, usage in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("client", ExtendedKeyUsageOID.CLIENT_AUTH)):
+        if (folder / f"{name}.pem").exists():
+            continue
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Gorgon {name}")])
+        builder = _builder(subject, ca.subject, key, x509.BasicConstraints(ca=False, path_length=None))
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        if name == "server":
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([_alternative(h) for h in hosts]), critical=False
+            )
+        _write_key(folder / f"{name}-key.pem", key)
+        certificate = builder.sign(ca_key, hashes.SHA256())
+        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, constraints: x509.BasicConstraints
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=_DAYS))
+        .add_extension(constraints, critical=True)
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    private = serialization.PrivateFormat.PKCS8
+    _write_secret(path, key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption()))
