@@ -247,6 +247,9 @@ def secure_config(
     port: int = 4222,
     store: Annotated[str, typer.Option(help="JetStream's folder on the server's machine")] = "/data",
     mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="clients must show a certificate too")] = False,
+    at: Annotated[
+        Path | None, typer.Option(help="where processes find the folder, in a container for instance")
+    ] = None,
 ) -> None:
     """Write keys, certificates and the configuration of a NATS server that lets each stage do only what it needs.
 
@@ -256,7 +259,7 @@ def secure_config(
 
     hosts = host or ["localhost", "127.0.0.1"]
     try:
-        path = write_config(folder, tenant or (), hosts, port=port, store=store, mutual_tls=mutual_tls)
+        path = write_config(folder, tenant or (), hosts, port=port, store=store, mutual_tls=mutual_tls, at=at)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     err.print(f"nats-server --config {path}; a process that connects as USER takes its settings from {folder}/USER.env")

@@ -51,12 +51,15 @@ def write_config(
     port: int = 4222,
     store: str = "/data",
     mutual_tls: bool = False,
+    at: Path | None = None,
 ) -> Path:
     """Returns the server's configuration file. Raises ValueError for a tenant's name that cannot be one.
 
     hosts        names and addresses by which the server is reached; the first is that of the .env files
     mutual_tls   the server takes only connections that show a certificate of this folder's CA
+    at           where processes find this folder, in a container for instance; default: where it is
     """
+    at = at if at is not None else folder.resolve()
     for tenant in tenants:
         if not is_token(tenant) or tenant in _RESERVED:
             raise ValueError(f"tenant {tenant!r}: 1 to 64 of letters, digits, '_' and '-', and not reserved")
@@ -66,12 +69,13 @@ def write_config(
     _write_certificates(folder / "tls", hosts)
     config = {
         "port": port,
+        "http": "127.0.0.1:8222",
         "max_payload": MAX_PAYLOAD,
         "jetstream": {"store_dir": store},
         "tls": {
-            "cert_file": str((folder / "tls/server.pem").resolve()),
-            "key_file": str((folder / "tls/server-key.pem").resolve()),
-            "ca_file": str((folder / "tls/ca.pem").resolve()),
+            "cert_file": str(at / "tls/server.pem"),
+            "key_file": str(at / "tls/server-key.pem"),
+            "ca_file": str(at / "tls/ca.pem"),
             "verify": mutual_tls,
             "timeout": 5,
         },
@@ -81,7 +85,7 @@ def write_config(
     path = folder / CONFIG
     path.write_text(json.dumps(config, indent=2) + "\n")
     for user in (*STAGES, ADMIN, *(f"tenant-{tenant}" for tenant in known)):
-        settings = connection(folder, user, mutual_tls=mutual_tls) | {"nats_url": f"tls://{hosts[0]}:{port}"}
+        settings = connection(at, user, mutual_tls=mutual_tls) | {"nats_url": f"tls://{hosts[0]}:{port}"}
         lines = [f"GORGON_{name.upper()}={value}" for name, value in settings.items()]
         (folder / f"{user}.env").write_text("\n".join(lines) + "\n")
     return path
@@ -90,14 +94,14 @@ def write_config(
 def connection(folder: Path, user: str, *, mutual_tls: bool = False) -> dict[str, Any]:
     """Settings (shared.config.StageSettings) with which a process connects as the user."""
     settings = {
-        "nats_nkey": str((folder / "keys" / f"{user}.nk").resolve()),
-        "nats_tls_ca": str((folder / "tls/ca.pem").resolve()),
+        "nats_nkey": str(folder / "keys" / f"{user}.nk"),
+        "nats_tls_ca": str(folder / "tls/ca.pem"),
     }
     if user in STAGES:
         settings["nats_inbox_prefix"] = inbox_prefix(user)
     if mutual_tls:
-        settings["nats_tls_cert"] = str((folder / "tls/client.pem").resolve())
-        settings["nats_tls_key"] = str((folder / "tls/client-key.pem").resolve())
+        settings["nats_tls_cert"] = str(folder / "tls/client.pem")
+        settings["nats_tls_key"] = str(folder / "tls/client-key.pem")
     return settings
 
 

@@ -100,6 +100,7 @@ def server_command(
     if store_limit:
         jetstream["max_file_store"] = store_limit
     config: dict[str, Any] = json.loads(secured.read_text()) if secured is not None else {}
+    config.pop("http", None)
     config |= {
         "server_name": name,
         "host": host,
