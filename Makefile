@@ -17,12 +17,12 @@ $(VENV)/.ready: pyproject.toml
 	@echo "installing into $(VENV): torch and the stages, some minutes"
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[all]"
+	@PYTHONWARNINGS=ignore $(PIP) -e ".[all]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing what tests need"
-	@$(PIP) -e ".[dev]"
+	@PYTHONWARNINGS=ignore $(PIP) -e ".[dev]"
 	@touch $@
 
 run: $(VENV)/.ready

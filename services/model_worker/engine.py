@@ -475,7 +475,7 @@ class Engine:
             # Of the choices of a beam search only one stands for the sequence.
             sequence = self._sequences.get((token.request_id, token.choice))
             if token.finish is not None and sequence is not None:
-                token.drafted, token.accepted = sequence.acceptance.steps, sequence.acceptance.accepted
+                token.speculation = sequence.acceptance.summary() if self.trees is not None else None
                 self._forget(sequence.request)
         self._end_broken(plan.sampled, output)
 

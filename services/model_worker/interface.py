@@ -73,6 +73,26 @@ class TokenLogprobs:
     top: list[float]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestSpeculation:
+    """How guessing went for one sequence.
+
+    plain, drafted   steps without guesses, and with; the prompt's are not counted
+    accepted         by head: in how many steps its guess was accepted
+    nodes            of the trees of all drafted steps together
+    """
+
+    plain: int
+    drafted: int
+    accepted: tuple[int, ...]
+    nodes: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean over the drafted."""
+        return 1 + sum(self.accepted) / max(1, self.drafted)
+
+
 @dataclass(slots=True)
 class TokenOutput:
     """New tokens of one sequence; with choice PROMPT tokens of the prompt, in order and once, for their log-probabilities (of the
@@ -82,7 +102,7 @@ class TokenOutput:
     ids         may be empty when `finish` comes without a token (deadline, aborted); includes the id that stopped the sequence
     logprobs    one for each id, or None if the request asked for none
     stop_token  the id that stopped the sequence, with finish STOP or STOP_TOKEN
-    drafted, accepted   with a finish: in how many steps the sequence had guesses, and how many of them were accepted in all
+    speculation  with a finish, if the model has a drafter
     score      of a hypothesis of a beam search
 
     Without ids and finish it only tells that an isolated request has survived a step.
@@ -96,8 +116,7 @@ class TokenOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish: FinishReason | None = None
     stop_token: int | None = None
-    drafted: int = 0
-    accepted: int = 0
+    speculation: RequestSpeculation | None = None
     score: float | None = None
 
 

@@ -11,6 +11,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from services.model_worker.engine_api import Engine, OnFatal, OnSteps
 from services.model_worker.interface import (
@@ -21,6 +22,7 @@ from services.model_worker.interface import (
     FinishReason,
     RequestError,
     RequestRejected,
+    RequestSpeculation,
     StepOutput,
     TokenOutput,
 )
@@ -427,7 +429,14 @@ class WorkerService(Service):
         failure = logprobs = None
         finish = output.finish
         if finish is not None:
-            self.log.info("finished", request_id=run.key, epoch=run.epoch, choice=output.choice, reason=finish.value)
+            self.log.info(
+                "finished",
+                request_id=run.key,
+                epoch=run.epoch,
+                choice=output.choice,
+                reason=finish.value,
+                **_speculation_of(output.speculation),
+            )
             run.open.discard(output.choice)
             self.meter.count("gorgon_worker_finished_total", finish.value)
             if finish is FinishReason.DEADLINE:
@@ -516,3 +525,15 @@ def _speculation_detail(stats: EngineStats) -> dict[str, float]:
         return {}
     plain = speculation.steps.get(1, 0) / max(1, sum(speculation.steps.values()))
     return {"tokens_per_step": round(speculation.tokens_per_step, 3), "plain_steps": round(plain, 3)}
+
+
+def _speculation_of(speculation: RequestSpeculation | None) -> dict[str, Any]:
+    """For the log, of one sequence; nothing if there was nothing to guess."""
+    if speculation is None or not speculation.drafted:
+        return {}
+    return dict(
+        tokens_per_step=round(speculation.tokens_per_step, 3),
+        accepted_by_head=list(speculation.accepted),
+        mean_tree=round(speculation.nodes / speculation.drafted, 1),
+        plain_steps=round(speculation.plain / (speculation.plain + speculation.drafted), 3),
+    )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.model_worker.interface import SpeculationStats
+from services.model_worker.interface import RequestSpeculation, SpeculationStats
 from services.model_worker.speculation.tree import Tree
 
 MEMORY = 0.95  # of a request: a step counts half after some 14 further ones
@@ -30,13 +30,16 @@ HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 class Acceptance:
     """Of one request, running: guessed tokens accepted, and as many as its trees promised. Both fade with MEMORY.
 
-    steps, accepted   in all, with a tree
+    plain, steps   in all, without a tree and with one;  nodes: of those trees together
+    accepted       how many of the steps with a tree accepted 0, 1, 2 … guesses
     able              False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
     """
 
     able: bool = True
+    plain: int = 0
     steps: int = 0
-    accepted: int = 0
+    nodes: int = 0
+    accepted: Counter[int] = field(default_factory=Counter)
     recent: float = 0.0
     promised: float = 0.0
 
@@ -45,6 +48,16 @@ class Acceptance:
         if not self.able:
             return 0.0
         return (PRIOR_WEIGHT * average + self.recent) / (PRIOR_WEIGHT + self.promised)
+
+    def summary(self) -> RequestSpeculation:
+        return RequestSpeculation(self.plain, self.steps, tuple(_by_head(self.accepted)), self.nodes)
+
+
+def _by_head(accepted: Mapping[int, int]) -> list[int]:
+    """Steps by the number of their accepted guesses → steps in which each head's guess was accepted."""
+    return [
+        sum(count for length, count in accepted.items() if length > head) for head in range(max(accepted, default=0))
+    ]
 
 
 @dataclass(slots=True)
@@ -126,14 +139,18 @@ class TreeController:
         """How many guessed tokens were accepted for each sequence of a step."""
         self._steps[1 if tree is None else tree.size] += 1
         if tree is None:
+            for acceptance, _ in outcomes:
+                acceptance.plain += 1
             return
         promise = max(tree.expected_extra, 1e-3)
         for acceptance, accepted in outcomes:
             if not acceptance.able:
+                acceptance.plain += 1
                 continue
             self._accepted[accepted] += 1
             acceptance.steps += 1
-            acceptance.accepted += accepted
+            acceptance.nodes += tree.size
+            acceptance.accepted[accepted] += 1
             acceptance.recent = MEMORY * acceptance.recent + accepted
             acceptance.promised = MEMORY * acceptance.promised + promise
             self.average += (1.0 - AVERAGE_MEMORY) * (accepted / promise - self.average)
@@ -142,5 +159,6 @@ class TreeController:
         depth = max(tree.depth for tree in self.trees)
         # Copies: another thread may be asking.
         steps, accepted = dict(self._steps), dict(self._accepted)
-        by_head = [sum(count for length, count in accepted.items() if length > head) for head in range(depth)]
+        by_head = _by_head(accepted)
+        by_head += [0] * (depth - len(by_head))
         return SpeculationStats(steps, sum(accepted.values()), by_head, self.average)
