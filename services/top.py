@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.supervisor import STAGES
+from services.supervisor import IN_ORDER
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.presence import base_of
 
@@ -21,6 +21,7 @@ GONE_AFTER = 3.0  # seconds of silence, and at least so many intervals, after wh
 RATES = {"tokenizer": ("accepted", "req/s"), "model_worker": ("tokens", "tok/s"), "detokenizer": ("tokens", "tok/s")}
 # What else of the detail is shown.
 DETAIL = {
+    "gateway": ("port",),
     "tokenizer": (),
     "scheduler": ("live", "waiting", "unplaced", "workers", "migrations"),
     "model_worker": ("waiting", "preemptions", "outbox"),
@@ -70,7 +71,7 @@ class View:
         self.seen = {
             name: seen for name, seen in self.seen.items() if now - seen.heard < max(GONE_AFTER, 5 * seen.base.interval)
         }
-        order = {stage: n for n, stage in enumerate(STAGES)}
+        order = {stage: n for n, stage in enumerate(IN_ORDER)}
         return sorted(self.seen.values(), key=lambda s: (s.base.model, order.get(s.base.stage, 9), s.base.instance))
 
     def render(self, now: float) -> RenderableType:
