@@ -125,6 +125,18 @@ async def test_the_pipeline_works_over_tls_and_nkeys(deployment: Deployment):
     await deployment.until_idle()
 
 
+@in_module
+async def test_an_administrator_sees_every_stage_by_nats_micro(deployment: Deployment, url: str, folder: Path):
+    async with user(url, folder, "admin") as admin:
+        inbox = admin.nc.new_inbox()
+        assert await admin.may_subscribe(inbox)
+        assert await admin.may_publish("$SRV.PING", b"", reply=inbox)
+        stages = {child.name.rsplit("-", 1)[0] for child in deployment.supervisor.stages.values()}
+        async with asyncio.timeout(10):
+            while {json.loads(data)["name"] for _, data in admin.heard} != {f"gorgon-{stage}" for stage in stages}:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
 async def connects(url: str, **options: Any) -> bool:
     nc = Nats()
     try:
