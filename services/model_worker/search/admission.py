@@ -26,6 +26,8 @@ def refusal(
     params = sequence.request.params
     match sequence.strategy:
         case Strategy.BEAM_SEARCH:
+            if sequence.request.choices > params.num_beams:
+                return ErrorCode.INVALID_REQUEST, f"{sequence.request.choices} choices of {params.num_beams} beams"
             if params.num_beams > max_seqs:
                 return ErrorCode.UNSUPPORTED, f"num_beams: at most {max_seqs} sequences run here at a time"
             if candidates_needed(params.num_beams, len(sequence.stops)) > vocab_size:

@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.model_worker.interface import FinishReason
+from shared.sampling import MAX_BEAMS, MAX_STOP_TOKEN_IDS
+
+# What a step can tell of each beam: more than any request needs, unless a model has more than 16 ids that end a text.
+MAX_CANDIDATES = MAX_BEAMS + MAX_STOP_TOKEN_IDS + 16
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
