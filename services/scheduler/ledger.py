@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shared.messages import Assignment, Tombstone
 from shared.subjects import split_request_key
 
-REMEMBER_ENDED = 20_000
+REMEMBER_ENDED = 8192
 
 
 @dataclass(slots=True)

@@ -48,6 +48,10 @@ class Requests:
                 self._known.popitem(last=False)
         return known
 
+    def forget(self, seq: int) -> None:
+        """Its request has ended: a prompt may be long. Should it be needed again, it is read again."""
+        self._known.pop(seq, None)
+
     async def read(self, seq: int) -> Known | None:
         """None if it is no longer stored. Raises CodecError."""
         if (known := self._known.get(seq)) is not None:

@@ -455,6 +455,7 @@ class SchedulerService(Service):
         if not isinstance(value, m.Tombstone):
             return
         self.dispatcher.ended(entry.key, value.completion_tokens)
+        self._requests.forget(value.req_seq)
         # What ends by a stop string is aborted at the worker's next heartbeat.
         worker = ended.assignment.worker if ended is not None else ""
         if worker and value.reason != "finished" and self._responsible(entry.key):
