@@ -360,3 +360,55 @@ async def test_a_vanished_clients_request_is_cancelled_and_a_job_is_not(tmp_path
             assert (await tombstone(deployment, "job", 20.0)).reason == "finished"
             assert (await tombstone(deployment, "there", 5.0)).reason == "finished"
         assert await deployment.unrest() == []
+
+
+async def test_a_client_that_does_not_read_slows_nobody(tmp_path: Path) -> None:
+    """It asks for 32 streams with log-probabilities and never reads from its socket; what others see is as even as before."""
+    bodies = requests(4, 250)
+    async with (
+        deployed(tmp_path, DEMO, FIXED) as deployment,
+        loaded(deployment, bodies, {"plain": 1}) as workload,
+    ):
+        references = await workload.references(bodies)
+        port = deployment.supervisor.plan.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**12)
+        await reader.readline()
+        writer.write(b'CONNECT {"verbose":false,"pedantic":false}\r\nSUB deaf.> 1\r\n')
+        body: Body = dict(prompt=[10, 11, 12], max_tokens=900, ignore_eos=True, logprobs=20)
+        for number in range(32):
+            data = json.dumps(body | {"id": f"deaf-{number}", "seed": number}).encode()
+            writer.write(b"PUB llm.v1.generate.%s deaf.%d %d\r\n%s\r\n" % (MODEL.encode(), number, len(data), data))
+        await writer.drain()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await tombstone_or_running(deployment, "deaf-31")
+        await workload.keep_running(1, 16, lambda: workload.ended >= 16)
+        gaps = sorted(record.longest_gap for record in workload.records if not record.id.startswith("reference"))
+        print("longest gaps:", [round(gap, 2) for gap in gaps[-3:]])
+        assert complaints(workload, references) == {}
+        assert await deployment.migrated() == 0
+        assert gaps[len(gaps) // 2] < 1.0
+        writer.close()
+
+
+async def tombstone_or_running(deployment: Deployment, request_id: str) -> None:
+    """Until a scheduler has taken the request."""
+    assignments = await deployment.bus.bucket(subjects.BUCKET_ASSIGN)
+    async with asyncio.timeout(10):
+        while await assignments.get(subjects.request_key("default", request_id)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_long_step_is_no_hang(tmp_path: Path) -> None:
+    """Each step takes thrice as long as a worker may be silent: heartbeats and the bound that it declares say that all is well."""
+    slow = ["--engine", "fixed", "--fixed.step-time", "1.4", "--max-seqs", "8"]
+    bodies = requests(4, 3)
+    async with (
+        deployed(tmp_path, DEMO, slow) as deployment,
+        loaded(deployment, bodies, {"plain": 1}) as workload,
+    ):
+        references = await workload.references(bodies)
+        await workload.keep_running(1, 8, lambda: workload.ended >= 1)
+        assert complaints(workload, references) == {}
+        assert min(record.longest_gap for record in workload.records) > 1.0
+        assert await deployment.migrated() == 0
+        assert {child.name: child.restarts for child in deployment.supervisor.children() if child.restarts} == {}
