@@ -39,6 +39,8 @@ def outcomes_of(seeds: range, rule: str = "") -> list[Outcome | str]:
                 found.append(run_seed(seed))
             except Broken as broken:
                 found.append(str(broken))
+            except Exception as error:  # what a service, or the check itself, was not made for
+                found.append(f"seed {seed}: {error!r}")
     return found
 
 
