@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from shared.client import Client
 from shared.errors import GorgonError
+from shared.messages import PROMPT
 from tests.pipeline.harness import SHARED, Deployment, RawClient, deployed, needs_prompts, needs_weights, weights
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), needs_weights]
@@ -172,7 +173,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "deeply nested": (b'{"prompt": ' + b"[" * 100_000, "invalid_request"),
     "no prompt": ({}, "invalid_request"),
     "empty prompt": (STORY | dict(prompt=""), "invalid_request"),
-    "unknown field": (STORY | dict(best_of=3), "invalid_request"),
+    "unknown field": (STORY | dict(best=3), "invalid_request"),
     "wrong type": (STORY | dict(max_tokens="3"), "invalid_request"),
     "max_tokens 0": (STORY | dict(max_tokens=0), "invalid_request"),
     "max_tokens huge": (STORY | dict(max_tokens=10**12), "invalid_request"),
@@ -238,7 +239,14 @@ async def test_five_hundred_mixed_requests(client: RawClient, deployment: Deploy
             stop=draw.choice(([], ["Lily"], ["the", "."])),
             n=draw.choice((1, 1, 1, 2)),
             logprobs=draw.choice((None, None, 2)),
+            typical_p=draw.choice((None, None, 0.9)),
+            logit_bias=draw.choice(({}, {}, {"300": -100, "261": 1.5})),
+            bad_words=draw.choice((None, None, ["Lily", "was very"])),
+            min_tokens=draw.choice((None, None, 1)),
+            prompt_logprobs=draw.choice((None, None, None, 1)),
         )
+        if draw.random() < 0.1:
+            body["best_of"] = body["n"] + 1
         async with gate:
             answer = await client.ask(body, encoding=draw.choice(("json", "msgpack")))
             assert answer.end is not None
@@ -247,9 +255,13 @@ async def test_five_hundred_mixed_requests(client: RawClient, deployment: Deploy
             if kind == "error":
                 assert answer.code == "context_length_exceeded", answer.end
                 return
+            told = answer.ids.get(PROMPT, [])
+            assert len(told) == (0 if body["prompt_logprobs"] is None else answer.end["usage"]["prompt_tokens"])
+            assert len(answer.end["choices"]) == body["n"]
             for end in answer.end["choices"]:
                 ids = answer.ids.get(end["choice"], [])
                 text = answer.text.get(end["choice"], "")
+                assert 300 not in ids or not body["logit_bias"]
                 assert (len(ids), len(text)) == (end["tokens"], end["chars"])
                 shown = tokenizer.decode(ids)
                 if isinstance(end["stop"], str):

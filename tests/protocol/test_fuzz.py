@@ -68,7 +68,7 @@ def mutated_body(rng: random.Random) -> dict[str, Any]:
         if kind == 0 and body:
             body.pop(rng.choice(sorted(body)))
         elif kind == 1:
-            body[rng.choice(["promt", "Prompt", "", "\ud800", "x" * 1000, "best_of", "🦜"])] = odd_value(rng)
+            body[rng.choice(["promt", "Prompt", "", "\ud800", "x" * 1000, "best", "🦜"])] = odd_value(rng)
         else:
             body[field] = odd_value(rng)
     return body

@@ -319,3 +319,23 @@ def test_the_demo_model_has_heads_and_they_change_nothing() -> None:
         stats = started.engine.stats().speculation
     assert stats is not None and sum(stats.accepted) > 5
     assert [output.ids for output in outputs] == expected
+
+
+def test_choices_that_share_a_prompt_and_its_logprobs(model: Path) -> None:
+    """Forked sequences have the hidden state that the drafter wants from their own first step."""
+
+    def requests(name: str) -> list[EngineRequest]:
+        params = SamplingParams(max_tokens=30, temperature=1.1, ignore_eos=True, seed=3, prompt_logprobs=2)
+        prompt = [3 + (5 * i) % 20 for i in range(37)]
+        return [EngineRequest(name, c, 1, prompt, params, prompt_done=None if c else 0) for c in range(4)]
+
+    with running(model, load_format="dummy", speculate=False) as started:
+        plain = [output.ids for output in started.run(requests("a"))]
+        told = started.prompts["a", 1]
+    with speculating(model, max_batched_tokens=40) as started:
+        noise = [started.submit(sampled(f"n{i}", PROMPT, seed=i)) for i in range(3)]
+        assert [output.ids for output in started.run(requests("a"))] == plain
+        started.wait(noise)
+        again = started.prompts["a", 1]
+        assert again.ids == told.ids and len(again.logprobs) == 37
+        assert [e.chosen for e in again.logprobs] == pytest.approx([e.chosen for e in told.logprobs], abs=1e-4)
