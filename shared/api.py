@@ -104,6 +104,10 @@ class Structured(Strict):
         return self
 
 
+class NamedTool(Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class GenerateRequest(Strict):
     """The body of a request. Exactly one of `prompt` and `messages`. Sampling fields: see shared/sampling.py.
 
@@ -117,7 +121,8 @@ class GenerateRequest(Strict):
     # Without fail_fast each of a million wrong items would become a complaint of its own.
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
-    tool_choice: Literal["auto", "none"] | None = None  # with tools: "auto" unless given
+    # With tools: "auto" unless given. "required" demands a call, a name a call of that tool.
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -203,6 +208,10 @@ class GenerateRequest(Strict):
 
     @model_validator(mode="after")
     def _structured_ends(self) -> GenerateRequest:
+        if self.structured is not None and self.demands_call:
+            raise ValueError("'structured' and 'tool_choice' both say what the text must be")
+        if self.demands_call and self.ignore_eos:
+            raise ValueError("'tool_choice' says where the text ends: 'ignore_eos' contradicts it")
         if self.structured is not None and self.ignore_eos:
             raise ValueError("'structured' says where the text ends: 'ignore_eos' contradicts it")
         return self
@@ -219,6 +228,8 @@ class GenerateRequest(Strict):
             raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
         if self.tools is None and self.tool_choice is not None:
             raise ValueError("'tool_choice' needs 'tools'")
+        if not self.tools and self.demands_call:
+            raise ValueError("'tool_choice' demands a call, but there are no 'tools'")
         return self
 
     @model_validator(mode="after")
@@ -239,6 +250,10 @@ class GenerateRequest(Strict):
             for name, value in given.items()
             if value != defaults[name].get_default(call_default_factory=True)
         }
+
+    @property
+    def demands_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def uses_tools(self) -> bool:

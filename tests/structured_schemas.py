@@ -32,6 +32,37 @@ def bfcl_schemas(limit: int | None = None) -> list[Schema]:
     return list(found.values())[:limit]
 
 
+def bfcl_tools(limit: int | None = None) -> list[Schema]:
+    """BFCL's functions as tools, one for each name, small enough for a small model: closed, with short texts and lists."""
+    found: dict[str, Schema] = {}
+    for name in ("BFCL_v4_simple_python.json", "BFCL_v4_multiple.json"):
+        path = SHARED / "data/prompts" / name
+        for line in path.read_text().splitlines() if path.exists() else ():
+            for function in json.loads(line)["function"]:
+                parameters = _bounded(_translated(function["parameters"]))
+                description = {
+                    "name": function["name"],
+                    "description": function["description"],
+                    "parameters": parameters,
+                }
+                found.setdefault(function["name"], {"type": "function", "function": description})
+    return list(found.values())[:limit]
+
+
+def _bounded(schema: Schema) -> Schema:
+    more: Schema = {}
+    if schema.get("type") == "object":
+        more = {
+            "additionalProperties": False,
+            "properties": {k: _bounded(v) for k, v in schema.get("properties", {}).items()},
+        }
+    elif schema.get("type") == "array":
+        more = {"maxItems": 2, "items": _bounded(schema.get("items", {"type": "integer"}))}
+    elif schema.get("type") == "string" and "enum" not in schema:
+        more = {"maxLength": 16}
+    return schema | more
+
+
 def _translated(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema

@@ -12,7 +12,17 @@ import structlog
 
 from services.tokenizer.chat_template import MAX_CHARS
 from services.tokenizer.model_files import ModelFiles
-from shared.api import DEFAULT_TENANT, GenerateRequest, check_tenant, decode_body, encoding_of, hash_body, parse_request
+from services.tokenizer.tool_choice import forced_call
+from shared.api import (
+    DEFAULT_TENANT,
+    GenerateRequest,
+    NamedTool,
+    check_tenant,
+    decode_body,
+    encoding_of,
+    hash_body,
+    parse_request,
+)
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import ReplyTo, Request
@@ -138,12 +148,15 @@ class Admission:
 
     def _constraint(self, asked: GenerateRequest) -> str:
         """Not compiled yet: that may take long."""
-        if asked.structured is None:
-            return ""
         try:
-            return constraint_of(asked.structured)
+            if asked.demands_call:
+                name = asked.tool_choice.name if isinstance(asked.tool_choice, NamedTool) else None
+                files = self._files
+                return forced_call(files.tool_format, asked.tools or (), name, files.encoder.added_id)
+            return constraint_of(asked.structured) if asked.structured is not None else ""
         except ConstraintError as error:
-            raise GorgonError(ErrorCode.INVALID_REQUEST, f"structured: {error}") from None
+            field = "tool_choice" if asked.demands_call else "structured"
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {error}") from None
 
     def _prompt_ids(self, asked: GenerateRequest, body: Mapping[str, Any], context: int | None) -> list[int]:
         if isinstance(asked.prompt, list):

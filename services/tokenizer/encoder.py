@@ -13,6 +13,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -28,6 +29,10 @@ class Encoder:
         bare = word.lstrip() or word
         encoded = (tuple(self.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}"))
         return list(dict.fromkeys(ids for ids in encoded if ids))
+
+    def added_id(self, text: str) -> int | None:
+        """Of a token that the tokenizer has beside its vocabulary, special or not."""
+        return self._added.get(text)
 
     def to_json(self) -> str:
         """As tokenizer.json holds it."""
