@@ -327,11 +327,13 @@ class SchedulerService(Service):
         span.event("fenced")
         prefix = await self._prefix(key, epoch)
         if prefix is None:
+            span.end(error="it has ended, or goes on in a higher epoch")
             return True
         if died:
             assignment = after_death(assignment, sum(map(len, prefix.generated)) // 4, named=bool(suspects))
             if is_guilty(assignment):
                 await self._quarantine(known, assignment, prefix)
+                span.end(error=ErrorCode.QUARANTINED)
                 return True
         isolated, length = is_isolated(assignment), sum(map(len, prefix.generated)) // 4
         try:

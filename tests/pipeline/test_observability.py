@@ -20,6 +20,7 @@ from typing import Any
 import nats.micro
 import pytest
 import pytest_asyncio
+import yaml
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -232,6 +233,22 @@ async def test_nats_micro_shows_every_stage(client: RawClient, deployment: Deplo
         assert {endpoint["subject"] for endpoint in delivery["endpoints"]} == answered
     finally:
         await native.stop()
+
+
+@module_loop
+async def test_the_consumers_that_keda_looks_at_are_there(client: RawClient) -> None:
+    """In a running deployment, by the manifests' names; what is their lag is 0 when nothing waits."""
+    await client.ask(dict(prompt="a", max_tokens=2))
+    stream = client.nc.jetstream()
+    looked_at = set()
+    for path in (ROOT / "deploy/kubernetes/keda").glob("*.yaml"):
+        for trigger in (yaml.safe_load(path.read_text()).get("spec") or {}).get("triggers", ()):
+            if trigger["type"] == "nats-jetstream":
+                looked_at.add((trigger["metadata"]["stream"], trigger["metadata"]["consumer"]))
+    assert len(looked_at) == 5
+    for name, consumer in looked_at:
+        info = await stream.consumer_info(name, consumer)  # raises NotFoundError
+        assert (info.num_pending, info.num_ack_pending) == (0, 0)
 
 
 async def gorgon(*arguments: str) -> str:
