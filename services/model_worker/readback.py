@@ -10,12 +10,8 @@ from torch import Tensor
 from services.model_worker.interface import TokenLogprobs
 from services.model_worker.prompt_logprobs import Logprobs, PromptBuffers, prompt_reports
 from services.model_worker.sampler import Sampled
-from services.model_worker.search.beam import Candidates
+from services.model_worker.search.beam import MAX_CANDIDATES, Candidates
 from services.model_worker.step_plan import StepPlan
-from shared.sampling import MAX_BEAMS, MAX_STOP_TOKEN_IDS
-
-# Of a beam: as many as there are beams, and all stop ids, those of the model included. More than MAX_LOGPROBS.
-MAX_CANDIDATES = MAX_BEAMS + MAX_STOP_TOKEN_IDS + 16
 
 
 @dataclass(slots=True)
@@ -100,6 +96,7 @@ class Readback:
         pinned = device.type == "cuda"
         self.ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
         self.chosen = torch.empty(rows, dtype=torch.float32, pin_memory=pinned)
+        # Wider than MAX_LOGPROBS.
         self.top = torch.empty(rows * MAX_CANDIDATES, dtype=torch.float32, pin_memory=pinned)
         self.top_ids = torch.empty(rows * MAX_CANDIDATES, dtype=torch.int64, pin_memory=pinned)
         self.prompts = PromptBuffers(prompt_rows, pinned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.model_worker.search.beam import candidates_needed
+from services.model_worker.search.beam import MAX_CANDIDATES, candidates_needed
 from services.model_worker.search.beam_group import blocks_needed
 from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence
@@ -30,8 +30,8 @@ def refusal(
                 return ErrorCode.INVALID_REQUEST, f"{sequence.request.choices} choices of {params.num_beams} beams"
             if params.num_beams > max_seqs:
                 return ErrorCode.UNSUPPORTED, f"num_beams: at most {max_seqs} sequences run here at a time"
-            if candidates_needed(params.num_beams, len(sequence.stops)) > vocab_size:
-                return ErrorCode.INVALID_REQUEST, "num_beams: fewer tokens than beams and stop ids"
+            if candidates_needed(params.num_beams, len(sequence.stops)) > min(vocab_size, MAX_CANDIDATES):
+                return ErrorCode.INVALID_REQUEST, "num_beams: too many beams and stop ids for this vocabulary"
             needed = blocks_needed(sequence.prompt_len, sequence.limit, params.num_beams, block_size)
             if needed > num_blocks:
                 message = f"{params.num_beams} beams of {sequence.limit} tokens need {needed} blocks of KV cache of {num_blocks}"

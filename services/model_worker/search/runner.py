@@ -27,7 +27,7 @@ from services.model_worker.search.contrastive import (
 from services.model_worker.sequence import Sequence
 from services.model_worker.step_plan import Chunk, SchedulerLimits, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
-from shared.sampling import MAX_BEAMS, MAX_LOGPROBS
+from shared.sampling import MAX_BEAMS, MAX_CONTRASTIVE, MAX_LOGPROBS
 
 
 class _ChunkRows(NamedTuple):
@@ -95,7 +95,7 @@ class SearchRunner:
         return [run() for run in chosen], [run() for run in candidates]
 
     def rehearse(self, nobody: Tensor, cache: KVCache) -> None:
-        """The pass that takes the most memory, on slots that are nobody's, int64. Writes nothing that matters before the first step."""
+        """What takes the most memory, on slots that are nobody's, int64. Writes nothing that matters before the first step."""
         rows = self._max_seqs
         zeros = torch.zeros(3 * rows, dtype=torch.int32, device=nobody.device)
         if self.amateur is None:
@@ -104,6 +104,9 @@ class SearchRunner:
         else:
             everything = SamplingMode(random=True, filters=True, logprobs=MAX_LOGPROBS, typical=True)
             self._run_guided(nobody, zeros, rows, 1, everything, cache)
+        if self.memories is not None:
+            longest = self.memories.directions[0]
+            degeneration(longest, zeros[:1], longest[:MAX_CONTRASTIVE])
 
     # ---- beams
 
