@@ -39,14 +39,7 @@ def _decodes(sequence: Sequence) -> bool:
     if sequence.group is not None:  # which beams go on must be known
         return sequence.computed >= sequence.prefill_end and not sequence.inflight
     known = len(sequence.tokens) + sequence.pending
-    left = 0 if sequence.strategy is Strategy.CONTRASTIVE_SEARCH else 1
-    return sequence.computed == known - left and known < sequence.limit
-
-
-def _is_prompt(sequence: Sequence) -> bool:
-    """It has known tokens to compute in chunks; a last one alone makes a row of a decode."""
-    left = 0 if sequence.strategy is Strategy.CONTRASTIVE_SEARCH else 1
-    return sequence.computed < len(sequence.tokens) - left and not sequence.pending
+    return sequence.computed == known - sequence.lag and known < sequence.limit
 
 
 class BatchScheduler:
@@ -168,7 +161,8 @@ class BatchScheduler:
         self._plan_decodes(plan, pick_tree)
         budget = self.limits.max_batched_tokens - plan.rows
         for sequence in self.running:
-            if budget and _is_prompt(sequence):
+            # A last known token alone makes a row of a decode.
+            if not sequence.pending and budget and sequence.computed < len(sequence.tokens) - sequence.lag:
                 budget -= self._plan_chunk(plan, sequence, budget)
         while budget and (admitted := self._admit(plan, alone)):
             if admitted.computed < admitted.prefill_end:
@@ -197,8 +191,10 @@ class BatchScheduler:
 
     def _plan_decodes(self, plan: StepPlan, pick_tree: PickTree | None) -> None:
         ready = [sequence for sequence in self.running if _decodes(sequence)]
-        plain = [sequence for sequence in ready if sequence.strategy is Strategy.SAMPLING]
-        room = self.limits.max_batched_tokens - sum(s.step_rows for s in ready if s.strategy is not Strategy.SAMPLING)
+        plain = [sequence for sequence in ready if sequence.plain]
+        room = self.limits.max_batched_tokens
+        if len(plain) < len(ready):
+            room -= sum(sequence.step_rows for sequence in ready if not sequence.plain)
         if pick_tree is not None and plain:
             tree = pick_tree(plain)
             # Guesses are worth no preemption, and no search has to wait for them.
@@ -208,18 +204,15 @@ class BatchScheduler:
                 and len(plain) * tree.size <= room
             ):
                 plan.tree = tree
-        depth = 0 if plan.tree is None else plan.tree.depth
-        index = 0
-        # Preemption takes sequences from the end of the list, never one that this loop has passed.
-        while index < len(self.running):
-            sequence = self.running[index]
-            index += 1
-            if not _decodes(sequence):
+        nodes, depth = plan.nodes, 0 if plan.tree is None else plan.tree.depth
+        for sequence in ready:
+            # Preemption takes sequences from the end of the list, never one that this loop has passed.
+            if sequence.status is not Status.RUNNING:
                 continue
-            if sequence.strategy is not Strategy.SAMPLING:
+            if not sequence.plain:
                 self._plan_search(plan, sequence)
                 continue
-            if (missing := self._missing(sequence, plan.nodes)) and not self._grow(plan, sequence, missing):
+            if (missing := self._missing(sequence, nodes)) and not self._grow(plan, sequence, missing):
                 continue
             sequence.computed += 1
             sequence.pending += 1

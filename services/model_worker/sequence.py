@@ -43,8 +43,8 @@ class Sequence:
 
     __slots__ = (
         "acceptance", "block_hashes", "blocks", "cached", "candidates", "computed", "device_row", "edit_row", "group", "inflight",
-        "limit", "matcher", "memory", "order", "pending", "prompt_len", "registered", "released", "reported", "request",
-        "sampling_mode", "slack", "slot", "status", "stops", "strategy", "tokens", "verified",
+        "lag", "limit", "matcher", "memory", "order", "pending", "plain", "prompt_len", "registered", "released", "reported",
+        "request", "sampling_mode", "slack", "slot", "status", "stops", "strategy", "tokens", "verified",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, arrival: int, eos_ids: Collection[int], max_model_len: int) -> None:
@@ -60,7 +60,11 @@ class Sequence:
         self.stops = {} if params.ignore_eos else dict.fromkeys(eos_ids, FinishReason.STOP)
         self.stops.update(dict.fromkeys(params.stop_token_ids, FinishReason.STOP_TOKEN))
         self.strategy = Strategy.of(params)
-        self.candidates = params.top_k if self.strategy is Strategy.CONTRASTIVE_SEARCH else 1
+        self.plain = self.strategy is Strategy.SAMPLING
+        # Candidates of a step, and newest tokens that are not in the cache yet when it begins: contrastive search tries, and so
+        # computes, its next token in the step that chooses it.
+        contrastive = self.strategy is Strategy.CONTRASTIVE_SEARCH
+        self.candidates, self.lag = (params.top_k, 0) if contrastive else (1, 1)
         self.group: BeamGroup | None = None
         if self.strategy is Strategy.BEAM_SEARCH:
             self.group = BeamGroup(request, self.stops, self.limit - self.prompt_len)
