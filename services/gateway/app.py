@@ -98,6 +98,7 @@ def build_app(
     ) -> Response:
         """A chat, rendered by the model's template."""
         check_model(asked.model)
+        caller.count(asyncio.get_running_loop().time())
         deadline, key = _deadline(timeout), _key(idempotency_key)
         return await completions.chat(request, asked, caller, deadline, key, last_event_id)
 
@@ -112,6 +113,7 @@ def build_app(
     ) -> Response:
         """The continuation of one prompt or several."""
         check_model(asked.model)
+        caller.count(asyncio.get_running_loop().time())
         deadline, key = _deadline(timeout), _key(idempotency_key)
         return await completions.text(request, asked, caller, deadline, key, last_event_id)
 

@@ -4,7 +4,8 @@ The key file is TOML, one table a key; only the key's SHA-256 is in it (`printf 
 
     [keys.alice]
     sha256 = "9f86d081…"
-    tenant = "alice"        # default: the table's name
+    tenant = "alice"              # default: the table's name
+    requests_per_minute = 600     # of generation, in each gateway; default: any number
 
 Without a file everybody is let in as the default tenant.
 """
@@ -18,16 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.gateway.errors import INVALID_REQUEST, ApiError
+from services.gateway.rate_limit import Bucket
 from shared.api import DEFAULT_TENANT
 from shared.subjects import is_token
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is. `key_name` is the key's name in the file, for logs; empty where no keys are asked for."""
+    """Whose request it is. `key_name` is the key's name in the file, for logs; empty where no keys are asked for. `bucket` counts
+    what it asks for, if that is limited."""
 
     tenant: str = DEFAULT_TENANT
     key_name: str = ""
+    bucket: Bucket | None = None
+
+    def count(self, now: float) -> None:
+        """A request that generates. Raises ApiError 429."""
+        if self.bucket is not None:
+            self.bucket.take(now)
 
 
 class Authenticator:
@@ -49,7 +58,12 @@ class Authenticator:
                 raise ValueError(f"{path}: keys.{name}.sha256 is not a SHA-256 in hexadecimal")
             if not is_token(tenant):
                 raise ValueError(f"{path}: keys.{name}.tenant: 1 to 64 of letters, digits, '_' and '-'")
-            keys[digest] = Caller(tenant, name)
+            limit = table.get("requests_per_minute")
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 1):
+                raise ValueError(f"{path}: keys.{name}.requests_per_minute: a number, at least 1")
+            if unknown := table.keys() - {"sha256", "tenant", "requests_per_minute"}:
+                raise ValueError(f"{path}: keys.{name}: unknown: {', '.join(sorted(unknown))}")
+            keys[digest] = Caller(tenant, name, Bucket(limit) if limit is not None else None)
         return cls(keys)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
