@@ -146,6 +146,9 @@ class Engine:
         self.info, self.scheduler, self.runner, self.trees = parts
         self.constraints = Constraints.load(self.config.model, self.info.vocab_size, self.info.eos_ids)
         self.masks = self.runner.token_masks(self.constraints.special_ids)
+        if self.constraints.available:
+            with self.runner.context():
+                self.masks.warm_up(self.runner.ops, self.runner.decoder.weights.embedding.dtype)
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
 

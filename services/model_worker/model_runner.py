@@ -138,7 +138,7 @@ class ModelRunner:
     def token_masks(self, special_ids: Collection[int]) -> TokenMasks:
         """Tables for the masks of the largest step."""
         with self.context():
-            rows = self.limits.max_seqs + self._max_tree_rows
+            rows = max(2, self.limits.max_seqs + self._max_tree_rows)
             return TokenMasks(rows, self.decoder.config.vocab_size, self.device, special_ids)
 
     # ---- one step

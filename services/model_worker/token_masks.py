@@ -160,10 +160,12 @@ class TokenMasks:
         torch.cuda.current_stream().wait_event(self._uploaded)
 
     def warm_up(self, ops: Ops, dtype: torch.dtype) -> None:
-        """Compiles what `fill`'s result is used with."""
+        """Compiles what the choice of tokens does with `fill`'s result. Triton compiles a kernel anew for a pointer that is not
+        aligned, as that of a part of the rows may be."""
         for kind in {dtype, torch.float32}:
             logits = torch.zeros(1, self._vocab_size, dtype=kind, device=self._masks.device)
-            ops.apply_token_bitmask(logits, self._masks, self._mask_rows[:1])
+            for first in (0, 1):
+                ops.apply_token_bitmask(logits, self._masks, self._mask_rows[first : first + 1])
 
     def close(self) -> None:
         self._walkers.shutdown(wait=False, cancel_futures=True)

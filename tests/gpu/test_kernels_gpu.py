@@ -272,6 +272,18 @@ def test_batch_invariant_products_of_thousands_of_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("vocabulary", [4096, 151936, 151937])
+def test_token_bitmask(ops, dtype, vocabulary):
+    torch.manual_seed(0)
+    logits = torch.randn(33, vocabulary, device="cuda").to(dtype)
+    masks = torch.randint(-(1 << 31), 1 << 31, (20, -(-vocabulary // 32)), dtype=torch.int64, device="cuda").int()
+    rows = torch.randint(-1, 20, (34,), dtype=torch.int32, device="cuda")
+    for part in (rows[:33], rows[1:]):  # aligned and not
+        expected = ReferenceOps().apply_token_bitmask(logits.clone(), masks, part)
+        assert torch.equal(ops.apply_token_bitmask(logits.clone(), masks, part), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_sample(ops, dtype):
     rows = 64
     logits = (torch.randn(rows, VOCABULARY, device="cuda") * 3).to(dtype)
