@@ -58,17 +58,17 @@ def complaint(text: str, schema: dict[str, Any]) -> str:
     return "" if error is None else error.message
 
 
-def validity(count: int, max_tokens: int, seed: int) -> int:
+def validity(first: int, count: int, max_tokens: int, seed: int) -> int:
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     schemas = list(HARD.items())
-    schemas += [(f"BFCL {index}", schema) for index, schema in enumerate(bfcl_schemas(max(0, count - len(schemas))))]
-    schemas = schemas[:count]
+    schemas += [(f"BFCL {index}", schema) for index, schema in enumerate(bfcl_schemas())]
+    schemas = schemas[first : first + count]
     prompt = tokenizer.encode(PROMPT).ids
     harness = started(max_seqs=32, max_waiting=len(schemas))
     start = time.perf_counter()
     outputs = {}
     for index, (name, schema) in enumerate(schemas):
-        params = dict(max_tokens=max_tokens, temperature=1.0, seed=seed + index)
+        params = dict(max_tokens=max_tokens, temperature=1.0, seed=seed + first + index)
         outputs[name] = harness.submit(request(name, prompt, json_constraint(schema), **params))
     harness.wait_for(lambda: all(o.finish or o.error for o in outputs.values()), timeout=3600)
     seconds = time.perf_counter() - start
@@ -165,6 +165,7 @@ def masks(path: Path, eos: int, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemas", type=int, default=500)
+    parser.add_argument("--first", type=int, default=0, help="schemas to leave out before")
     parser.add_argument("--max-tokens", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speed", action="store_true")
@@ -178,7 +179,7 @@ def main() -> None:
     elif arguments.speed:
         speed(arguments.rounds)
     else:
-        sys.exit(validity(arguments.schemas, arguments.max_tokens, arguments.seed))
+        sys.exit(validity(arguments.first, arguments.schemas, arguments.max_tokens, arguments.seed))
 
 
 if __name__ == "__main__":
