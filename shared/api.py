@@ -123,6 +123,7 @@ class GenerateRequest(Strict):
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # handed to the chat template
     # With tools: "auto" unless given. "required" demands a call, a name a call of that tool.
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True  # false: at most one call
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
@@ -228,6 +229,8 @@ class GenerateRequest(Strict):
             raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
         if self.tools is None and self.tool_choice is not None:
             raise ValueError("'tool_choice' needs 'tools'")
+        if self.tools is None and not self.parallel_tool_calls:
+            raise ValueError("'parallel_tool_calls' needs 'tools'")
         if not self.tools and self.demands_call:
             raise ValueError("'tool_choice' demands a call, but there are no 'tools'")
         return self

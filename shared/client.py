@@ -25,7 +25,7 @@ from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import PROMPT
-from shared.tool_calls import FORMATS, Parsed, ToolCall, ToolCallDelta, ToolCallParser
+from shared.tool_calls import MARKERS, Parsed, ToolCall, ToolCallDelta, ToolCallParser
 
 log = structlog.get_logger()
 
@@ -303,7 +303,7 @@ class Stream:
         if self._tool_format == "" or not choice.begins or index == PROMPT:
             return Parsed(text)
         choice.unread += text
-        if self._tool_format not in FORMATS:
+        if self._tool_format not in MARKERS:
             return Parsed("")
         if choice.parser is None:
             choice.parser = ToolCallParser(self._tool_format, self.id, index)

@@ -29,6 +29,10 @@ MARKERS: dict[str, tuple[str, ...]] = {
     "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
 }
 FORMATS = tuple(MARKERS)
+# The same, but only the first call is one: what follows it is text.
+_SINGLE = "-single"
+SINGLE = {format: format + _SINGLE for format in FORMATS}
+MARKERS |= {SINGLE[format]: MARKERS[format] for format in FORMATS}
 
 _ARGUMENTS = ("arguments", "parameters")
 _KEYS = frozenset({"name", "type", "id", *_ARGUMENTS})
@@ -78,7 +82,7 @@ def call_id(request_id: str, choice: int, index: int) -> str:
 
 
 class ToolCallParser:
-    """The calls of one choice. Raises ValueError for a format that is none of FORMATS.
+    """The calls of one choice. Raises ValueError for a format that is none of FORMATS or SINGLE's.
 
         parser = ToolCallParser("hermes", request_id, choice)
         for text in pieces:
@@ -91,8 +95,9 @@ class ToolCallParser:
 
     def __init__(self, format: str, request_id: str = "", choice: int = 0) -> None:
         if format not in MARKERS:
-            raise ValueError(f"no tool call format {format!r}: one of {', '.join(FORMATS)}")
-        self._format = format
+            raise ValueError(f"no tool call format {format!r}: one of {', '.join(MARKERS)}")
+        self._single = format.endswith(_SINGLE)
+        self._format = format.removesuffix(_SINGLE)
         self._opener = MARKERS[format][0]
         self._request_id = request_id
         self._choice = choice
@@ -112,6 +117,10 @@ class ToolCallParser:
         self._space = ""  # of the content: shown when more content follows
         self._last = ""  # character of the content, to know where a line begins
         self._blank = True  # so far there was nothing but whitespace
+
+    @property
+    def _full(self) -> bool:
+        return self._single and bool(self._calls)
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -230,6 +239,9 @@ class ToolCallParser:
     # ------------------------------------------------ states: each takes text from `at` on and returns how far it came
 
     def _text(self, text: str, at: int) -> int:
+        if self._full:
+            self._show(text[at:])
+            return len(text)
         found, is_whole = _find(self._opener, text, at)
         bare = self._find_bare(text, at, found) if self._format == "llama3" else None
         if bare is not None:
@@ -291,6 +303,8 @@ class ToolCallParser:
                 self._to_text()
                 self._settled = True
                 return at + len(closer)
+        if self._full:
+            raise Malformed("one call too many", at)
         if self._format == "llama3" and char in ";,":
             self._state = self._before_next
             return at + 1
@@ -300,6 +314,8 @@ class ToolCallParser:
         raise Malformed("no call", at)
 
     def _after_in_list(self, text: str, at: int) -> int:
+        if self._full and text[at] != "]":
+            raise Malformed("one call too many", at)
         if text[at] == "]":
             self._in_list = False
             self._settled = True

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from services.gateway.errors import refused
-from shared.tool_calls import FORMATS
+from shared.tool_calls import MARKERS
 
 _ID = re.compile(r"[0-9a-f]{32}\Z")
 _CHOICE = re.compile(r"(\d{1,6})\.(\d{1,9})\.(\d{1,9})(f?)\Z")
@@ -60,7 +60,7 @@ def parse_cursor(text: str) -> Cursor:
             parts.pop()
         if parts and parts[-1][:1] == "x":
             cursor.tool_format = parts.pop()[1:]
-            if cursor.tool_format and cursor.tool_format not in FORMATS:
+            if cursor.tool_format and cursor.tool_format not in MARKERS:
                 raise ValueError
         for part in parts:
             match = _CHOICE.match(part)

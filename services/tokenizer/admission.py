@@ -30,6 +30,7 @@ from shared.sampling import MAX_BAD_WORD_TOKENS, SamplingParams
 from shared.strategies import strategy_of
 from shared.structured import ConstraintError, constraint_of
 from shared.subjects import is_token, request_key
+from shared.tool_calls import SINGLE
 from shared.traceparent import trace_id_of
 
 log = structlog.get_logger()
@@ -141,10 +142,15 @@ class Admission:
             metadata=asked.metadata,
             trace=to.trace,
             tokenize_ms=(time.perf_counter() - started) * 1e3,
-            tool_format=self._files.tool_format if asked.uses_tools else "",
+            tool_format=self._tool_format(asked),
             constraint=self._constraint(asked),
         )
         return Admitted(request, to, len(ids))
+
+    def _tool_format(self, asked: GenerateRequest) -> str:
+        """How calls are to be looked for in the text, "" if they are not."""
+        name = self._files.tool_format if asked.uses_tools else ""
+        return name if asked.parallel_tool_calls else SINGLE.get(name, "")
 
     def _constraint(self, asked: GenerateRequest) -> str:
         """Not compiled yet: that may take long."""
@@ -152,7 +158,8 @@ class Admission:
             if asked.demands_call:
                 name = asked.tool_choice.name if isinstance(asked.tool_choice, NamedTool) else None
                 files = self._files
-                return forced_call(files.tool_format, asked.tools or (), name, files.encoder.added_id)
+                several = name is None and asked.parallel_tool_calls
+                return forced_call(files.tool_format, asked.tools or (), name, files.encoder.added_id, several)
             return constraint_of(asked.structured) if asked.structured is not None else ""
         except ConstraintError as error:
             field = "tool_choice" if asked.demands_call else "structured"

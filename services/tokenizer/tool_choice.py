@@ -38,9 +38,14 @@ def tools_of(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
 
 
 def forced_call(
-    tool_format: str, tools: Sequence[Mapping[str, Any]], name: str | None, special_id: Callable[[str], int | None]
+    tool_format: str,
+    tools: Sequence[Mapping[str, Any]],
+    name: str | None,
+    special_id: Callable[[str], int | None],
+    several: bool = False,
 ) -> str:
-    """The constraint (shared.structured) of calls of one tool, or with `name` None of any.
+    """The constraint (shared.structured) of a call of one tool, or with `name` None of any; with `several` of one or more, where the
+    format allows that.
 
     special_id   of a token that the tokenizer has beside its vocabulary: a marker that is one must be written as one
 
@@ -59,8 +64,7 @@ def forced_call(
         for tool in wanted
         for before, after in [_frame(tool_format, tool.name, special_id)]
     ]
-    # Only Hermes' calls stand one after another by themselves; a named tool is called once.
-    separator = "\n" if tool_format == "hermes" and name is None else None
+    separator = "\n" if tool_format == "hermes" and several else None
     return tool_constraint(alternatives, separator=separator)
 
 

@@ -102,7 +102,7 @@ def test_defaults_and_every_field():
     assert (request.n, request.stop, request.temperature, request.tenant) == (1, [], None, "default")
     body = {
         "id": "r-1", "tenant": "t_1", "model": "m", "messages": [{"role": "user", "content": "x", "name": "bob"}],
-        "tools": [{}], "tool_choice": "auto", "chat_template_kwargs": {"a": 1},
+        "tools": [{}], "tool_choice": "auto", "parallel_tool_calls": True, "chat_template_kwargs": {"a": 1},
         "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 0,
         "min_p": 0.1, "seed": 2**63 - 1, "n": 16, "stop": "x", "stop_token_ids": [1], "ignore_eos": True,
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 2, "logprobs": 0, "priority": -100,

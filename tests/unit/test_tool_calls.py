@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.tool_calls import FORMATS, MARKERS, ToolCall, ToolCallParser, call_id, parse
+from shared.tool_calls import FORMATS, MARKERS, SINGLE, ToolCall, ToolCallParser, call_id, parse
 
 WEATHER = '{"city": "Zürich", "days": 3}'
 
@@ -155,6 +155,21 @@ def test_a_broken_call_harms_no_other():
     assert content == "}}</tool_call>"
 
 
+@pytest.mark.parametrize(
+    ("format", "text", "content"),
+    [("hermes", '<tool_call>{"name": "a", "arguments": {}}</tool_call>\n<tool_call>{"name": "b", "arguments": {}}</tool_call>',
+      '\n<tool_call>{"name": "b", "arguments": {}}</tool_call>'),
+     ("hermes", '<tool_call>{"name": "a", "arguments": {}}\n{"name": "b", "arguments": {}}</tool_call>',
+      '\n{"name": "b", "arguments": {}}</tool_call>'),
+     ("llama3", '{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}', '; {"name": "b", "parameters": {}}'),
+     ("mistral", '[TOOL_CALLS][{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}]', ', {"name": "b", "arguments": {}}]'),
+     ("mistral", "[TOOL_CALLS]a[ARGS]{}[TOOL_CALLS]b[ARGS]{}", "[TOOL_CALLS]b[ARGS]{}")],
+)  # fmt: skip
+def test_a_single_call_and_the_rest_is_text(format: str, text: str, content: str):
+    assert found(SINGLE[format], text) == (content, [("a", {})])
+    assert len(found(format, text)[1]) == 2
+
+
 def test_unknown_format():
     with pytest.raises(ValueError, match="hermes"):
         ToolCallParser("xml")
@@ -170,7 +185,7 @@ PIECES = [
 texts = st.lists(st.sampled_from(PIECES), max_size=24).map("".join) | st.text(max_size=40)
 
 
-@given(st.sampled_from(FORMATS), texts, st.data())
+@given(st.sampled_from([*FORMATS, *SINGLE.values()]), texts, st.data())
 @settings(max_examples=600, deadline=None)
 def test_any_cut_gives_the_same(format: str, text: str, data: st.DataObject):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))

@@ -68,7 +68,7 @@ def test_every_text_that_is_allowed_is_a_call(format: str, marked: bool):
     names = set()
     for seed in range(8):
         for name in ("weather.get", "time", None):
-            constraint = forced_call(format, TOOLS, name, encoder.added_id)
+            constraint = forced_call(format, TOOLS, name, encoder.added_id, several=name is None)
             text = walk(vocabulary, constraint, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), seed)
             text = text.replace("<eos>", "")
             assert any(marker in text for marker in MARKERS[format][:1]) or format == "llama3"

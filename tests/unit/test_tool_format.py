@@ -77,6 +77,7 @@ def test_only_requests_with_tools_are_read_for_calls():
     assert format_of(tools=[TOOL]) == "hermes"
     assert format_of(tools=[TOOL], tool_choice="auto") == "hermes"
     assert format_of(tools=[TOOL], tool_choice="none") == ""
+    assert format_of(tools=[TOOL], parallel_tool_calls=False) == "hermes-single"
     assert format_of(tools=[]) == ""
     assert format_of() == ""
     for wrong in (
