@@ -15,7 +15,7 @@ from services.gateway.vocabulary import Vocabulary
 from shared.client import Delta
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT
-from shared.tool_calls import FORMATS, parse
+from shared.tool_calls import MARKERS, parse
 
 
 @dataclass(slots=True)
@@ -267,7 +267,7 @@ def format_of(generation: Generation) -> str:
         if "tool_calls" in ended:
             text = "".join(delta.text for delta in generation.deltas if delta.choice == ended["choice"])
             told = [(call["id"], call["name"], call["arguments"]) for call in ended["tool_calls"]]
-            for name in FORMATS:
+            for name in MARKERS:
                 content, calls = parse(name, text, generation.id, ended["choice"])
                 if content == ended["content"] and [call[:3] for call in calls] == told:
                     return name
