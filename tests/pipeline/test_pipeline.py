@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.pipeline.harness import SHARED, Deployment, RawClient, deployed, need
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), needs_weights]
 MODEL = "stories"
 FOLDER = weights("stories260K")
+ROOT = Path(__file__).resolve().parents[2]
 STORY = dict(prompt="One day, a little girl named Lily", max_tokens=40, temperature=0)
 
 
@@ -212,6 +214,30 @@ async def test_the_same_id_again(client: RawClient) -> None:
     assert conflict.code == "id_conflict"
     again = await client.ask(body)
     assert again.text == first.text
+
+
+async def test_gorgon_bench(client: RawClient, deployment: Deployment, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "services.cli",
+        "bench",
+        "--nats",
+        deployment.url,
+        "--model",
+        MODEL,
+        "--out",
+        str(tmp_path),
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--workload", "batch-8", "--workload", "ttft-2048", cwd=ROOT, stdout=-1, stderr=-1
+    )
+    out, said = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    assert "| batch-8 | 8 | 0 |" in out.decode() and "ttft-2048 is left out" in said.decode(), "longer than the context"
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert (result["output_tokens"], result["input_tokens"], result["failed"]) == (8 * 256, 8 * 128, 0)
+    assert 0 < result["first_token_ms"]["p50"] <= result["first_token_ms"]["p99"]
 
 
 @needs_prompts
