@@ -188,7 +188,7 @@ async def test_a_failing_step_is_reported_with_its_requests(monkeypatch: pytest.
     def fail(plan: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(runner, "launch", fail)
+    monkeypatch.setattr(runner, "forward", fail)
     assert (await world.run(worker, order("t.a", [1, 2, 3], max_tokens=4))).accepted
     assert worker.failed is not None
     with pytest.raises(EngineDied):

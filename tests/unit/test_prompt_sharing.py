@@ -57,7 +57,7 @@ class Rows:
 
     def __init__(self, started: Harness) -> None:
         self.chunk_rows = self.copies = self.most_used = 0
-        pool, launch = started.engine.scheduler.pool, started.engine.runner.launch
+        pool, launch = started.engine.scheduler.pool, started.engine.runner.forward
 
         def counting(plan: Any) -> Any:
             self.chunk_rows += sum(chunk.rows for chunk in plan.chunks)
@@ -65,7 +65,7 @@ class Rows:
             self.most_used = max(self.most_used, pool.num_blocks - pool.free)
             return launch(plan)
 
-        started.engine.runner.launch = counting  # type: ignore[method-assign]
+        started.engine.runner.forward = counting  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -121,7 +121,7 @@ def test_siblings_do_not_wait_for_one_that_is_gone(model: Path) -> None:
             lone = dataclasses.replace(first, deadline=None)
             outputs = [started.submit(request) for request in (lone, *others)]
             scheduler = started.engine.scheduler
-            launch, launched = started.engine.runner.launch, 0
+            launch, launched = started.engine.runner.forward, 0
 
             def ending(
                 plan: Any, steps: int = steps, launch: Any = launch, scheduler: Any = scheduler, started: Any = started
@@ -135,7 +135,7 @@ def test_siblings_do_not_wait_for_one_that_is_gone(model: Path) -> None:
                     started.engine._forget(sequence.request)
                 return ticket
 
-            started.engine.runner.launch = ending  # type: ignore[method-assign]
+            started.engine.runner.forward = ending  # type: ignore[method-assign]
             started.engine.pause_output(False)
             started.wait(outputs[1:])
             assert all(len(output.ids) == 20 for output in outputs[1:])
