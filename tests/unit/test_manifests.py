@@ -400,7 +400,7 @@ def test_keda_looks_at_consumers_that_exist() -> None:
     model = config["data"]["GORGON_MODEL"]
     classes = int(config["data"].get("GORGON_TENANT_CLASSES", SchedulerSettings.model_fields["tenant_classes"].default))
     intake = {(subjects.STREAM_REQ, subjects.consumer_req(model, c)) for c in range(classes)}
-    jobs = {(subjects.STREAM_JOBS, subjects.consumer_jobs(model))}
+    jobs = {(subjects.STREAM_JOBS, name) for name in subjects.job_consumers(model)}
     wanted = {"tokenizer": jobs, "scheduler": intake, "model-worker": intake}
     for name, found in named(KEDA, "ScaledObject").items():
         triggers = [t["metadata"] for t in found["spec"]["triggers"] if t["type"] == "nats-jetstream"]
