@@ -17,8 +17,10 @@ import pytest
 import pytest_asyncio
 from nats import errors
 from nats.aio.client import Client as Nats
+from openai import AsyncOpenAI
 
 from services.secure_config import connection, write_config
+from services.supervisor import GATEWAY
 from shared import subjects
 from shared.client import Client
 from shared.config import StageSettings
@@ -41,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def deployment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
-    async with deployed(tmp_path_factory.mktemp("data"), MODEL, DEMO, secured=folder) as deployment:
+    data, flags = tmp_path_factory.mktemp("data"), {"scheduler": ["--trim-interval", "1"]}
+    async with deployed(data, MODEL, DEMO, flags, {GATEWAY: 1}, secured=folder) as deployment:
         yield deployment
 
 
@@ -135,6 +138,18 @@ async def test_an_administrator_sees_every_stage_by_nats_micro(deployment: Deplo
         async with asyncio.timeout(10):
             while {json.loads(data)["name"] for _, data in admin.heard} != {f"gorgon-{stage}" for stage in stages}:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+
+
+@in_module
+async def test_the_gateway_works_with_its_few_rights(deployment: Deployment):
+    base = f"http://127.0.0.1:{deployment.supervisor.plan.http_port}/v1"
+    async with AsyncOpenAI(base_url=base, api_key="none") as openai:
+        options = dict(model=MODEL, prompt=STORY, max_tokens=16, temperature=0)
+        whole = await openai.completions.create(**options, logprobs=1)
+        stream = await openai.completions.create(**options, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream if chunk.choices]) == whole.choices[0].text
+        assert whole.choices[0].logprobs is not None
+    await deployment.until_idle()
 
 
 async def connects(url: str, **options: Any) -> bool:
@@ -468,6 +483,25 @@ async def test_a_tenants_stream_survives_the_death_of_the_server(deployment: Dep
             assert delta.position == len(ids)
             ids += delta.ids
         assert ids == expected.choices[0].ids
+
+
+@in_module
+async def test_no_stage_was_refused_anything(deployment: Deployment, folder: Path):
+    """After all of the above: their rights are enough, for a repeated request and for the trimming of REQ as well."""
+    async with tenant(deployment.url, folder, "alice") as alice:
+        first = await alice.generate(STORY, max_tokens=4, id="twice").result()
+    async with tenant(deployment.url, folder, "alice") as again:
+        assert (await again.generate(STORY, max_tokens=4, id="twice").result()).choices == first.choices
+    await asyncio.sleep(1.5)
+    refusals = [
+        line
+        for child in deployment.supervisor.stages.values()
+        for line in child.log_path.read_text().splitlines()
+        if "not_permitted" in line and "stream.create" not in line  # what each tries until the scheduler has done it
+    ]
+    assert not refusals
+    server = deployment.supervisor.brokers[0].log_path.read_text()
+    assert "Violation" in server, "the server's log is where refusals are seen"
 
 
 def test_names_that_cannot_be_tenants(tmp_path: Path):
