@@ -6,15 +6,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import structlog
+
 from services.model_worker.interface import EngineRequest
-from services.model_worker.models.config import ModelError
 from shared.structured import ConstraintError, Matcher, Vocabulary
 
+log = structlog.get_logger()
 _THREADS = 2
 
 
 class Constraints:
-    """vocabulary: None where the model's folder has no tokenizer.json; then no request may have a constraint."""
+    """vocabulary: None where the model's folder has no tokenizer.json, or one that the library does not understand: the model is
+    served all the same, but no request may have a constraint."""
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         self._vocabulary = vocabulary
@@ -22,14 +25,14 @@ class Constraints:
 
     @classmethod
     def load(cls, model: Path, vocab_size: int, eos_ids: frozenset[int]) -> Constraints:
-        """Raises ModelError."""
         path = model / "tokenizer.json"
         if not path.exists():
             return cls(None)
         try:
             return cls(Vocabulary(path.read_text(encoding="utf-8"), vocab_size, eos_ids))
         except Exception as error:  # whatever the library raises for a tokenizer that it does not understand
-            raise ModelError("tokenizer_invalid", f"{path}: {error}") from None
+            log.warning("no_constraints", error=f"{path}: {error}")
+            return cls(None)
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -283,7 +283,9 @@ class Engine:
         if (why := self._refusal(request)) is not None:
             raise _rejected(request, *why)
         if request.constraint and not self.constraints.available:
-            raise _rejected(request, ErrorCode.UNSUPPORTED, "the model's folder has no tokenizer.json to constrain by")
+            raise _rejected(
+                request, ErrorCode.UNSUPPORTED, "the model's folder has no tokenizer.json that one can constrain by"
+            )
         if request.constraint and Strategy.of(params) is not Strategy.SAMPLING:
             raise _rejected(request, ErrorCode.UNSUPPORTED, "only sampling and greedy decoding follow a constraint")
         if request.constraint and params.ignore_eos:
