@@ -6,6 +6,7 @@ immutable, the Meter's figures are single numbers. So a scrape costs the stage n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -122,7 +123,6 @@ class MetricsExporter:
             self._registry.register(LabelledCollector(own, service))
         ProcessCollector(registry=self._registry)
         self._server: Any = None
-        self._thread: Any = None
 
     def render(self) -> bytes:
         """The text exposition format, version 0.0.4."""
@@ -130,11 +130,18 @@ class MetricsExporter:
 
     def start(self, host: str, port: int) -> None:
         """Raises OSError if the port is taken."""
-        self._server, self._thread = start_http_server(port, host, self._registry)
+        try:
+            self._server, _ = start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise OSError(f"metrics cannot be served on {host}:{port}: {error}") from None
 
     def stop(self) -> None:
+        """Returns at once: the server notices within half a second, and a stage that must be gone does not wait for it."""
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+            threading.Thread(target=_close, args=(self._server,), name="close-metrics", daemon=True).start()
             self._server = None
+
+
+def _close(server: Any) -> None:
+    server.shutdown()
+    server.server_close()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.metrics import Metrics
+from shared.broker import free_port
 from shared.config import StageSettings
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import Heartbeat
@@ -125,3 +130,26 @@ def test_every_stage_has_the_common_ones() -> None:
     common = [metric for metric in CATALOG if metric.stage == ALL_STAGES]
     for stage in ("tokenizer", "scheduler", "model_worker", "detokenizer", "gateway"):
         assert metrics_of(stage)[: len(common)] == common
+
+
+async def test_a_stage_serves_its_metrics_while_it_lives_and_goes_at_once() -> None:
+    port = free_port()
+    settings = StageSettings(model="m", name="t", metrics_port=port, metrics_host="127.0.0.1")
+    url = f"http://127.0.0.1:{port}/metrics"
+    service = Tokens(MemoryBus(MemoryBroker()), settings)
+    await service.start()
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    assert f'gorgon_ready{{instance="{service.instance}",model="m",stage="tokenizer"}} 1.0' in text
+    again = Tokens(MemoryBus(MemoryBroker()), settings)
+    with pytest.raises(OSError, match=f"metrics cannot be served on 127.0.0.1:{port}"):
+        await again.start()
+    began = time.monotonic()
+    await service.stop()
+    assert time.monotonic() - began < 0.3
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await asyncio.to_thread(urllib.request.urlopen, url, timeout=5)
+            except urllib.error.URLError:
+                break
+            await asyncio.sleep(0.05)
