@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module")]
 TEXT = "/v1/completions"
 STEP = 0.02
 STALL = 2.0  # seconds
+GRACE = 1.0
 VOCABULARY = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
 FIXED = ["--engine", "fixed", "--fixed.step-time", str(STEP), "--fixed.vocab-size", str(VOCABULARY)]
 BLUE, RED = {"Authorization": "Bearer blue-key"}, {"Authorization": "Bearer red-key"}
@@ -41,6 +42,7 @@ async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     ]
     (data / "keys.toml").write_text("".join(tables) + "requests_per_minute = 6\n")
     flags = ["--api-keys", str(data / "keys.toml"), "--stall-timeout", str(STALL), "--drain-timeout", "3"]
+    flags += ["--reattach-grace", str(GRACE)]
     async with deployed(data, "demo", DEMO_MODEL, {"model_worker": FIXED, GATEWAY: flags}, {GATEWAY: 2}) as deployment:
         yield deployment
 
@@ -102,6 +104,26 @@ async def test_a_client_that_does_not_read_is_cut_off_and_delays_nobody(deployme
             while "client_stalled" not in log.read_text():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         await deployment.until_idle()
+
+
+async def test_whoever_comes_back_elsewhere_is_not_cancelled_and_who_does_not_is(
+    deployment: Deployment, port: int
+) -> None:
+    async def begin(key: str) -> None:
+        answer = await call(port, TEXT, body(16, tokens=500), BLUE | {"Idempotency-Key": key})
+        async for _ in answer.events():
+            break
+        answer.close()
+
+    await begin("back")
+    again = await call(port + 1, TEXT, body(16, tokens=500), BLUE | {"Idempotency-Key": "back"})
+    events = [event async for event in again.events()]
+    assert events[-1].data == "[DONE]", "it lasted for several graces of the gateway that its client has left"
+    await begin("gone")
+    async with asyncio.timeout(500 * STEP / 2):
+        await deployment.until_idle()
+    late = await call(port, TEXT, body(16, tokens=500, stream=False), BLUE | {"Idempotency-Key": "gone"})
+    assert (late.status, (await late.body())["error"]["code"]) == (499, "cancelled")
 
 
 async def test_a_gateway_that_is_told_to_go(deployment: Deployment, port: int) -> None:
