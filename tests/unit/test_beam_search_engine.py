@@ -182,6 +182,7 @@ def test_all_steps_count_as_progress(model: Path) -> None:
     ("code", "params"),
     [
         ("unsupported", {"num_beams": 9}),
+        ("invalid_request", {"num_beams": 2, "max_tokens": 0}),
         ("invalid_request", {"num_beams": 8, "stop_token_ids": tuple(range(3, 67)), "max_tokens": 8}),
         ("context_length_exceeded", {"num_beams": 8, "max_tokens": 100}),
         ("unsupported", {"penalty_alpha": 0.6, "top_k": 4}),

@@ -24,6 +24,8 @@ def refusal(
 ) -> Refusal | None:
     """Why a sequence with another strategy than sampling can never run here. memory_tokens: 0 without contrastive search."""
     params = sequence.request.params
+    if params.max_tokens < 1 and sequence.strategy is not Strategy.SAMPLING:
+        return ErrorCode.INVALID_REQUEST, "max_tokens: a search generates one token at least"
     match sequence.strategy:
         case Strategy.BEAM_SEARCH:
             if sequence.request.choices > params.num_beams:
