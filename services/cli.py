@@ -308,8 +308,15 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a chat message")] = False,
     request_id: Annotated[str | None, typer.Option("--id", help="the request's id, for retry and attach")] = None,
+    structured: Annotated[
+        str | None, typer.Option(help="""what the text must be, as JSON, e.g. '{"regex": "[0-9]+"}'""")
+    ] = None,
 ) -> None:
     """Stream one answer from a running deployment."""
+    try:
+        constraint = None if structured is None else json.loads(structured)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--structured") from None
 
     async def main() -> None:
         bus = await _connect(nats)
@@ -323,6 +330,7 @@ def generate(
                     seed=seed,
                     stop=stop,
                     id=request_id,
+                    structured=constraint,
                 )
                 body: Any = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
                 await _print_stream(client.generate(**body, **options))
