@@ -7,8 +7,9 @@ import asyncio
 import json
 import random
 import signal
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,51 @@ async def test_a_long_step_is_no_hang(tmp_path: Path) -> None:
         assert min(record.longest_gap for record in workload.records) > 1.0
         assert await deployment.migrated() == 0
         assert {child.name: child.restarts for child in deployment.supervisor.children() if child.restarts} == {}
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own; needs the right to mount one."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_a_disk_without_a_byte_left_delays_streams_and_loses_none(tmp_path: Path) -> None:
+    """Somebody else fills the disk itself: nats-server cannot write, and acknowledges nothing. A request that comes meanwhile may find
+    room in a file that is there already; else it is refused. The server (2.15) gives a stream up at its first failed write, and
+    does not even stop when it is told to: once there is room again it has to be killed and started anew. Then all goes on."""
+    bodies = requests(4, 300)
+    with small_disk(tmp_path / "nats", 64) as disk:
+        async with (
+            deployed(tmp_path, DEMO, FIXED, store_limit=48 * 2**20) as deployment,
+            loaded(deployment, bodies, {"plain": 3, "durable": 1}) as workload,
+        ):
+            references = await workload.references(bodies)
+            running = asyncio.create_task(workload.keep_running(1, 16, lambda: workload.ended > 0))
+            await asyncio.sleep(1.0)
+            filler = disk / "filler"
+            with filler.open("wb") as out, suppress(OSError):
+                while out.write(bytes(2**16)):
+                    out.flush()
+            async with RecordingClient(deployment.url, MODEL, accept_timeout=3.0) as client:
+                late = client.generate(id="late", **bodies["fixed-0"])
+                await asyncio.sleep(4.0)
+                log = deployment.supervisor.broker.log_path.read_text()
+                assert "no space left on device" in log, "the server has noticed"
+                assert workload.ended < len(workload.records) - 1, "most streams wait"
+                filler.unlink()
+                deployment.supervisor.broker.kill(signal.SIGKILL)
+                try:
+                    assert (await late.result()).choices[0].ids == references["fixed-0"].ids[0]
+                except GorgonError as error:
+                    assert error.code in (ErrorCode.STORAGE_FULL, ErrorCode.UNAVAILABLE)
+            await running
+            assert complaints(workload, references) == {}
+            deployment.injector.ended = {"nats": {-1}}  # and nobody else
+            assert await deployment.unrest() == []
