@@ -151,6 +151,17 @@ async def test_a_prompt_is_told_by_two_workers() -> None:
 
     world.fold._commit = commit  # type: ignore[method-assign]
     worker = await world.start()
+    engine = worker.engine._engine  # type: ignore[attr-defined]
+    forward, steps = engine.runner.forward, 0
+
+    def pausing(plan: Any) -> Any:
+        """Stops in the middle of the prompt, however slow this thread is to notice."""
+        nonlocal steps
+        steps += 1
+        engine.pause_output(steps >= 8)
+        return forward(plan)
+
+    engine.runner.forward = pausing
     run = order("t.moved", prompt, max_tokens=20, temperature=0.0, prompt_logprobs=3)._replace(choices=2)
     await world.open(run)
     await world.run(worker, run)

@@ -52,6 +52,15 @@ def apart(requests: list[EngineRequest]) -> list[EngineRequest]:
     return [dataclasses.replace(request, request_id=f"{request.request_id}.{request.choice}") for request in requests]
 
 
+def together(started: Harness, requests: list[EngineRequest]) -> list[Collected]:
+    """All are there before the first step, however slow this thread is."""
+    started.engine.pause_output(True)
+    outputs = [started.submit(request) for request in requests]
+    started.engine.pause_output(False)
+    started.wait(outputs)
+    return outputs
+
+
 class Rows:
     """Counts the rows of chunks and the copies that the model computes."""
 
@@ -76,10 +85,7 @@ def test_a_prompt_is_computed_once_and_shared(model: Path, length: int, prefix_c
         expected = started.run(apart(choices("a", length)))
     with running(model, **options) as started:
         rows = Rows(started)
-        started.engine.pause_output(True)
-        outputs = [started.submit(request) for request in choices("a", length)]
-        started.engine.pause_output(False)
-        started.wait(outputs)
+        outputs = together(started, choices("a", length))
         assert [output.ids for output in outputs] == [output.ids for output in expected]
         assert len({tuple(output.ids) for output in outputs}) == N
         # Each but the first computes the last token's row again, for its logits.
@@ -94,7 +100,7 @@ def test_choices_with_prefixes_share_the_prompt_after_a_migration(model: Path) -
         whole = started.run(choices("a", 37))
         rows = Rows(started)
         generated = [whole[0].ids[:9], [], whole[2].ids[:1], whole[3].ids[:19]]
-        again = started.run(choices("b", 37, generated=generated))
+        again = together(started, choices("b", 37, generated=generated))
         assert [done + output.ids for done, output in zip(generated, again, strict=True)] == [o.ids for o in whole]
         # The others compute what they have generated, or their prompt's last token.
         assert rows.chunk_rows <= 37 + 9 + 1 + 1 + 19
@@ -107,7 +113,7 @@ def test_sharing_under_preemption(model: Path, blocks: int) -> None:
         expected = started.run([*choices("a", 37), *choices("b", 50)])
     options: dict[str, Any] = {"num_blocks": blocks, "max_model_len": 80, "max_batched_tokens": 16}
     with running(model, load_format="dummy", prefix_cache=False, **options) as started:
-        outputs = started.run([*choices("a", 37), *choices("b", 50)])
+        outputs = together(started, [*choices("a", 37), *choices("b", 50)])
         assert [output.ids for output in outputs] == [output.ids for output in expected]
         assert started.engine.stats().preemptions > 0
 
@@ -225,13 +231,11 @@ def test_prompt_logprobs_once_with_choices_and_preemption(model: Path, blocks: i
         expected, ids = told_of("a", started), outputs[0].ids
     options: dict[str, Any] = {"num_blocks": blocks, "max_model_len": 80} if blocks else {}
     with running(model, load_format="dummy", max_batched_tokens=16, **options) as started:
-        noise = [started.submit(r) for r in choices("noise", 30, 2)]
         first, *others = choices("a", 50, params=params)
-        outputs = started.run([dataclasses.replace(first, prompt_done=0), *others])
         more = [dataclasses.replace(r, prompt_done=0) for r in choices("b", 50, 1, params=params)]
-        started.run(more)
-        started.wait(noise)
-        assert outputs[0].ids == ids
+        asked = [*choices("noise", 30, 2), dataclasses.replace(first, prompt_done=0), *others, *more]
+        outputs = together(started, asked)
+        assert outputs[2].ids == ids
         for name in ("a", "b"):
             for got, wanted in zip(told_of(name, started), expected, strict=True):
                 assert got.chosen == pytest.approx(wanted.chosen, abs=1e-5)
