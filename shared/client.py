@@ -23,9 +23,10 @@ import structlog
 from shared import subjects
 from shared.api import DEFAULT_TENANT, TERMINAL_EVENTS, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
+from shared.call_reader import CallReader, calls_of
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import PROMPT
-from shared.tool_calls import MARKERS, Parsed, ToolCall, ToolCallDelta, ToolCallParser
+from shared.tool_calls import ToolCall, ToolCallDelta
 
 log = structlog.get_logger()
 
@@ -94,16 +95,14 @@ class Cursor:
 
 
 class _Choice:
-    """What is here of a choice. `begins` False: the caller has the beginning, so tool calls cannot be told from text."""
+    """What is here of a choice, from the cursor on."""
 
-    def __init__(self, position: int = 0, offset: int = 0) -> None:
-        self.position = position
-        self.offset = offset
-        self.begins = position == offset == 0
+    def __init__(self, request_id: str, at: Cursor) -> None:
+        self.position = at.position
+        self.offset = at.offset
         self.parts: list[str] = []
         self.result = ChoiceResult()
-        self.parser: ToolCallParser | None = None
-        self.unread = ""  # text that came before the format of tool calls was known
+        self.reader = CallReader(request_id, at.choice, whole=at.position == at.offset == 0)
 
 
 class Stream:
@@ -130,7 +129,7 @@ class Stream:
         self.partition = subjects.partition_of(subjects.request_key(tenant, request_id), client.partitions)
         self.body = body  # None: attached to a request that somebody else made
         self._client = client
-        self._choices = {c.choice: _Choice(c.position, c.offset) for c in cursors}
+        self._choices = {c.choice: _Choice(request_id, c) for c in cursors}
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         self._end: asyncio.Future[dict[str, Any]] = client.loop.create_future()
         self._error: GorgonError | None = None  # why the request was not accepted so far
@@ -177,7 +176,7 @@ class Stream:
             if index in ends:
                 end = ends[index]
                 result.finish_reason, result.stop = end.get("finish_reason"), end.get("stop")
-                result.tool_calls = _tool_calls(end)
+                result.tool_calls = calls_of(end)
             result.content = ends.get(index, {}).get("content", result.text)
             results.append(result)
         return Result(
@@ -283,7 +282,8 @@ class Stream:
         if not ids and not text:
             return
         logprobs = logprobs[skip:] if logprobs is not None else None
-        content, calls = self._read(event["choice"], choice, text)
+        tool_format = self._tool_format if event["choice"] != PROMPT else ""
+        content, calls = choice.reader.feed(text, tool_format)
         delta = Delta(event["choice"], choice.position, ids, text, choice.offset, logprobs, content, calls)
         choice.position += len(ids)
         choice.offset += len(text)
@@ -297,33 +297,6 @@ class Stream:
         self._due = self._client.loop.time() + FIRST_PATIENCE
         self._deltas.put_nowait(delta)
         self._changed()
-
-    def _read(self, index: int, choice: _Choice, text: str) -> Parsed:
-        """What the further text says."""
-        if self._tool_format == "" or not choice.begins or index == PROMPT:
-            return Parsed(text)
-        choice.unread += text
-        if self._tool_format not in MARKERS:
-            return Parsed("")
-        if choice.parser is None:
-            choice.parser = ToolCallParser(self._tool_format, self.id, index)
-        text, choice.unread = choice.unread, ""
-        return choice.parser.feed(text)
-
-    def _read_end(self, index: int, choice: _Choice, end: dict[str, Any]) -> None:
-        """What the text says and no delta has told yet."""
-        if choice.parser is not None:
-            content, calls = choice.parser.finish()
-        elif choice.unread:  # `accepted` was lost, or names a format that this client does not know
-            content = end.get("content", choice.unread)
-            calls = tuple(
-                ToolCallDelta(i, call.id, call.name, call.arguments, call.error)
-                for i, call in enumerate(_tool_calls(end))
-            )
-        else:
-            return
-        if content or calls:
-            self._deltas.put_nowait(Delta(index, choice.position, [], "", choice.offset, None, content, calls))
 
     def _on_error(self, event: dict[str, Any]) -> None:
         error = _as_error(event)
@@ -370,7 +343,10 @@ class Stream:
         if not self._end.done():
             ends = {end["choice"]: end for end in event.get("choices", ())}
             for index, choice in self._choices.items():
-                self._read_end(index, choice, ends.get(index, {}))
+                content, calls = choice.reader.finish(ends.get(index, {}))
+                if content or calls:
+                    last = Delta(index, choice.position, [], "", choice.offset, None, content, calls)
+                    self._deltas.put_nowait(last)
             self._end.set_result(event)
             self._deltas.put_nowait(None)
             self._changed()
@@ -385,7 +361,7 @@ class Stream:
 
     def _choice(self, index: int) -> _Choice:
         if index not in self._choices:
-            self._choices[index] = _Choice()
+            self._choices[index] = _Choice(self.id, Cursor(index))
         return self._choices[index]
 
     # ------------------------------------------------ time
@@ -613,10 +589,6 @@ class Client:
             for partition in self._beacons.keys() - wanted:
                 await self._beacons.pop(partition).unsubscribe()
                 self._beacon_seen.pop(partition, None)
-
-
-def _tool_calls(end: dict[str, Any]) -> list[ToolCall]:
-    return [ToolCall(c["id"], c["name"], c["arguments"], c.get("error")) for c in end.get("tool_calls", ())]
 
 
 def _as_error(event: dict[str, Any]) -> GorgonError:
