@@ -173,6 +173,8 @@ async def test_metrics_agree_with_what_the_client_saw(client: RawClient, deploym
     assert requests * (tokens - 1) <= gaps <= requests * (tokens - 1) * 1.5 + 5000
     assert grown("detokenizer", "gorgon_endpoint_requests_total", "replay") == 2
     assert after[3]["gorgon_detokenizer_serving_partitions", ""] == 8
+    packed = grown("detokenizer", "gorgon_detokenizer_snapshot_seconds_sum")
+    assert 0 < packed < grown("detokenizer", "gorgon_detokenizer_snapshot_seconds_count")
     for samples in after:
         assert samples["gorgon_ready", ""] == 1
         assert samples["gorgon_in_flight_requests", ""] == 0
