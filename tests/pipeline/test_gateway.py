@@ -30,7 +30,9 @@ TEXT = "/v1/completions"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def deployment(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
-    async with deployed(tmp_path_factory.mktemp("gateway"), MODEL, DEMO_MODEL, copies={"gateway": 1}) as deployment:
+    flags = {"tokenizer": ["--tool-format", "hermes"]}  # the demo model's template shows none
+    folder = tmp_path_factory.mktemp("gateway")
+    async with deployed(folder, MODEL, DEMO_MODEL, flags, {"gateway": 1}) as deployment:
         yield deployment
 
 
@@ -252,6 +254,50 @@ async def test_json_schema(client: AsyncOpenAI) -> None:
     async for chunk in await client.chat.completions.create(**params, stream=True):
         text += chunk.choices[0].delta.content or ""
     assert json.loads(text) == person
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 20},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_tools(client: AsyncOpenAI, choice: Any) -> None:
+    params: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice=choice, max_tokens=300)
+    params |= dict(seed=3, parallel_tool_calls=False)
+    whole = (await client.chat.completions.create(**params)).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    (call,) = whole.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "weather"
+    assert set(json.loads(call.function.arguments)) == {"city", "days"}
+    async with client.chat.completions.stream(**params) as stream:
+        async for _ in stream:
+            pass
+        folded = (await stream.get_final_completion()).choices[0]
+    assert folded.finish_reason == "tool_calls" and not folded.message.content
+    (again,) = folded.message.tool_calls or []
+    assert again.id and again.id != call.id and again.function.name == "weather"
+    assert again.function.arguments == call.function.arguments
+
+
+async def test_tools_that_nobody_calls(client: AsyncOpenAI) -> None:
+    params: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, tools=[WEATHER], max_tokens=10, temperature=0)
+    for choice in ("auto", "none"):
+        answer = (await client.chat.completions.create(**params, tool_choice=choice)).choices[0]
+        assert answer.message.content and not answer.message.tool_calls
 
 
 async def test_stop(client: AsyncOpenAI, deployment: Deployment) -> None:
