@@ -228,21 +228,23 @@ class PartitionFold:
         if self.waits_for_open(request):
             request.held[tokens.choice, tokens.position] = tokens
             return
-        of_prompt = tokens.choice == m.PROMPT and request.prompt is not None
-        if not of_prompt and not 0 <= tokens.choice < len(request.choices):
+        index = tokens.choice
+        of_prompt = index < 0 and index == m.PROMPT and request.prompt is not None
+        if not of_prompt and not 0 <= index < len(request.choices):
             return
-        choice = request.prompt if of_prompt else request.choices[tokens.choice]
+        choice = request.prompt if of_prompt else request.choices[index]
         assert choice is not None
         if choice.finish is not None or self.is_duplicate(choice, tokens):
             return
         fails = tokens.finish is not None and tokens.finish not in FINISHED
         if self.holds(choice, tokens) or (not of_prompt and not fails and self.awaits_prompt(request)):
-            request.held[tokens.choice, tokens.position] = tokens
+            request.held[index, tokens.position] = tokens
             return
         self._commit(request, choice, tokens, effects)
-        self._commit_held(request, tokens.choice, choice, effects)
-        if of_prompt:
-            self._commit_held_choices(request, effects)
+        if request.held:
+            self._commit_held(request, index, choice, effects)
+            if of_prompt:
+                self._commit_held_choices(request, effects)
 
     def _commit_held_choices(self, request: RequestState, effects: list[Effect]) -> None:
         for index, choice in enumerate(request.choices):
