@@ -193,6 +193,7 @@ class ToolCallParser:
         else:
             self._show("".join(self._raw))
         self._raw.clear()
+        self._settled = False
         self._to_text()
 
     def _to_text(self) -> None:

@@ -1,6 +1,8 @@
 """Tool calls are found in realistic outputs of each format, wherever the text is cut."""
 
 import json
+import os
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -148,6 +150,12 @@ def test_a_call_that_breaks_is_marked(format: str, text: str, arguments: str, re
     assert content == rest
 
 
+def test_text_after_a_broken_call_is_kept():
+    text = "[TOOL_CALLS]a[ARGS]{<[TOOL_CALLS][x] and so on"
+    assert stream("mistral", [text]) == stream("mistral", list(text))
+    assert stream("mistral", [text])[0] == "<[TOOL_CALLS][x] and so on"
+
+
 def test_a_broken_call_harms_no_other():
     text = '<tool_call>{"name": "a", "arguments": {"x": }}</tool_call>\n<tool_call>{"name": "b", "arguments": {}}</tool_call>'
     content, calls = stream("hermes", [text])
@@ -199,6 +207,20 @@ def test_any_cut_gives_the_same(format: str, text: str, data: st.DataObject):
             assert isinstance(json.loads(call.arguments), dict)
     if not calls:
         assert content == text
+
+
+def test_many_random_texts():
+    """Longer ones than hypothesis likes to try. GORGON_TOOL_TEXTS says how many."""
+    chance, found_calls = random.Random(5), 0
+    for _ in range(int(os.environ.get("GORGON_TOOL_TEXTS", "3000"))):
+        format = chance.choice([*FORMATS, *SINGLE.values()])
+        text = "".join(chance.choice(PIECES) for _ in range(chance.randrange(30)))
+        step = chance.randrange(2, 9)
+        whole = stream(format, [text])
+        assert stream(format, list(text)) == whole, (format, text)
+        assert stream(format, [text[i : i + step] for i in range(0, len(text), step)]) == whole, (format, text)
+        found_calls += len(whole[1])
+    assert found_calls > 100
 
 
 names = st.text(st.sampled_from("abcXYZ012_-."), min_size=1, max_size=12)
