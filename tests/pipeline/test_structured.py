@@ -55,7 +55,7 @@ class Killer:
 async def killed_at(tmp_path: Path, positions: list[int] | None, speculate: bool) -> None:
     """positions: None, every one."""
     flags = ["--device", "cpu", "--threads", "1", "--dtype", "float32", "--max-seqs", "4", "--num-blocks", "256"]
-    flags += [] if speculate else ["--no-speculate"]
+    flags += [] if speculate else ["--speculate", "false"]
     body: dict[str, Any] = dict(prompt=PROMPT, max_tokens=90, temperature=0.0, structured={"json_schema": SCHEMA})
     async with (
         deployed(tmp_path, "demo", DEMO, {"model_worker": flags}, {"model_worker": 2}) as deployment,
