@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import structlog
 from nats.aio.msg import Msg
 
-from shared.bus import BusError, Delivery, Stored
+from shared.bus import BusError, BusTimeout, Delivery, Stored
 
 if TYPE_CHECKING:
     from shared.nats_bus import CoreSubscription, NatsBus
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 NANOSECONDS = 10**9
 EXPIRES = 600.0  # seconds for which a pull stands
 HEARTBEAT = 0.5  # of the server, to a pull to which it has nothing to send
+OPEN_ATTEMPTS = 3  # a process that starts must not end because one answer was lost
 SILENCE = 2.0  # longer than this without message or heartbeat: the consumer is gone
 FIRST_DELAY, LONGEST_DELAY = 0.05, 1.0
 # Messages that may be under way to a follower, or waiting in it.
@@ -96,9 +97,16 @@ class StandingPull:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Raises a BusError if the consumer cannot be made; later errors are retried for ever."""
+        """Raises a BusError if the consumer cannot be made; an answer that is lost is asked for again, and later errors are retried
+        for ever."""
         try:
-            await self._begin()
+            for left in reversed(range(OPEN_ATTEMPTS)):
+                try:
+                    await self._begin()
+                    break
+                except BusTimeout:
+                    if not left:
+                        raise
         except BaseException:
             await self.close()
             raise

@@ -212,6 +212,26 @@ async def test_a_long_listing_comes_to_its_end_on_a_link_that_loses_messages(
     await until(lambda: values["k7"] == b"new" and values["k8"] is None)
 
 
+async def test_a_lost_answer_does_not_keep_a_reader_from_beginning(
+    bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, asked = OrderedReader._create, 0
+
+    async def lossy(self: OrderedReader) -> tuple[str, int]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise BusTimeout("no answer in time")
+        return await create(self)
+
+    monkeypatch.setattr(OrderedReader, "_create", lossy)
+    await bus.append("s.1", b"x")
+    followed: list[Stored] = []
+    collect(await bus.follow("S", "s.1", 1), followed)
+    await until(lambda: len(followed) == 1)
+    assert asked == 2
+
+
 async def consumers(bus: NatsBus) -> list[str]:
     return (await bus.api("CONSUMER.NAMES.S"))["consumers"] or []
 
