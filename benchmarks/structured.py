@@ -65,7 +65,7 @@ def validity(first: int, count: int, max_tokens: int, seed: int) -> int:
     schemas += [(f"BFCL {index}", schema) for index, schema in enumerate(bfcl_schemas())]
     schemas = schemas[first : first + count]
     prompt = tokenizer.encode(PROMPT).ids
-    harness = started(max_seqs=32, max_waiting=len(schemas))
+    harness = started(max_seqs=32, max_waiting=len(schemas), speculate=False)
     start = time.perf_counter()
     outputs = {}
     for index, (name, schema) in enumerate(schemas):

@@ -74,6 +74,7 @@ def _translated(schema: Any) -> Any:
                 result["type"] = value
         elif key == "properties":
             result[key] = {name: _translated(inner) for name, inner in value.items()}
+            result.setdefault("additionalProperties", False)  # a function takes no other arguments
         elif key in ("items", "additionalProperties"):
             result[key] = _translated(value)
         elif key in ("enum", "required", "minimum", "maximum", "description"):
