@@ -436,7 +436,7 @@ async def test_a_tenant_sees_nothing_of_the_pipeline(deployment: Deployment, fol
                 assert b"not enabled" in answer.data, answer  # how the server says that an account has no JetStream
                 raise errors.TimeoutError
         # What it publishes under the pipeline's subjects stays in its account.
-        name = "llm.v1.tok.demo.0"
+        name = "llm.v1.tok.nobody.1"  # of a model that is not served: nobody else writes there
         before = await deployment.bus.last_seq(subjects.STREAM_TOK, name)
         assert await bob.may_publish(name, b"forged")
         await asyncio.sleep(QUIET)
