@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,18 +62,19 @@ class Call:
         self._tools = tools
         self._choices: dict[int, Choice] = {}
         self._bell = Bell()
+        self._ring: Callable[[], None] = self._bell.ring
         self._closed = False
 
     def read(self, generation: Generation, first: int) -> None:
         self.parts.append(Part(generation, first, Prompt() if self._echo else None))
-        generation.bells.add(self._bell.ring)
+        generation.bells.add(self._ring)
 
     def close(self) -> None:
         """The reader goes. What has not ended goes on or is cancelled, as Generations decides."""
         if not self._closed:
             self._closed = True
             for part in self.parts:
-                part.generation.bells.discard(self._bell.ring)
+                part.generation.bells.discard(self._ring)
                 self._generations.leave(part.generation)
 
     async def until_accepted(self) -> None:
@@ -135,50 +136,55 @@ class Call:
 
     # ------------------------------------------------ as a stream
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events, those of one wake-up together."""
-        while True:
-            out: list[str] = []
-            error: ApiError | None = None
-            for part in self.parts:
-                try:
-                    await self._news(part, out)
-                except ApiError as failed:
-                    error = failed
-            if error is None and all(part.ended for part in self.parts):
-                if self._usage and not self._cursor.usage_sent:
-                    self._cursor.usage_sent = True
-                    out.append(self._event(self.renderer.chunk("", self._usage_at_end())))
-                out.append("data: [DONE]\n\n")
-                yield "".join(out).encode()
-                return
-            if error is not None:
-                # After the status has been sent, this is how OpenAI's clients hear of it.
-                out.append(f"data: {dump(error.body)}\n\n")
-                yield "".join(out).encode()
-                return
-            if out:
-                yield "".join(out).encode()
-            await self._bell.wait()
+    def on_news(self, callback: Callable[[], None]) -> None:
+        """`callback` is called at each change from now on, in place of the bell."""
+        for part in self.parts:
+            part.generation.bells.discard(self._ring)
+            part.generation.bells.add(callback)
+        self._ring = callback
+
+    def take_now(self) -> bytes | None:
+        """Server-sent events of what has come; None where that takes waiting, or something has ended: `take` is for that."""
+        if self.renderer.with_logprobs or any(part.generation.end is not None for part in self.parts):
+            return None
+        out: list[str] = []
+        for part in self.parts:
+            self._read(part)
+            self._show(part, out)
+        return "".join(out).encode()
+
+    async def take(self) -> tuple[bytes, bool]:
+        """Server-sent events of what has come, and whether they are the last."""
+        out: list[str] = []
+        error: ApiError | None = None
+        for part in self.parts:
+            try:
+                await self._news(part, out)
+            except ApiError as failed:
+                error = failed
+        last = error is not None or all(part.ended for part in self.parts)
+        if error is not None:
+            # After the status has been sent, this is how OpenAI's clients hear of it.
+            out.append(f"data: {dump(error.body)}\n\n")
+        elif last:
+            if self._usage and not self._cursor.usage_sent:
+                self._cursor.usage_sent = True
+                out.append(self._event(self.renderer.chunk("", self._usage_at_end())))
+            out.append("data: [DONE]\n\n")
+        return "".join(out).encode(), last
 
     async def _news(self, part: Part, out: list[str]) -> None:
         """Raises ApiError if the request has failed; what came before it is in `out`."""
         generation = part.generation
-        while part.read < len(generation.deltas):
-            delta = generation.deltas[part.read]
-            part.read += 1
-            await self._learn(delta)
-            if delta.choice != PROMPT:
-                part.held.append(delta)
-            elif part.prompt is not None:
-                part.prompt.extend(delta)
-        if not self._may_go_on(part):
+        learned = part.read
+        while learned < len(generation.deltas):  # more may come meanwhile
+            await self._learn(generation.deltas[learned])
+            learned += 1
+        self._read(part)
+        if not self._show(part, out):
             return
-        for delta in part.held:
-            self._on_delta(part, delta, out)
-        part.held.clear()
         end = generation.end
-        if end is None or part.ended or part.read < len(generation.deltas):
+        if end is None or part.ended:
             return
         self._check(generation)
         part.ended = True
@@ -189,6 +195,24 @@ class Call:
                 chunk = self.renderer.last(choice, ended["finish_reason"], self._vocabulary)
                 self._cursor.choices.setdefault(choice.index, Progress()).finished = True
                 out.append(self._event(self._chunk(chunk)))
+
+    def _read(self, part: Part) -> None:
+        deltas = part.generation.deltas
+        for delta in deltas[part.read :]:
+            if delta.choice != PROMPT:
+                part.held.append(delta)
+            elif part.prompt is not None:
+                part.prompt.extend(delta)
+        part.read = len(deltas)
+
+    def _show(self, part: Part, out: list[str]) -> bool:
+        """False if something is missing that comes before what was read."""
+        if not self._may_go_on(part):
+            return False
+        for delta in part.held:
+            self._on_delta(part, delta, out)
+        part.held.clear()
+        return True
 
     def _may_go_on(self, part: Part) -> bool:
         """Whether all is known that comes before the choices' text: events may overtake each other."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Protocol
 
 import structlog
 from starlette.responses import Response
@@ -48,20 +50,18 @@ async def until_disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Server-sent events. `events` is closed when the client goes, and when it does not read for `stall_timeout` seconds; after
-    `keepalive` seconds of silence it gets a comment line."""
+class EventStream(Response, ABC):
+    """Server-sent events. They cease when the client goes, and when it does not read for `stall_timeout` seconds; after `keepalive`
+    seconds of silence it gets a comment line."""
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
         headers: dict[str, str],
         *,
         keepalive: float,
         stall_timeout: float,
         on_close: Callable[[], None],
     ) -> None:
-        self._events = events
         self._keepalive = keepalive
         self._stall_timeout = stall_timeout
         self._on_close = on_close
@@ -89,9 +89,15 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._events:
-            await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+        await self._write_all(send)
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    @abstractmethod
+    async def _write_all(self, send: Send) -> None:
+        """Sends all pieces."""
+
+    async def _send_piece(self, send: Send, data: bytes) -> None:
+        await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
 
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -111,4 +117,116 @@ class EventStream(Response):
                     log.warning("client_stalled", seconds=self._stall_timeout)
                     return
             elif now - self._sent_at >= self._keepalive:
-                await self._send(send, {"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+                await self._send_piece(send, b": waiting\n\n")
+
+
+class IteratedStream(EventStream):
+    """Of an iterator, which is closed when the stream is."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        headers: dict[str, str],
+        *,
+        keepalive: float,
+        stall_timeout: float,
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(headers, keepalive=keepalive, stall_timeout=stall_timeout, on_close=on_close)
+        self._events = events
+
+    async def _write_all(self, send: Send) -> None:
+        async for data in self._events:
+            await self._send_piece(send, data)
+
+
+class News(Protocol):
+    """What a NewsStream sends, in pieces that may be empty."""
+
+    def on_news(self, callback: Callable[[], None]) -> None:
+        """`callback` is called whenever there is something to be taken, from now on."""
+
+    def take_now(self) -> bytes | None:
+        """None where `take` is needed."""
+
+    async def take(self) -> tuple[bytes, bool]:
+        """A piece, and whether it is the last."""
+
+
+class _Begun:
+    """Awaits the rest of a coroutine that was begun outside of any task and came to a future."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], future: Any) -> None:
+        self._coroutine = coroutine
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waiting = self._future
+        while True:
+            yield waiting
+            try:
+                waiting = self._coroutine.send(None)
+            except StopIteration:
+                return
+
+
+class NewsStream(EventStream):
+    """Events written from within the callback that brings them: waking a task for every token of every stream costs more than
+    rendering it. The task does what has to wait: for the client to read, for what the events are made of, for the end."""
+
+    def __init__(
+        self,
+        news: News,
+        headers: dict[str, str],
+        *,
+        keepalive: float,
+        stall_timeout: float,
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(headers, keepalive=keepalive, stall_timeout=stall_timeout, on_close=on_close)
+        self._news = news
+        self._bell = Bell()
+        self._resting = False  # the task waits for the bell, so the callback may write
+        self._begun: _Begun | None = None  # a write of the callback that has to wait for the client
+        self._error: Exception | None = None  # of the callback
+
+    async def _write_all(self, send: Send) -> None:
+        self._news.on_news(partial(self._on_news, send))
+        while True:
+            data, last = await self._news.take()
+            if data:
+                await self._send_piece(send, data)
+            if last:
+                return
+            self._resting = True
+            try:
+                await self._bell.wait()
+            finally:
+                self._resting = False
+            if self._error is not None:
+                raise self._error
+            if self._begun is not None:
+                begun, self._begun = self._begun, None
+                await begun
+
+    def _on_news(self, send: Send) -> None:
+        if self._resting and self._write_now(send):
+            return
+        self._resting = False
+        self._bell.ring()
+
+    def _write_now(self, send: Send) -> bool:
+        """False if there is something left for the task. Never raises: others are about to be called back."""
+        try:
+            if (data := self._news.take_now()) is None:
+                return False
+            if data:
+                piece = self._send_piece(send, data)
+                self._begun = _Begun(piece, piece.send(None))
+                return False
+        except StopIteration:
+            pass  # written
+        except Exception as error:
+            self._error = error
+            return False
+        return True
