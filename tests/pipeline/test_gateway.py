@@ -383,6 +383,7 @@ async def test_operation(port: int) -> None:
     assert (await call(port, "/health")).status == 200
     ready = await call(port, "/ready")
     assert (ready.status, (await ready.body())["models"]) == (200, [MODEL])
+    assert (await call(port, TEXT, dict(model=MODEL, prompt=PROMPT, max_tokens=1))).status == 200
     metrics = b"".join([chunk async for chunk in (await call(port, "/metrics")).chunks()]).decode()
     samples = {s.name: s.labels for family in text_string_to_metric_families(metrics) for s in family.samples}
     route = samples["gorgon_gateway_requests_total"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -150,6 +149,6 @@ async def test_a_stage_serves_its_metrics_while_it_lives_and_goes_at_once() -> N
         while True:
             try:
                 await asyncio.to_thread(urllib.request.urlopen, url, timeout=5)
-            except urllib.error.URLError:
+            except OSError:  # refused, or reset before it was taken
                 break
             await asyncio.sleep(0.05)
