@@ -283,7 +283,8 @@ async def test_kills_from_outside_quarantine_nobody(tmp_path: Path) -> None:
 
 async def test_overload_is_an_immediate_error_and_harms_nobody(tmp_path: Path) -> None:
     """400 requests at once, with room for 8 to run and 32 to wait."""
-    copies = {"tokenizer": 1, "model_worker": 1}
+    # RawClient allows no duplicates, which two owners of a partition may send for a moment.
+    copies = {"tokenizer": 1, "model_worker": 1, "detokenizer": 1}
     worker = ["--engine", "fixed", "--fixed.step-time", str(STEP), "--max-seqs", "8", "--max-waiting", "0"]
     flags = {"tokenizer": ["--max-waiting", "32"]}
     async with (
@@ -315,7 +316,8 @@ async def test_overload_is_an_immediate_error_and_harms_nobody(tmp_path: Path) -
 
 async def test_a_deadline_ends_a_request_wherever_it_is(tmp_path: Path) -> None:
     """Running, in the queue, in a worker that stands still, and with no worker at all."""
-    copies = {"tokenizer": 1, "model_worker": 1}
+    # RawClient allows no duplicates, which two owners of a partition may send for a moment.
+    copies = {"tokenizer": 1, "model_worker": 1, "detokenizer": 1}
     worker = ["--engine", "fixed", "--fixed.step-time", str(STEP), "--max-seqs", "1", "--max-waiting", "0"]
     async with (
         deployed(tmp_path, DEMO, worker, copies=copies) as deployment,
