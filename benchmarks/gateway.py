@@ -2,6 +2,7 @@
 
     python benchmarks/gateway.py                     200 streams
     ... --stalled 20                                 and as many clients that ask for a lot and read nothing
+    ... --gateways 2                                 the streams over so many gateways
     ... --out FILE                                   the same as JSON
 
 Added latency: a tap, a raw NATS client, subscribes to the gateways' own reply inboxes. So it gets each message of tokens when they do,
@@ -91,9 +92,14 @@ def stalled_client(port: int, number: int) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", port))
-    body = dict(prompt=[3, number % 1000 + 3, 4], max_tokens=100_000, n=8, ignore_eos=True, logprobs=20)
+    body = dict(prompt=[3, number % 1000 + 3, 4], max_tokens=100_000, n=8, ignore_eos=True)
     client.sendall(request_of(port, body))
     return client
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return sum(t.user + t.system for t in times)
 
 
 async def measure(args: argparse.Namespace, supervisor: Supervisor) -> dict[str, Any]:
@@ -109,8 +115,8 @@ async def measure(args: argparse.Namespace, supervisor: Supervisor) -> dict[str,
     await tap.subscribe("_INBOX.*", cb=on_tap)
     stalled = [stalled_client(port, number) for number in range(args.stalled)]
     await asyncio.sleep(3.0 if stalled else 0.5)
-    process = psutil.Process(supervisor.stages[f"{GATEWAY}-1"].pid)
-    before = process.cpu_times()
+    processes = [psutil.Process(supervisor.stages[f"{GATEWAY}-{n + 1}"].pid) for n in range(args.gateways)]
+    before = cpu_seconds(processes)
     gc.disable()
     readers: list[Reader] = []
     began = time.monotonic()
@@ -118,13 +124,14 @@ async def measure(args: argparse.Namespace, supervisor: Supervisor) -> dict[str,
         body = dict(
             prompt=[5, number % 1000 + 3, number // 1000 + 3], max_tokens=args.tokens, ignore_eos=True, seed=number
         )
-        _, reader = await loop.create_connection(lambda body=body: Reader(request_of(port, body)), "127.0.0.1", port)
+        door = port + number % args.gateways
+        _, reader = await loop.create_connection(lambda body=body: Reader(request_of(port, body)), "127.0.0.1", door)
         readers.append(reader)
         await asyncio.sleep(args.step / args.streams)  # steps hold requests of every age
     await asyncio.wait_for(asyncio.gather(*(reader.closed for reader in readers)), args.tokens * args.step * 5 + 60)
     seconds = time.monotonic() - began
     gc.enable()
-    after = process.cpu_times()
+    cpu = cpu_seconds(processes) - before
     for client in stalled:
         client.close()
     await tap.close()
@@ -147,9 +154,9 @@ async def measure(args: argparse.Namespace, supervisor: Supervisor) -> dict[str,
         added += late
         worst.append(max(late))
     added.sort()
-    cpu = after.user + after.system - before.user - before.system
     return dict(
         streams=args.streams,
+        gateways=args.gateways,
         stalled=args.stalled,
         step_ms=args.step * 1e3,
         complete=sum(reader.complete for reader in readers),
@@ -171,7 +178,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         vocabulary = json.loads((args.model_path / "config.json").read_text())["vocab_size"]
         fixed = ["--engine", "fixed", "--fixed.step-time", str(args.step), "--fixed.vocab-size", str(vocabulary)]
         flags = {"model_worker": [*fixed, "--max-seqs", "2048"]}
-        copies = dict.fromkeys(STAGES, 1) | {GATEWAY: 1}
+        copies = dict.fromkeys(STAGES, 1) | {GATEWAY: args.gateways}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, http_port=free_port())
         supervisor = Supervisor(plan)
         try:
@@ -189,6 +196,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--stalled", type=int, default=0, help="clients that read nothing")
     parser.add_argument("--tokens", type=int, default=150, help="of each stream")
     parser.add_argument("--step", type=float, default=0.05, help="seconds")
