@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
+import structlog
 
 from shared.broker import Broker
 
@@ -17,3 +19,10 @@ async def nats_server(tmp_path: Path) -> AsyncIterator[Broker]:
     await server.start()
     yield server
     await server.kill()
+
+
+@pytest.fixture(autouse=True)
+def fresh_logs() -> Iterator[None]:
+    """Commands configure logging for their own process; here it would write to a stream that pytest has closed."""
+    yield
+    structlog.reset_defaults()
