@@ -315,8 +315,9 @@ def _resolve_kernel(
             above = 0.0
             if top_p < 1:
                 above = tl.sum(tl.load(above_ptr + row * parts + part, mask=inside, other=0.0), 0)
-            # NaN compares false: it ends the loop.
-            while ((top_p < 1) & (above >= target)) | (pivot < lowest):
+            # NaN compares false: it ends the loop. So does -inf, which is chosen only where there is nothing else: a grammar and
+            # bans can forbid all that a row has.
+            while (((top_p < 1) & (above >= target)) | (pivot < lowest)) & (pivot > -float("inf")):
                 # The next pool leaves out what min-p does, and what has as little as the one refused by top-p.
                 bound = -float("inf")
                 if (top_p < 1) & (above >= target):

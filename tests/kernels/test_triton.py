@@ -179,6 +179,20 @@ def test_sample(vocabulary, bounds):
         assert torch.equal(TRITON.sample(logits, batch), REFERENCE.sample(logits, batch))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("vocabulary", [7, 5003])
+@pytest.mark.parametrize("typical", [{}, {"typical_p": 0.5}], ids=["filters", "typical"])
+def test_a_row_without_any_token_comes_to_an_end(vocabulary, typical):
+    """With some valid id, whatever its filters; and the rows beside it are what they were."""
+    filters = {name: values[1:5] for name, values in ROWS.items()} | {"min_p": [0, 0.1, 0.1, 0.1]}
+    logits = torch.randn(8, vocabulary, generator=torch.Generator().manual_seed(7))
+    logits[4:] = -torch.inf
+    batch = sampling_batch(8, **{name: values * 2 for name, values in filters.items()}, **typical, seed=torch.arange(8))
+    chosen = TRITON.sample(logits, batch)
+    assert torch.equal(chosen[:4], REFERENCE.sample(logits, batch)[:4])
+    assert all(0 <= token < vocabulary for token in chosen.tolist())
+
+
 TYPICAL_ROWS = {
     "temperature": [0, 1, 0.7, 1, 1, 1, 2, 1, 0.3],
     "top_k": [0, 5, 0, 0, 40, 1, 0, 80, 3],
