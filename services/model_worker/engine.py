@@ -89,6 +89,9 @@ class _Abort:
     request_id: str
     epoch: int
 
+    def covers(self, request: EngineRequest) -> bool:
+        return request.request_id == self.request_id and request.epoch <= self.epoch
+
 
 @dataclass(slots=True)
 class _InFlight:
@@ -205,6 +208,8 @@ class Engine:
         with self._lock:
             if self._preparing.get(key) is not submission:
                 return  # aborted or replaced meanwhile
+            if any(isinstance(item, _Abort) and item.covers(submission.request) for item in self._inbox):
+                return  # the abort, which is before it in the inbox, has to find it here
             del self._preparing[key]
             self._inbox.append(replace(submission, matcher=matcher))
         self._wake.set()
@@ -391,12 +396,11 @@ class Engine:
             self._end(sequence, reason, output)
 
     def _take_abort(self, item: _Abort, output: StepOutput) -> None:
-        for (request_id, _), sequence in list(self._sequences.items()):
-            if request_id == item.request_id and sequence.request.epoch <= item.epoch:
+        for sequence in list(self._sequences.values()):
+            if item.covers(sequence.request):
                 self._end(sequence, FinishReason.ABORTED, output)
         with self._lock:
-            early = [s for s in self._preparing.values() if s.request.request_id == item.request_id]
-            early = [s for s in early if s.request.epoch <= item.epoch]
+            early = [submission for submission in self._preparing.values() if item.covers(submission.request)]
             for submission in early:
                 del self._preparing[item.request_id, submission.request.choice]
         for request in (submission.request for submission in early):

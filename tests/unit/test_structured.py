@@ -90,6 +90,19 @@ def test_what_cannot_be_honoured_is_refused(vocabulary: Vocabulary, name: str) -
         assert 5 < len(str(raised.value)) <= 400 and "\n" not in str(raised.value)
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+def test_a_panic_of_the_library_is_a_refusal(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(*_: Any, **__: Any) -> None:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr("shared.structured.LLMatcher", panics)
+    with pytest.raises(ConstraintError, match="Panic: index out of bounds"):
+        vocabulary.compile("start: /never compiled before/")
+
+
 def test_function_parameters_compile(vocabulary: Vocabulary) -> None:
     schemas = bfcl_schemas(100)
     if not schemas:

@@ -16,7 +16,7 @@ import torch
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
-from services.model_worker.engine import EngineRequest, FinishReason, RequestRejected
+from services.model_worker.engine import Engine, EngineRequest, FinishReason, RequestRejected, StepOutput
 from services.model_worker.token_masks import TokenMasks
 from shared.api import Structured
 from shared.errors import ErrorCode
@@ -353,6 +353,61 @@ def test_aborted_while_its_grammar_is_compiled(monkeypatch: pytest.MonkeyPatch) 
         started.wait([newer])
         assert newer.finish is FinishReason.STOP
         assert replaced.ids == [] and aborted.ids == []
+
+
+def test_aborted_as_its_grammar_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grammar is compiled after the abort was ordered, and before the engine's thread has taken it."""
+    compile_, compiling, go = Vocabulary.compile, threading.Event(), threading.Event()
+    take, looking = Engine._take_inbox, threading.Event()
+
+    def compiled(self: Vocabulary, constraint: str) -> Matcher:
+        compiling.set()
+        assert go.wait(30)
+        return compile_(self, constraint)
+
+    def taken(self: Engine, output: StepOutput) -> None:
+        if self._inbox and not looking.is_set():
+            go.set()
+            self.constraints._threads.shutdown(wait=True)  # the compilation is over
+            looking.set()
+        take(self, output)
+
+    monkeypatch.setattr(Vocabulary, "compile", compiled)
+    with demo() as started:
+        aborted = started.submit(asked("a", CONSTRAINTS["schema"]))
+        assert compiling.wait(30)
+        monkeypatch.setattr(Engine, "_take_inbox", taken)
+        started.engine.abort("a", 1)
+        started.wait([aborted])
+        assert looking.is_set() and aborted.finish is FinishReason.ABORTED and aborted.ids == []
+        started.wait_for(lambda: not started.engine.stats().running)
+
+
+@pytest.mark.parametrize("bans", [{"bad_words": "all"}, {"min_tokens": 8}])
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "min_p": 0.1}, {"temperature": 1.0, "top_k": 5}])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_where_nothing_is_left_to_choose(
+    alone: dict[tuple[str, str], Collected], bans: dict[str, Any], kind: dict[str, Any], speculate: bool
+) -> None:
+    """Bans that contradict the grammar end their own request, and say so; min_tokens does not outlive a grammar that has ended."""
+    contradiction: dict[str, Any] = dict(bans)
+    if "bad_words" in bans:  # all that can begin the text
+        vocabulary = TOKENIZER.get_vocab()
+        contradiction["bad_words"] = tuple((i,) for text, i in vocabulary.items() if text[0] in "QĠ" and "Q" in text)
+    with demo(max_seqs=8, speculate=speculate, max_tree_rows=64) as started:
+        if speculate:
+            RandomPicks(started)
+        bad, *good = started.run(
+            [
+                asked("bad", constraint_of(Structured(regex="Q")), **contradiction, **kind),
+                *(asked(name, CONSTRAINTS[name]) for name in ("object", "choice")),
+            ]
+        )
+        assert [output.ids for output in good] == [alone[name, "greedy"].ids for name in ("object", "choice")]
+        if "bad_words" in bans:
+            assert bad.error is not None and bad.error.code == ErrorCode.CONSTRAINT_FAILED
+        else:
+            assert bad.error is None and bad.finish is FinishReason.STOP and text_of(bad) == "Q"
 
 
 @pytest.mark.parametrize("wrong", ["late", "siblings"])
