@@ -450,14 +450,15 @@ class Engine:
         flight.ticket = self.runner.choose(forward, self.masks.fill(plan, guesses))
         self._end_broken(constrained, output)
 
-    def _end_broken(self, sequences: list[Sequence], output: StepOutput) -> None:
-        """A matcher that cannot go on ends its own sequence, and no other."""
+    def _end_broken(self, sequences: list[Sequence], output: StepOutput, banned: str = "") -> None:
+        """A matcher that cannot go on ends its own sequence, and no other. banned: why, if the request bans tokens."""
         for sequence in sequences:
             request, matcher = sequence.request, sequence.matcher
             if matcher is not None and matcher.error and self._sequences.get(_key(request)) is sequence:
                 self.scheduler.finish(sequence)
                 self._forget(request)
-                output.errors.append(_constraint_failed(request, matcher.error))
+                message = banned if banned and request.params.has_edits else matcher.error
+                output.errors.append(_constraint_failed(request, message))
 
     def _retire(self, output: StepOutput) -> None:
         flight = self._in_flight[0]
@@ -486,7 +487,8 @@ class Engine:
             if token.finish is not None and sequence is not None:
                 token.speculation = sequence.acceptance.summary() if self.trees is not None else None
                 self._forget(sequence.request)
-        self._end_broken(plan.sampled, output)
+        # A token that its mask forbids is chosen only where every other one is forbidden, too.
+        self._end_broken(plan.sampled, output, "bad_words or min_tokens forbid all that the grammar allows")
 
     def _drop_all(self) -> None:
         for sequence in list(self._sequences.values()):

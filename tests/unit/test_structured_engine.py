@@ -406,6 +406,7 @@ def test_where_nothing_is_left_to_choose(
         assert [output.ids for output in good] == [alone[name, "greedy"].ids for name in ("object", "choice")]
         if "bad_words" in bans:
             assert bad.error is not None and bad.error.code == ErrorCode.CONSTRAINT_FAILED
+            assert "bad_words" in bad.error.message
         else:
             assert bad.error is None and bad.finish is FinishReason.STOP and text_of(bad) == "Q"
 
