@@ -203,7 +203,8 @@ class Vocabulary:
             compiled = LLMatcher(self._tokenizer, _sized(constraint), log_level=0, limits=_LIMITS)
         except (ConstraintError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the library is no Exception; whoever asked must hear of it all the same
+        except BaseException as error:
+            # A panic of the library is no Exception; whoever asked must hear of it all the same.
             raise ConstraintError(f"{type(error).__name__}: {error}"[:MAX_REASON]) from None
         if compiled.is_error():
             raise ConstraintError(" ".join(compiled.get_error().split())[:MAX_REASON] or "not a grammar")
