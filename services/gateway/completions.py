@@ -20,7 +20,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.render import ChatRenderer, CompletionRenderer
 from services.gateway.schema import ChatCompletionRequest, Common, CompletionRequest
 from services.gateway.settings import GatewaySettings
-from services.gateway.sse import NewsStream, until_disconnected
+from services.gateway.sse import EventStream, Live, until_disconnected
 from services.gateway.translate import chat_body, completion_bodies
 from services.gateway.vocabulary import Vocabulary
 from shared.bus import Bus
@@ -163,8 +163,8 @@ class Completions:
             call.close()
             span.end()
 
-        return NewsStream(
-            call,
+        return EventStream(
+            Live(call),
             headers,
             keepalive=self._settings.keepalive,
             stall_timeout=self._settings.stall_timeout,

@@ -23,7 +23,7 @@ from services.gateway.fleet import Fleet
 from services.gateway.generation import Generations
 from services.gateway.identity import CallerOf
 from services.gateway.settings import GatewaySettings
-from services.gateway.sse import IteratedStream
+from services.gateway.sse import EventStream, Iterated
 from shared.bus import Bus
 
 log = structlog.get_logger()
@@ -83,8 +83,8 @@ def page_router(settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: 
         may_kill = settings.dev_kill and _is_local(request)
         if once:
             return Response(json.dumps(picture()), media_type="application/json", headers=SECURITY)
-        return IteratedStream(
-            pictures(token if may_kill else None),
+        return EventStream(
+            Iterated(pictures(token if may_kill else None)),
             SECURITY,
             keepalive=settings.keepalive,
             stall_timeout=settings.stall_timeout,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, Protocol
@@ -50,18 +49,30 @@ async def until_disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response, ABC):
+SendPiece = Callable[[bytes], Coroutine[Any, Any, None]]
+
+
+class Body(Protocol):
+    """What an EventStream consists of."""
+
+    async def write(self, send: SendPiece) -> None:
+        """Sends all of it."""
+
+
+class EventStream(Response):
     """Server-sent events. They cease when the client goes, and when it does not read for `stall_timeout` seconds; after `keepalive`
     seconds of silence it gets a comment line."""
 
     def __init__(
         self,
+        body: Body,
         headers: dict[str, str],
         *,
         keepalive: float,
         stall_timeout: float,
         on_close: Callable[[], None],
     ) -> None:
+        self._body = body
         self._keepalive = keepalive
         self._stall_timeout = stall_timeout
         self._on_close = on_close
@@ -89,12 +100,8 @@ class EventStream(Response, ABC):
 
     async def _write(self, send: Send) -> None:
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._write_all(send)
+        await self._body.write(partial(self._send_piece, send))
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    @abstractmethod
-    async def _write_all(self, send: Send) -> None:
-        """Sends all pieces."""
 
     async def _send_piece(self, send: Send, data: bytes) -> None:
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
@@ -120,28 +127,19 @@ class EventStream(Response, ABC):
                 await self._send_piece(send, b": waiting\n\n")
 
 
-class IteratedStream(EventStream):
-    """Of an iterator, which is closed when the stream is."""
+class Iterated:
+    """The body that an iterator gives. It is closed with the stream."""
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        headers: dict[str, str],
-        *,
-        keepalive: float,
-        stall_timeout: float,
-        on_close: Callable[[], None],
-    ) -> None:
-        super().__init__(headers, keepalive=keepalive, stall_timeout=stall_timeout, on_close=on_close)
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
         self._events = events
 
-    async def _write_all(self, send: Send) -> None:
+    async def write(self, send: SendPiece) -> None:
         async for data in self._events:
-            await self._send_piece(send, data)
+            await send(data)
 
 
 class News(Protocol):
-    """What a NewsStream sends, in pieces that may be empty."""
+    """What comes by and by, in pieces that may be empty."""
 
     def on_news(self, callback: Callable[[], None]) -> None:
         """`callback` is called whenever there is something to be taken, from now on."""
@@ -170,32 +168,23 @@ class _Begun:
                 return
 
 
-class NewsStream(EventStream):
-    """Events written from within the callback that brings them: waking a task for every token of every stream costs more than
-    rendering it. The task does what has to wait: for the client to read, for what the events are made of, for the end."""
+class Live:
+    """The body that news makes, written from within the callback that brings it: waking a task for every token of every stream costs
+    more than rendering it. The task does what has to wait: for the client to read, for what the events are made of, for the end."""
 
-    def __init__(
-        self,
-        news: News,
-        headers: dict[str, str],
-        *,
-        keepalive: float,
-        stall_timeout: float,
-        on_close: Callable[[], None],
-    ) -> None:
-        super().__init__(headers, keepalive=keepalive, stall_timeout=stall_timeout, on_close=on_close)
+    def __init__(self, news: News) -> None:
         self._news = news
         self._bell = Bell()
         self._resting = False  # the task waits for the bell, so the callback may write
         self._begun: _Begun | None = None  # a write of the callback that has to wait for the client
         self._error: Exception | None = None  # of the callback
 
-    async def _write_all(self, send: Send) -> None:
+    async def write(self, send: SendPiece) -> None:
         self._news.on_news(partial(self._on_news, send))
         while True:
             data, last = await self._news.take()
             if data:
-                await self._send_piece(send, data)
+                await send(data)
             if last:
                 return
             self._resting = True
@@ -209,19 +198,19 @@ class NewsStream(EventStream):
                 begun, self._begun = self._begun, None
                 await begun
 
-    def _on_news(self, send: Send) -> None:
+    def _on_news(self, send: SendPiece) -> None:
         if self._resting and self._write_now(send):
             return
         self._resting = False
         self._bell.ring()
 
-    def _write_now(self, send: Send) -> bool:
+    def _write_now(self, send: SendPiece) -> bool:
         """False if there is something left for the task. Never raises: others are about to be called back."""
         try:
             if (data := self._news.take_now()) is None:
                 return False
             if data:
-                piece = self._send_piece(send, data)
+                piece = send(data)
                 self._begun = _Begun(piece, piece.send(None))
                 return False
         except StopIteration:

@@ -68,7 +68,7 @@ def call_of(
 
 
 async def stream_of(call: Call) -> str:
-    """All of it, taken as NewsStream does."""
+    """All of it, taken as sse.Live does."""
     bell, pieces, last = Bell(), [], False
     call.on_news(bell.ring)
     while True:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.gateway.sse import NewsStream
+from services.gateway.sse import EventStream, Live
 
 
 class Script:
@@ -74,7 +74,7 @@ class Connection:
 async def begin(script: Script) -> tuple[Connection, asyncio.Task[None]]:
     """A stream that waits for news."""
     connection = Connection()
-    stream = NewsStream(script, {}, keepalive=60, stall_timeout=60, on_close=connection.close)
+    stream = EventStream(Live(script), {}, keepalive=60, stall_timeout=60, on_close=connection.close)
     task = asyncio.create_task(stream({"type": "http"}, connection.receive, connection.send))
     await settle()
     return connection, task
