@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,10 @@ from services.model_worker.train_heads import (
     gather,
     head_losses,
     learning_rate,
-    progress_bar,
+    read_checkpoint,
+    run_steps,
     train,
+    write_checkpoint,
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -87,14 +88,10 @@ class Joint:
             "rng": json.dumps(self.rng.bit_generator.state), "step": self.step, "seconds": self.seconds,
             "config": _fingerprint(config),
         }  # fmt: skip
-        torch.save(state, file.with_suffix(".new"))
-        file.with_suffix(".new").replace(file)
+        write_checkpoint(file, state)
 
     def load(self, file: Path, config: JointConfig) -> None:
-        state = torch.load(file, map_location=self.heads.weights.device, weights_only=True)
-        if state["config"] != _fingerprint(config):
-            text = f"{file} is of another training: delete it or choose another folder"
-            raise ModelError("checkpoint_mismatch", text)
+        state = read_checkpoint(file, self.heads.weights.device, _fingerprint(config))
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             for name, tensor in self.heads.tensors().items():
@@ -164,7 +161,21 @@ def train_joint(config: JointConfig, console: Console) -> dict[str, Any]:
     if checkpoint.exists():
         joint.load(checkpoint, config)
         console.print(f"resumed at step {joint.step}")
-    _run(joint, config, material, dtype, checkpoint, console)
+
+    def update(progress: float) -> str:
+        losses = _step(joint, config, material, dtype, progress)
+        return "loss of model and heads " + " ".join(f"{value:.3f}" for value in losses)
+
+    run_steps(
+        joint,
+        config.steps,
+        config.minutes,
+        "training jointly",
+        console,
+        update,
+        lambda: joint.save(checkpoint, config),
+        config.first.checkpoint_seconds,
+    )
     losses = {"after": _held_out_loss(joint.model, material, device)}
     _write_model(joint, config)
     joint.model = None
@@ -180,31 +191,6 @@ def train_joint(config: JointConfig, console: Console) -> dict[str, Any]:
     trees.save(config.out / "medusa/trees.json")
     checkpoint.unlink()
     return report
-
-
-def _run(
-    joint: Joint, config: JointConfig, material: Material, dtype: torch.dtype, checkpoint: Path, console: Console
-) -> None:
-    began, saved = time.monotonic() - joint.seconds, time.monotonic()
-
-    def progress() -> float:
-        if config.minutes is not None:
-            return (time.monotonic() - began) / (60 * config.minutes)
-        return joint.step / config.steps
-
-    with progress_bar(console) as bar:
-        task = bar.add_task("training jointly", total=1.0, completed=progress())
-        try:
-            while (done := progress()) < 1:
-                losses = _step(joint, config, material, dtype, done)
-                joint.seconds = time.monotonic() - began
-                text = " ".join(f"{value:.3f}" for value in losses)
-                bar.update(task, completed=progress(), description=f"step {joint.step}, loss of model and heads {text}")
-                if time.monotonic() - saved > config.first.checkpoint_seconds:
-                    joint.save(checkpoint, config)
-                    saved = time.monotonic()
-        finally:
-            joint.save(checkpoint, config)
 
 
 def _step(joint: Joint, config: JointConfig, material: Material, dtype: torch.dtype, progress: float) -> list[float]:

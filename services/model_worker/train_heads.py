@@ -13,9 +13,10 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -222,16 +223,10 @@ class Trainer:
             "seconds": self.seconds, "losses": self.losses, "rng": json.dumps(self.rng.bit_generator.state),
             "config": _fingerprint(config),
         }  # fmt: skip
-        # Written beside and moved into place: a kill in between leaves the older one.
-        torch.save(state, file.with_suffix(".new"))
-        file.with_suffix(".new").replace(file)
+        write_checkpoint(file, state)
 
     def load(self, file: Path, config: TrainConfig) -> None:
-        state = torch.load(file, map_location=self.heads.weights.device, weights_only=True)
-        if state["config"] != _fingerprint(config):
-            raise ModelError(
-                "checkpoint_mismatch", f"{file} is of another training: delete it or choose another folder"
-            )
+        state = read_checkpoint(file, self.heads.weights.device, _fingerprint(config))
         with torch.no_grad():
             for name, tensor in self.heads.tensors().items():
                 tensor.copy_(state["heads"][name])
@@ -246,6 +241,62 @@ def _fingerprint(config: TrainConfig) -> str:
     for name in ("out", "steps", "minutes", "device", "dtype", "checkpoint_seconds"):
         del kept[name]
     return json.dumps(kept, default=str, sort_keys=True)
+
+
+def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
+    """Beside it, and then moved into place: a kill in between leaves the older one."""
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def read_checkpoint(file: Path, device: torch.device, fingerprint: str) -> dict[str, Any]:
+    """Raises ModelError if it is of a training with another `fingerprint`, which it holds as "config"."""
+    state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    if state["config"] != fingerprint:
+        text = f"{file} is of another training: delete it or choose another folder"
+        raise ModelError("checkpoint_mismatch", text)
+    return state
+
+
+class Training(Protocol):
+    """What a checkpoint holds. step: updates so far; seconds: that they have taken."""
+
+    step: int
+    seconds: float
+
+
+def run_steps(
+    training: Training,
+    steps: int,
+    minutes: float | None,
+    title: str,
+    console: Console,
+    update: Callable[[float], str],
+    save: Callable[[], None],
+    save_every: float,
+) -> None:
+    """Updates for so many steps, or minutes if given, with a progress bar; saves every `save_every` seconds and at the end, whatever
+    ends it. `update(progress)` makes one update, progress being 0 … 1, and says what its losses are."""
+    began = time.monotonic() - training.seconds
+    saved = time.monotonic()
+
+    def progress() -> float:
+        if minutes is not None:
+            return (time.monotonic() - began) / (60 * minutes)
+        return training.step / steps
+
+    with progress_bar(console) as bar:
+        task = bar.add_task(title, total=1.0, completed=progress())
+        try:
+            while (done := progress()) < 1:
+                losses = update(done)
+                training.seconds = time.monotonic() - began
+                bar.update(task, completed=progress(), description=f"step {training.step}, {losses}")
+                if time.monotonic() - saved > save_every:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -278,7 +329,21 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     if checkpoint.exists():
         trainer.load(checkpoint, config)
         console.print(f"resumed at step {trainer.step}")
-    _run_steps(trainer, config, backbone, material, checkpoint, console)
+
+    def update(progress: float) -> str:
+        trainer.losses = _train_step(trainer, config, backbone, material, progress)
+        return "loss by head " + " ".join(f"{loss:.3f}" for loss in trainer.losses)
+
+    run_steps(
+        trainer,
+        config.steps,
+        config.minutes,
+        "training",
+        console,
+        update,
+        lambda: trainer.save(checkpoint, config),
+        config.checkpoint_seconds,
+    )
     report = evaluate(heads, backbone, material, console)
     effort: dict[str, Any] = {
         "steps": trainer.step,
@@ -305,38 +370,13 @@ def new_heads(config: TrainConfig, model_head: Tensor, material: Material) -> Me
     return heads
 
 
-def _run_steps(
-    trainer: Trainer, config: TrainConfig, backbone: Backbone, material: Material, checkpoint: Path, console: Console
-) -> None:
-    began = time.monotonic() - trainer.seconds
-    saved = time.monotonic()
-
-    def progress() -> float:
-        if config.minutes is not None:
-            return (time.monotonic() - began) / (60 * config.minutes)
-        return trainer.step / config.steps
-
-    with progress_bar(console) as bar:
-        task = bar.add_task("training", total=1.0, completed=progress())
-        try:
-            while (done := progress()) < 1:
-                for group in trainer.optimizer.param_groups:
-                    group["lr"] = learning_rate(config.learning_rate, done)
-                losses = _train_step(trainer, config, backbone, material)
-                trainer.seconds = time.monotonic() - began
-                trainer.losses = losses
-                text = " ".join(f"{loss:.3f}" for loss in losses)
-                bar.update(task, completed=done, description=f"step {trainer.step}, loss by head {text}")
-                if time.monotonic() - saved > config.checkpoint_seconds:
-                    trainer.save(checkpoint, config)
-                    saved = time.monotonic()
-        finally:
-            trainer.save(checkpoint, config)
-
-
-def _train_step(trainer: Trainer, config: TrainConfig, backbone: Backbone, material: Material) -> list[float]:
+def _train_step(
+    trainer: Trainer, config: TrainConfig, backbone: Backbone, material: Material, progress: float
+) -> list[float]:
     """One update; the loss of each head, nats per token."""
     heads, device = trainer.heads, backbone.device
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate(config.learning_rate, progress)
     ids = material.batch(config.rows, config.length, trainer.rng).to(device)
     hidden = backbone.hidden(ids).flatten(0, 1).float()
     model_head = backbone.decoder.weights.head
