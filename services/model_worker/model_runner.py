@@ -277,7 +277,9 @@ class ModelRunner:
         """Ends the staging of a step: adds the plan's changes of state, sends all, and applies the changes."""
         state, admissions = self.state, None
         entries = blocks = None
-        sources, targets = (self._staging.put(rows) for rows in copied_rows(plan.copies, self.limits.block_size))
+        copies = None
+        if plan.copies:
+            copies = [self._staging.put(rows) for rows in copied_rows(plan.copies, self.limits.block_size)]
         if plan.admitted:
             admissions = state.stage_admissions(self._staging, plan.admitted)
         if plan.table_slots:
@@ -293,7 +295,8 @@ class ModelRunner:
                     state.reset_penalties(sequence)
         if entries is not None and blocks is not None:
             state.write_block_table(entries, blocks)
-        if plan.copies:
+        if copies is not None:
+            sources, targets = copies
             for cache in [self.cache] if self.search.amateur is None else [self.cache, self.search.amateur.cache]:
                 self.ops.move_kv(cache.data[0], cache.data[1], sources, targets)
 
