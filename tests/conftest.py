@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import pytest_asyncio
@@ -26,3 +28,16 @@ def fresh_logs() -> Iterator[None]:
     """Commands configure logging for their own process; here it would write to a stream that pytest has closed."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """Makes tiny random models of many families, as oracles."""
+    file = Path(__file__).resolve().parents[2] / "shared/tools/tiny_models.py"
+    if not file.is_file():
+        pytest.skip("../shared/tools/tiny_models.py is not here")
+    spec = importlib.util.spec_from_file_location("tiny_models", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

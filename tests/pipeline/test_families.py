@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 pytest.importorskip("transformers")
 
 from tests.pipeline.harness import RawClient, deployed
-from tests.unit.test_models_vs_transformers import TINY_MODELS, TOKENS, Oracle, prompts, tiny_models  # noqa: F401
+from tests.unit.test_models_vs_transformers import TOKENS, Oracle, prompts
 
 FAMILIES = os.environ.get("GORGON_FAMILIES", "mistral").split(",")
 VOCABULARY = 512
@@ -28,9 +29,8 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.skipif(not TINY_MODELS.is_file(), reason="../shared/tools/tiny_models.py is not here")
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_greedy_ids(tiny_models, tmp_path: Path, family: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+async def test_greedy_ids(tiny_models: ModuleType, tmp_path: Path, family: str) -> None:
     folder = tmp_path / "model"
     oracle = Oracle(folder, tiny_models.make(family, max_position_embeddings=512))
     add_tokenizer(folder)

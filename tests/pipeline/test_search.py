@@ -11,6 +11,7 @@ import pytest
 
 from shared.messages import WorkerHeartbeat
 from tests.pipeline.harness import Answer, Deployment, RawClient, deployed, needs_weights, weights
+from tests.unit.engine_harness import save_first_layers
 
 PROMPT = [1, 403, 407, 261, 378]
 TOKENS = 400
@@ -23,15 +24,9 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def amateur(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model without its last layers."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(weights("stories260K"))
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:2]
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("amateur")
-    model.save_pretrained(folder)
+    save_first_layers(weights("stories260K"), 2, folder)
     return folder
 
 

@@ -37,6 +37,19 @@ def weights(name: str) -> Path:
     return SHARED / "data/weights" / name
 
 
+def save_first_layers(source: Path, layers: int, folder: Path) -> Any:
+    """A smaller model of the same vocabulary: transformers' model in `source` without its last layers, which it returns, in f32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    model.save_pretrained(folder)
+    return model
+
+
 @dataclass
 class Collected:
     """One sequence's output, checked to come without gaps as it is collected."""

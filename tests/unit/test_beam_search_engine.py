@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,10 @@ import torch
 
 from services.model_worker.engine import EngineRequest, FinishReason, RequestRejected
 from shared.sampling import SamplingParams
-from tests.unit.engine_harness import SHARED, Collected, Harness, dummy_model, greedy, needs_weights, running, weights
+from tests.unit.engine_harness import Collected, Harness, dummy_model, greedy, needs_weights, running, weights
 
 transformers = pytest.importorskip("transformers")
 
-TINY_MODELS = SHARED / "tools/tiny_models.py"
 LENGTHS = (1, 5, 16, 33, 70)
 TOKENS = 64
 BEAMS = 4
@@ -31,23 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny_models() -> ModuleType:
-    if not TINY_MODELS.is_file():
-        pytest.skip("../shared/tools/tiny_models.py is not here")
-    spec = importlib.util.spec_from_file_location("tiny_models", TINY_MODELS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def submit_beams(

@@ -17,7 +17,7 @@ from kernels.reference import filter_scores
 from services.model_worker.engine import EngineRequest, FinishReason, ModelError, RequestRejected
 from services.model_worker.search.contrastive import guided_scores
 from shared.sampling import SamplingParams
-from tests.unit.engine_harness import Harness, dummy_model, greedy, needs_weights, running, weights
+from tests.unit.engine_harness import Harness, dummy_model, greedy, needs_weights, running, save_first_layers, weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,12 +30,7 @@ TOKENS = 48
 EOS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +40,8 @@ def expert() -> Any:
 
 @pytest.fixture(scope="module")
 def amateur(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The same model without its last layers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(weights("stories260K"), dtype=torch.float32).eval()
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:2]
     folder = tmp_path_factory.mktemp("amateur")
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_first_layers(weights("stories260K"), 2, folder)
 
 
 @contextmanager

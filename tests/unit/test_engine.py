@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from services.model_worker.engine import (
     EngineConfig,
@@ -26,13 +25,7 @@ from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, greedy, running
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,10 @@ import torch
 
 from services.model_worker.models.config import ModelError, parse_config
 from services.model_worker.models.rope import _attention_factor, inverse_frequencies
-from tests.unit.engine_harness import SHARED, greedy, needs_weights, running, weights
+from tests.unit.engine_harness import greedy, needs_weights, running, weights
 
 transformers = pytest.importorskip("transformers")
 
-TINY_MODELS = SHARED / "tools/tiny_models.py"
 FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3", "phi3")
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 64, 100, 127, 128, 200)
 TOKENS = 64
@@ -25,23 +23,7 @@ BLOCK = 16
 SHARED_PREFIX = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny_models() -> ModuleType:
-    if not TINY_MODELS.is_file():
-        pytest.skip("../shared/tools/tiny_models.py is not here")
-    spec = importlib.util.spec_from_file_location("tiny_models", TINY_MODELS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts() -> list[list[int]]:

@@ -34,12 +34,7 @@ from tests.unit.engine_harness import (
 VOCABULARY = 24  # so few that the ten candidates of a random head are often right
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_heads(folder: Path, hidden: int, heads: int = 4, scale: float = 0.3) -> Path:

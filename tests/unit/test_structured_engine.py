@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
@@ -31,12 +30,7 @@ TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 PROMPT = TOKENIZER.encode("The clerk filled in the form, and wrote:\n").ids
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager
