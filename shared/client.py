@@ -269,7 +269,10 @@ class Stream:
 
     def _changed(self) -> None:
         if self._on_change is not None:
-            self._on_change()
+            try:
+                self._on_change()
+            except Exception as error:  # the reader's own fault: the client's other streams come next
+                log.error("on_change_failed", request_id=self.id, exc_info=error)
 
     def _on_tokens(self, event: dict[str, Any]) -> None:
         choice = self._choice(event["choice"])
@@ -353,6 +356,12 @@ class Stream:
 
     def fail(self, error: GorgonError) -> None:
         self.finish(dict(event="error", id=self.id, code=str(error.code), message=error.message))
+
+    def break_off(self, error: Exception) -> None:
+        """Ends because of a defect: an event that cannot be understood, say, which a replay would only bring again."""
+        log.error("stream_failed", request_id=self.id, exc_info=error)
+        self._choices.clear()
+        self.fail(GorgonError(ErrorCode.INTERNAL, f"the client failed at this stream: {error!r}"))
 
     def _terminal_event(self, event: dict[str, Any]) -> dict[str, Any]:
         if event["event"] == "error":
@@ -546,7 +555,10 @@ class Client:
         for event in events if isinstance(events, list) else [events]:
             stream = self._streams.get(event.get("id"))
             if stream is not None:
-                stream.on_event(event)
+                try:
+                    stream.on_event(event)
+                except Exception as error:  # the other events are of other streams
+                    stream.break_off(error)
             elif event.get("id") is None:
                 log.error("request_refused", code=event.get("code"), message=event.get("message"))
 
@@ -576,7 +588,10 @@ class Client:
             await asyncio.sleep(TICK)
             now = self.loop.time()
             for stream in list(self._streams.values()):
-                stream.tick(now)
+                try:
+                    stream.tick(now)
+                except Exception as error:
+                    stream.break_off(error)
             await self._follow_beacons({stream.partition for stream in self._streams.values()})
 
     async def _follow_beacons(self, wanted: set[int]) -> None:

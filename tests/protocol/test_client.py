@@ -264,6 +264,26 @@ async def test_not_found_is_believed_after_a_while_once_there_were_tokens_or_whe
 
 
 @virtual
+async def test_what_breaks_one_stream_breaks_no_other():
+    """Neither an event that cannot be understood nor a reader that raises; and silence is still met with questions afterwards."""
+
+    def raises() -> None:
+        raise RuntimeError("a reader's fault")
+
+    async with Script() as script:
+        other = api.accepted_event("o", "default", prompt_tokens=1, seed=0, replay="llm.v1.replay.m.0", results=None)
+        script.on_request = lambda: script.send(other) if script.asked[-1][1]["id"] == "o" else script.accept()
+        stream, broken = (script.client.generate("x", id=name, on_change=raises) for name in ("r", "o"))
+        await until(lambda: stream.accepted and broken.accepted)
+        script.send(dict(event="tokens", id="o", choice=0), script.tokens(0, 2))
+        with pytest.raises(GorgonError, match="failed at this stream") as caught:
+            await broken.result()
+        assert caught.value.code == ErrorCode.INTERNAL
+        script.on_replay = lambda body: script.send(script.tokens(2, 4), script.finished(4))
+        assert (await stream.text()) == "abcd"
+
+
+@virtual
 async def test_closing_the_client_ends_its_streams():
     async with Script() as script:
         stream = script.client.generate("x", id="r")
