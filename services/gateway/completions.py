@@ -15,7 +15,7 @@ from services.gateway.auth import Caller
 from services.gateway.call import Call
 from services.gateway.cursor import Cursor, parse_cursor
 from services.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, refused
-from services.gateway.generation import Generations, new_id
+from services.gateway.generation import Generations, is_of, new_id
 from services.gateway.metrics import Metrics
 from services.gateway.render import ChatRenderer, CompletionRenderer
 from services.gateway.schema import ChatCompletionRequest, Common, CompletionRequest
@@ -24,6 +24,7 @@ from services.gateway.sse import EventStream, Live, until_disconnected
 from services.gateway.translate import chat_body, completion_bodies
 from services.gateway.vocabulary import Vocabulary
 from shared.bus import Bus
+from shared.errors import ErrorCode, GorgonError
 from shared.logging import note_request
 from shared.subjects import request_key
 from shared.traceparent import trace_id_of
@@ -231,6 +232,8 @@ def _cursor(asked: Common, caller: Caller, key: str | None, last_event_id: str |
     if not asked.stream:
         raise refused("Last-Event-ID: only a stream can be resumed", "Last-Event-ID")
     cursor = parse_cursor(last_event_id)
+    if not is_of(caller.tenant, cursor.base):
+        raise ApiError.of(GorgonError(ErrorCode.NOT_FOUND, "no such request"))
     if key is not None and cursor.base != new_id(caller.tenant, key):
         raise refused("Last-Event-ID and Idempotency-Key are of different requests", "Last-Event-ID")
     return cursor

@@ -29,11 +29,26 @@ HELD_ATTEMPTS = 3
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
 
+_TENANT_DIGITS = 8  # of an id, in front: whose it is
+
+
 def new_id(tenant: str, idempotency_key: str | None) -> str:
-    """The id of a request, unique among all tenants: events carry no more than it. The same key always gives the same id."""
+    """The id of a request, 32 hexadecimal digits. The same key always gives the same id. Events carry no more than it, so ids of two
+    tenants must differ even if one of them makes its up: they begin with digits of the tenant's own."""
     if idempotency_key is None:
-        return uuid.uuid4().hex
-    return hashlib.blake2b(f"{tenant}\0{idempotency_key}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+        rest = uuid.uuid4().hex
+    else:
+        rest = _digest(f"{tenant}\0{idempotency_key}")
+    return _digest(tenant)[:_TENANT_DIGITS] + rest[_TENANT_DIGITS:]
+
+
+def is_of(tenant: str, request_id: str) -> bool:
+    """Whether the id is one that this tenant's requests may have."""
+    return request_id.startswith(_digest(tenant)[:_TENANT_DIGITS])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 class Generation:

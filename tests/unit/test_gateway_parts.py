@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.auth import Authenticator
+from services.gateway import completions
+from services.gateway.auth import Authenticator, Caller
 from services.gateway.call import split
 from services.gateway.cursor import Cursor, Progress, parse_cursor
 from services.gateway.errors import _OF_CODE, ApiError
 from services.gateway.fleet import Fleet
-from services.gateway.generation import new_id
+from services.gateway.generation import is_of, new_id
 from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest
 from services.gateway.translate import chat_body, completion_bodies
@@ -127,6 +128,20 @@ def test_other_cursors_are_refused(text: str) -> None:
 def test_ids() -> None:
     assert new_id("a", "k") == new_id("a", "k") != new_id("b", "k")
     assert new_id("a", None) != new_id("a", None)
+    for tenant, other in (("a", "b"), ("b", "a")):
+        for key in (None, "k"):
+            assert is_of(tenant, new_id(tenant, key)) and not is_of(other, new_id(tenant, key))
+
+
+async def test_nobody_goes_on_with_a_request_of_another_tenant() -> None:
+    """Not even by a name that can be worked out from a key that is easy to guess: events are told apart by ids alone."""
+    asked = CompletionRequest(model="m", prompt="x", stream=True)
+    last = f"{new_id('alice', '1')}~1~0.1.1"
+    assert completions._cursor(asked, Caller("alice"), "1", last).base == new_id("alice", "1")
+    for key in (None, "1"):
+        with pytest.raises(ApiError) as refusal:
+            completions._cursor(asked, Caller("bob"), key, last)
+        assert (refusal.value.status, refusal.value.code) == (404, "not_found")
 
 
 @given(st.lists(st.integers(1, 9), max_size=6), st.text(max_size=8), st.integers(0, 20), st.integers(0, 20))
