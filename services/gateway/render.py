@@ -63,7 +63,7 @@ class Choice:
         self.text: list[str] = []
         self.ids: list[int] = []
         self.logprobs: list[dict[str, Any]] = []
-        self.chars = 0  # of the text that logprobs cover, for offsets
+        self.chars = 0  # of the text so far, for offsets
         self.parser: ToolCallParser | None = None
 
 
@@ -260,11 +260,6 @@ class CompletionRenderer(Renderer):
     chunk_name = "text_completion"
     id_prefix = "cmpl-"
 
-    def absorb(self, choice: Choice, delta: Delta) -> None:
-        if not choice.begun and choice.prompt is not None:
-            choice.chars = len(choice.prompt.text)
-        super().absorb(choice, delta)
-
     def delta(self, choice: Choice, delta: Delta, pieces: Pieces) -> str | None:
         return self._next(choice, delta.ids, delta.text, delta.logprobs or (), pieces, None)
 
@@ -282,15 +277,13 @@ class CompletionRenderer(Renderer):
         pieces: Pieces,
         reason: str | None,
     ) -> str | None:
-        offset, choice.chars = choice.chars, choice.chars + len(text)
         prompt = choice.prompt
+        offset = choice.chars + (len(prompt.text) if prompt is not None else 0)
+        choice.chars += len(text)
         if not choice.begun and prompt is not None:
             text = prompt.text + text
-            choice.chars += len(prompt.text)
             if prompt.logprobs:
-                ids, entries = prompt.ids + ids, [*prompt.logprobs, *entries]
-            else:
-                offset += len(prompt.text)
+                ids, entries, offset = prompt.ids + ids, [*prompt.logprobs, *entries], 0
         choice.begun = True
         logprobs = "null"
         if self._logprobs is not None and entries:

@@ -53,16 +53,24 @@ def finished(reason: str, **more: Any) -> dict[str, Any]:
 
 
 def call_of(
-    script: Script, news: list[Delta], cursor: Cursor, *, tools: bool = True, echo: bool = False
+    script: Script,
+    news: list[Delta],
+    cursor: Cursor,
+    *,
+    tools: bool = True,
+    echo: bool = False,
+    logprobs: int | None = None,
 ) -> tuple[Call, Generation]:
     renderer: ChatRenderer | CompletionRenderer
     kind = CompletionRenderer if echo else ChatRenderer
-    renderer = kind(BASE, 1, "m", include_usage=False, logprobs=None)
+    renderer = kind(BASE, 1, "m", include_usage=False, logprobs=logprobs)
     script.news = news
     generation = Generation("t", BASE, None, False)
     generation.follow(cast(Stream, script))
     bus = MemoryBus(MemoryBroker(1))
-    call = Call(cast(Generations, None), renderer, cursor, Vocabulary(bus, "m"), tools=tools, echo=echo)
+    vocabulary = Vocabulary(bus, "m")
+    vocabulary.pieces |= {token: f"<{token}>".encode() for token in range(10)}
+    call = Call(cast(Generations, None), renderer, cursor, vocabulary, tools=tools, echo=echo)
     call.read(generation, 0)
     return call, generation
 
@@ -172,6 +180,31 @@ async def test_the_prompt_goes_first_whichever_comes_first() -> None:
     script.ending = finished("stop")
     generation.on_change()
     assert "".join(chunk["choices"][0]["text"] for _, chunk in await reading) == "Prompt: " + SAID
+
+
+async def test_echoed_logprobs_go_on_after_any_event() -> None:
+    """A stream that broke off says the same as one that did not: the places of its tokens count from the prompt's beginning."""
+
+    def told(choice: int, ids: list[int], position: int, offset: int) -> Delta:
+        rows = [dict(id=i, logprob=-1.0, top=[]) for i in ids]
+        return Delta(choice, position, ids, "".join(f"<{i}>" for i in ids), offset, rows)
+
+    def news(size: int) -> list[Delta]:
+        ids = [4, 5, 6, 7, 8]
+        return [told(-1, [1, 2, 3], 0, 0)] + [told(0, ids[i : i + size], i, 3 * i) for i in range(0, 5, size)]
+
+    def offsets(chunks: list[tuple[str, dict[str, Any]]]) -> list[int]:
+        rows = [chunk["choices"][0]["logprobs"] for _, chunk in chunks]
+        return [offset for row in rows if row for offset in row["text_offset"]]
+
+    end = finished("stop")
+    call, _ = call_of(Script(ACCEPTED, end), news(1), Cursor(BASE, 1), echo=True, tools=False, logprobs=0)
+    chunks = await chunks_of(call)
+    assert offsets(chunks) == list(range(0, 24, 3))
+    for cut in range(1, len(chunks) + 1):
+        cursor = parse_cursor(chunks[cut - 1][0])
+        rest, _ = call_of(Script(None, end), news(3), cursor, echo=True, tools=False, logprobs=0)
+        assert offsets(chunks[:cut] + await chunks_of(rest)) == list(range(0, 24, 3)), cut
 
 
 async def test_a_failure_is_the_streams_last_event() -> None:
