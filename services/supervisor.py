@@ -44,6 +44,7 @@ class Child:
     env: dict[str, str] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
+    deaths: dict[int, int] = field(default_factory=dict)  # exit status by process id
     _task: asyncio.Task[None] | None = None
     _stopping: bool = False
 
@@ -74,7 +75,7 @@ class Child:
         while True:
             assert self.process is not None
             born = loop.time()
-            status = await self.process.wait()
+            status = self.deaths[self.process.pid] = await self.process.wait()
             if self._stopping:
                 return
             if loop.time() - born > HEALTHY_AFTER:

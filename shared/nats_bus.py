@@ -14,7 +14,7 @@ import base64
 import itertools
 import json
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -147,7 +147,7 @@ class NatsBus:
         """Waits for a server as long as it takes, and says so in the log. Raises OSError for a key or certificate that cannot
         be read."""
         bus = cls(settings.nats_inbox_prefix)
-        await bus._nc.connect(
+        connecting = bus._nc.connect(
             servers=[url.strip() for url in settings.nats_url.split(",")],
             name=settings.name or None,
             error_cb=bus._error,
@@ -165,6 +165,7 @@ class NatsBus:
             user_credentials=settings.nats_credentials or None,
             tls=_tls(settings),
         )
+        await _cancellable(connecting)
         await bus._nc.subscribe(bus._inbox + "*", cb=bus._answered, pending_msgs_limit=0, pending_bytes_limit=0)
         bus._up()
         return bus
@@ -335,7 +336,7 @@ class NatsBus:
             return
         except (errors.Error, OSError, RuntimeError) as error:
             # RuntimeError: uvloop has closed the transport, and nats-py's reading loop is yet to notice.
-            raise BusError(f"{subject}: {error!r}") from error
+            raise BusTimeout(f"{subject}: not sent: {error!r}") from error
         sending.close()
 
     async def request(self, subject: str, data: bytes, timeout: float) -> Message:
@@ -565,6 +566,19 @@ class NatsBus:
     async def bucket(self, name: str) -> NatsBucket:
         await self.api(f"STREAM.INFO.KV_{name}")
         return NatsBucket(self, name)
+
+
+async def _cancellable(connecting: Coroutine[Any, Any, None]) -> None:
+    """nats-py, closing an attempt that failed, takes a cancellation for its own and tries again (seen in 2.16): who is told to go
+    tells it until it does."""
+    task = asyncio.ensure_future(connecting)
+    try:
+        await asyncio.wait([task])
+    finally:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=0.05)
+    task.result()
 
 
 def _tls(settings: StageSettings) -> ssl.SSLContext | None:

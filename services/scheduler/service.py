@@ -63,9 +63,10 @@ class SchedulerService(Service):
     # ------------------------------------------------ life
 
     async def on_start(self) -> None:
-        self._assign = await self.bus.bucket(subjects.BUCKET_ASSIGN)
+        bucket = subjects.BUCKET_ASSIGN
+        self._assign = await until_done("bucket", bucket, lambda: self.bus.bucket(bucket))
         listed = asyncio.Event()
-        await self._assign.watch(self._on_assignment, listed.set)
+        await until_done("watch", bucket, lambda: self._assign.watch(self._on_assignment, listed.set))
         await listed.wait()
         model = self.settings.model
         await self.bus.subscribe(subjects.heartbeats("model_worker", model), self._on_worker_beat)
@@ -77,23 +78,24 @@ class SchedulerService(Service):
         await self.bus.subscribe(tenants, self._on_any_cancel)
         for name, subject in subjects.job_consumers(model).items():
             # Made here and used by tokenizers, which have no right to make them (shared/permissions.py).
-            jobs = subjects.STREAM_JOBS
-            made = await self.bus.consume(jobs, name, subject, self._on_delivery, limit=0, ack_wait=JOB_ACK_WAIT)
+            made = await self._consume(subjects.STREAM_JOBS, name, subject, 0, JOB_ACK_WAIT)
             await made.stop()
         for subject, durable in self._intakes():
-            consumer = await self.bus.consume(
-                subjects.STREAM_REQ,
-                durable,
-                subject,
-                self._on_delivery,
-                limit=self._class_limit,
-                ack_wait=self.settings.ack_wait,
+            consumer = await self._consume(
+                subjects.STREAM_REQ, durable, subject, self._class_limit, self.settings.ack_wait
             )
             self._consumers.append(consumer)
         self.spawn(self._tick_forever(), "tick")
         self.spawn(self._watch_clock(), "clock")
         self.spawn(self._keep_deliveries(), "keep_deliveries")
         self.spawn(self._trim_forever(), "trim")
+
+    async def _consume(self, stream: str, durable: str, subject: str, limit: int, ack_wait: float) -> Consumer:
+        return await until_done(
+            "consume",
+            durable,
+            lambda: self.bus.consume(stream, durable, subject, self._on_delivery, limit=limit, ack_wait=ack_wait),
+        )
 
     async def on_drain(self) -> None:
         """Takes no more; gives back what waits; ends what is half done, so that nobody has to find it out by a timeout."""

@@ -82,7 +82,9 @@ class TokenizerService(Service):
             waiting=settings.max_constraints,
             retry_after=settings.retry_after,
         )
-        self._store = RequestStore(self.bus, settings, await self.bus.bucket(subjects.BUCKET_ASSIGN))
+        bucket = subjects.BUCKET_ASSIGN
+        assignments = await until_done("bucket", bucket, lambda: self.bus.bucket(bucket))
+        self._store = RequestStore(self.bus, settings, assignments)
         for beats in (
             subjects.heartbeats(self.stage),
             subjects.heartbeats("scheduler", settings.model),

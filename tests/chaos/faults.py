@@ -99,11 +99,15 @@ class Injector:
 
     def unexplained(self) -> list[str]:
         """Restarts that no fault accounts for, and deaths that were not followed by one."""
-        return [
-            f"{child.name}: {child.restarts} restarts, told to die {len(self.ended.get(child.name, ()))} times"
-            for child in self._children.values()
-            if child.restarts != len(self.ended.get(child.name, ()))
-        ]
+        wrong = []
+        for child in self._children.values():
+            ended = self.ended.get(child.name, set())
+            if child.restarts != len(ended):
+                itself = {pid: status for pid, status in child.deaths.items() if pid not in ended}
+                wrong.append(
+                    f"{child.name}: {child.restarts} restarts, told to die {len(ended)} times; by itself, with status: {itself}"
+                )
+        return wrong
 
     @property
     def settled(self) -> bool:

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
+
+import pytest
 
 from shared.broker import Broker
-from shared.bus import Bus
+from shared.bus import Bus, BusTimeout
 from shared.config import StageSettings
-from shared.memory_bus import MemoryBroker, MemoryBus
+from shared.memory_bus import MemoryBroker, MemoryBucket, MemoryBus
 from shared.nats_bus import NatsBus
+
+
+def lose_first_attempts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """From now on the in-memory bus loses what is first asked of JetStream about anything; returns, as they come, what was lost."""
+    lost: set[str] = set()
+    for cls, name in ((MemoryBus, "bucket"), (MemoryBus, "consume"), (MemoryBus, "follow"), (MemoryBucket, "watch")):
+        monkeypatch.setattr(cls, name, _losing(getattr(cls, name), name, lost))
+    return lost
+
+
+def _losing(method: Callable[..., Awaitable[Any]], name: str, lost: set[str]) -> Callable[..., Awaitable[Any]]:
+    async def attempt(self: Any, *args: Any, **options: Any) -> Any:
+        what = " ".join([name, *(arg for arg in args if isinstance(arg, str))])
+        if what not in lost:
+            lost.add(what)
+            raise BusTimeout(what)
+        return await method(self, *args, **options)
+
+    return attempt
 
 
 class System(Protocol):

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from shared import nats_bus, nats_pull
@@ -32,6 +33,28 @@ async def bus(nats_server: Broker) -> AsyncIterator[NatsBus]:
     await bus.ensure_stream(StreamSpec("S", "s.>"))
     yield bus
     await bus.close()
+
+
+async def test_who_waits_for_a_server_can_be_told_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where nats-py takes the cancellation for its own and goes on."""
+    swallowed = 0
+
+    async def connect(*args: object, **options: object) -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                swallowed += 1
+                if swallowed == 3:
+                    raise
+
+    monkeypatch.setattr(Client, "connect", connect)
+    connecting = asyncio.create_task(NatsBus.connect(StageSettings()))
+    await asyncio.sleep(0.01)
+    connecting.cancel()
+    done, _ = await asyncio.wait([connecting], timeout=5)
+    assert done and connecting.cancelled() and swallowed == 3
 
 
 async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: NatsBus) -> None:

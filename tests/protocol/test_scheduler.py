@@ -20,6 +20,7 @@ from shared.sampling import SamplingParams
 from shared.streams import ensure_streams
 from shared.tokenlog import Ended, Fenced, PartitionFold
 from shared.virtual_time import VirtualTimeLoop
+from tests.protocol.systems import lose_first_attempts
 
 MODEL, PARTITIONS, BEAT, STEP = "m", 2, 0.1, 0.02
 
@@ -292,6 +293,16 @@ async def test_a_request_is_opened_run_and_forgotten() -> None:
     assert (opened.prompt_tokens, opened.max_tokens, opened.req_seq) == (3, 5, 1)
     assert not list(world.entries(m.Fence, key))
     await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_it_starts_though_the_first_answers_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await World(schedulers=0).start()
+    lost = lose_first_attempts(monkeypatch)
+    await world.scheduler()
+    assert {what.split()[0] for what in lost} == {"bucket", "watch", "consume"}
+    await world.ended(world.submit("a"))
     await world.stop()
 
 

@@ -26,6 +26,7 @@ from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.streams import stream_specs
 from shared.structured import Matcher, Vocabulary, json_constraint
 from shared.virtual_time import VirtualTimeLoop
+from tests.protocol.systems import lose_first_attempts
 
 MODEL = "demo"
 DEMO = Path(__file__).parents[2] / "models/demo"
@@ -583,6 +584,16 @@ async def test_starting_without_the_model(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="missing_file"):
         await service.start()
     await service.stop()
+
+
+@virtual
+async def test_it_starts_though_the_first_answers_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    lost = lose_first_attempts(monkeypatch)
+    await world.start()
+    assert {what.split()[0] for what in lost} == {"bucket", "consume"}
+    assert (await world.ask({"id": "r", "prompt": "x"}))["event"] == "accepted"
+    await world.stop()
 
 
 # ---------------------------------------------------------------- structured output (with threads, so in real time)
