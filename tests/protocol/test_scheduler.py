@@ -442,7 +442,7 @@ async def test_without_a_worker_they_wait_for_the_next() -> None:
     world.workers[0].die()
     await asyncio.sleep(20)
     assert world.schedulers[0].heartbeat().detail["unplaced"] == 1
-    assert world.schedulers[0]._migrations == 1, "it waits in one and the same epoch"
+    assert world.schedulers[0].heartbeat().detail["migrations"] == 1, "it waits in one and the same epoch"
     await world.worker()
     await world.ended(key)
     await world.idle()

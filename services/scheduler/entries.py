@@ -1,0 +1,56 @@
+"""The scheduler's entries of the token log: OPEN, FENCE, ATTACH, END."""
+
+from __future__ import annotations
+
+from services.scheduler.requests import Known, Requests
+from services.scheduler.settings import SchedulerSettings
+from shared import codec, subjects
+from shared import messages as m
+from shared.bus import Bus
+from shared.errors import ErrorCode
+from shared.retry import until_done
+
+
+class Entries:
+    def __init__(self, bus: Bus, settings: SchedulerSettings, requests: Requests) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._requests = requests
+
+    async def append(self, entry: m.LogEntry) -> None:
+        """Stores an entry of the token log, however long it takes. Repeats are harmless: the fold ignores them."""
+        assert not isinstance(entry, m.StepTokens)
+        partition = subjects.partition_of(entry.key, self._settings.partitions)
+        subject, data = subjects.tok(self._settings.model, partition), codec.encode(entry)
+        await until_done(type(entry).__name__, entry.key, lambda: self._bus.append(subject, data))
+
+    async def open(self, known: Known) -> None:
+        if known.opened:
+            return
+        request = known.request
+        await self.append(
+            m.Open(
+                request.key,
+                request.reply,
+                known.seq,
+                len(request.prompt_ids) // 4,
+                request.sampling.max_tokens,
+                request.stop,
+                request.choices,
+                request.sampling.logprobs is not None,
+                request.durable,
+                request.metadata,
+                request.trace,
+                request.tokenize_ms,
+                self._requests.age(known) * 1e3,
+                tool_format=request.tool_format,
+                best=request.best,
+                prompt_logprobs=request.sampling.prompt_logprobs is not None,
+                prompt_ids=request.prompt_ids if request.echo else b"",
+            )
+        )
+        known.opened = True
+
+
+def our_fault(key: str) -> m.End:
+    return m.End(key, "error", failure=m.Failure(ErrorCode.INTERNAL, "the scheduler failed at this request"))
