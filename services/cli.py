@@ -109,7 +109,8 @@ async def _wait_ready(bus: Bus, plan: Plan) -> None:
         logs = await bus.subscribe(subjects.logs(), on_log)
         waiting = asyncio.create_task(presence.wait_for_stages(bus, plan.copies, plan.model, START_TIMEOUT))
         try:
-            await asyncio.wait([waiting, refused], return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {waiting, refused}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if refused.done():
                 raise OSError(refused.result())
             waiting.result()

@@ -151,8 +151,10 @@ def _write_certificates(folder: Path, hosts: Sequence[str]) -> None:
         assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     else:
         ca_key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Gorgon CA")])
-        ca = _builder(name, name, ca_key, x509.BasicConstraints(ca=True, path_length=0)).sign(ca_key, hashes.SHA256())
+        itself = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Gorgon CA")])
+        ca = _builder(itself, itself, ca_key, x509.BasicConstraints(ca=True, path_length=0)).sign(
+            ca_key, hashes.SHA256()
+        )
         _write_key(folder / "ca-key.pem", ca_key)
         ca_path.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     for name, usage in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("client", ExtendedKeyUsageOID.CLIENT_AUTH)):

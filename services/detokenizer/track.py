@@ -19,7 +19,7 @@ class Track(NamedTuple):
     stream: ChoiceStream
     ids: list[int]
     logprobs: list[TokenLogprobs] | None
-    index: int
+    index: int  # type: ignore[assignment]  # not the tuple's method
 
     def logprob_rows(self, start: int, end: int) -> list[dict[str, Any]] | None:
         if self.logprobs is None:

@@ -111,9 +111,9 @@ def _trainable(folder: Path, device: torch.device) -> Any:
             "transformers_missing", "joint training needs transformers: pip install 'gorgon[train]'"
         ) from None
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
-    return model
+    return model.to(device).train()
 
 
 def _fingerprint(config: JointConfig) -> str:
@@ -204,7 +204,7 @@ def _step(joint: Joint, config: JointConfig, material: Material, dtype: torch.dt
     discounts = DISCOUNT ** torch.arange(len(of_heads), device=device)
     loss = own + weight_at(config.weight, progress) * (of_heads * discounts).sum()
     joint.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in joint.optimizer.param_groups for p in g["params"]], 1.0)
     joint.optimizer.step()
     joint.step += 1

@@ -286,7 +286,8 @@ def run_steps(
         return training.step / steps
 
     with progress_bar(console) as bar:
-        task = bar.add_task(title, total=1.0, completed=progress())
+        task = bar.add_task(title, total=1.0)
+        bar.update(task, completed=progress())
         try:
             while (done := progress()) < 1:
                 losses = update(done)
@@ -392,7 +393,7 @@ def _train_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=backbone.dtype is torch.bfloat16):
             part = slice(start, start + step)
             losses = head_losses(heads, output, hidden[part], targets[:, part])
-        (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (losses * weights).sum().backward()
         totals += losses.detach()
     torch.nn.utils.clip_grad_norm_([p for g in trainer.optimizer.param_groups for p in g["params"]], 1.0)
     trainer.optimizer.step()
@@ -519,9 +520,9 @@ def main(arguments: list[str]) -> int:
     try:
         load_config(options["model"])  # before anything is read or generated
         if command == "train-heads":
-            files = {name: tuple(options.pop(name)) for name in ("data", "held_out")}
+            options |= {name: tuple(options[name]) for name in ("data", "held_out")}
             joint = {n: options.pop(f"joint{n}") for n in ("", "_steps", "_minutes", "_learning_rate")}
-            config = TrainConfig(**files, **options)
+            config = TrainConfig(**options)
             if joint[""] is None:
                 train(config, console)
             else:

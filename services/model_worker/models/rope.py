@@ -21,7 +21,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """f32 [head_dim / 2], radians per position."""
     frequencies: Tensor = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.kind == "linear":
-        return frequencies / rope.options["factor"]
+        return frequencies / _factor(rope)
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
     if rope.kind == "yarn":
@@ -29,12 +29,17 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return frequencies
 
 
+def _factor(rope: RopeConfig) -> float:
+    return float(rope.options["factor"])
+
+
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = (rope.options[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = rope.original_max_position * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / factor + kept * frequencies
+    stretched: Tensor = (1 - kept) * frequencies / factor + kept * frequencies
+    return stretched
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
@@ -49,7 +54,7 @@ def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies / rope.options["factor"] * ramp + frequencies * (1 - ramp)
+    return frequencies / _factor(rope) * ramp + frequencies * (1 - ramp)
 
 
 def _attention_factor(rope: RopeConfig) -> float:

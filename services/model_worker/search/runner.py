@@ -249,16 +249,17 @@ class SearchRunner:
         slots = padded[:count]
         inputs = state.decode_inputs(slots)
         batch = self._decode_batch(inputs.context_len, inputs.block_table, 1, longest)
-        logits = []
+        both = []
         for decoder, of_model in ((self._decoder, cache), (self.amateur.decoder, self.amateur.cache)):
             hidden = decoder.forward(inputs.ids, inputs.positions, inputs.kv_slots, batch, of_model.layers, None)
-            logits.append(decoder.logits(hidden))
+            both.append(decoder.logits(hidden))
+        expert, amateur = both
         alpha, beta, temperature = numbers.view(torch.float32).view(3, count)
-        scores = guided_scores(*logits, alpha, beta, temperature)
+        scores = guided_scores(expert, amateur, alpha, beta, temperature)
         ids = choose(self._ops, state, scores, padded, inputs.context_len, mode)
         state.context.index_copy_(0, slots, inputs.context_len)
         state.last_token.index_copy_(0, slots, ids)
-        logprobs = self._ops.logprobs(logits[0], ids, mode.logprobs) if mode.logprobs >= 0 else None
+        logprobs = self._ops.logprobs(expert, ids, mode.logprobs) if mode.logprobs >= 0 else None
         return Sampled(ids[:, None], logprobs)
 
     # ---- rows
