@@ -70,8 +70,9 @@ def _prompt(value: Any) -> Any:
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Bias = Annotated[Finite, Field(ge=-100, le=100)]
 
-# What says only how the answer travels: it may differ when a request is sent again.
-_DELIVERY_FIELDS = frozenset({"id", "tenant", "stream", "batched", "traceparent"})
+# What says only how the answer travels, and for how long: it may differ when a request is sent again. (Whoever has so much time in all
+# sends less with each repetition; the request keeps its first deadline.)
+_DELIVERY_FIELDS = frozenset({"id", "tenant", "stream", "batched", "traceparent", "deadline"})
 
 
 class Strict(BaseModel):

@@ -128,7 +128,10 @@ def _file(name: str, media_type: str) -> Any:
 
 def _is_local(request: Request) -> bool:
     """From this machine, by a name of this machine: not through a name that somebody else's DNS points here."""
-    host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:  # half an IPv6 address, say
+        return False
     return host in LOOPBACK and request.client is not None and request.client.host in LOOPBACK
 
 

@@ -212,6 +212,7 @@ def test_hash_tells_what_is_to_be_generated_and_nothing_else():
         "stream": False,
         "batched": True,
         "traceparent": f"00-{1:032x}-{1:016x}-00",
+        "deadline": 3.5,
         "seed": None,
     }
     assert api.hash_body(body) == api.hash_body(same)
