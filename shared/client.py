@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import structlog
@@ -42,8 +43,7 @@ LONGEST_RETRY = 4.0
 FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What is new of one choice (PROMPT: of the prompt): `ids` from `position` on, `text` from character `offset` on. Either may be
     empty.
 
@@ -130,7 +130,8 @@ class Stream:
         self.body = body  # None: attached to a request that somebody else made
         self._client = client
         self._choices = {c.choice: _Choice(request_id, c) for c in cursors}
-        self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self._unread: deque[Delta] = deque()
+        self._news = asyncio.Event()  # something is unread, or the stream has ended
         self._end: asyncio.Future[dict[str, Any]] = client.loop.create_future()
         self._error: GorgonError | None = None  # why the request was not accepted so far
         self._known = body is None  # accepted: from here on nothing may lose it
@@ -152,12 +153,13 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        delta = await self._deltas.get()
-        if delta is not None:
-            return delta
-        self._deltas.put_nowait(None)
-        self._terminal_event(self._end.result())
-        raise StopAsyncIteration
+        while not self._unread:
+            if self._end.done():
+                self._terminal_event(self._end.result())
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._unread.popleft()
 
     async def result(self) -> Result:
         """Waits for the end. Raises GorgonError if it is an error."""
@@ -203,9 +205,8 @@ class Stream:
 
     def take_deltas(self) -> list[Delta]:
         """What has come and was not read yet."""
-        deltas = []
-        while not self._deltas.empty() and (delta := self._deltas.get_nowait()) is not None:
-            deltas.append(delta)
+        deltas = list(self._unread)
+        self._unread.clear()
         return deltas
 
     def abandon(self) -> None:
@@ -237,12 +238,12 @@ class Stream:
         if self._end.done():
             return
         name = event.get("event")
-        if name == "accepted":
-            self._on_accepted(event)
-        elif name == "tokens":
+        if name == "tokens":
             self._accept()
             self._missing_since = None
             self._on_tokens(event)
+        elif name == "accepted":
+            self._on_accepted(event)
         elif name == "error":
             self._on_error(event)
         elif name in TERMINAL_EVENTS:
@@ -268,6 +269,7 @@ class Stream:
             self._changed()
 
     def _changed(self) -> None:
+        self._news.set()
         if self._on_change is not None:
             try:
                 self._on_change()
@@ -275,30 +277,31 @@ class Stream:
                 log.error("on_change_failed", request_id=self.id, exc_info=error)
 
     def _on_tokens(self, event: dict[str, Any]) -> None:
-        choice = self._choice(event["choice"])
+        index: int = event["choice"]
+        choice = self._choice(index)
         ids, text, logprobs = event["ids"], event["text"], event.get("logprobs")
         skip, skip_text = choice.position - event["position"], choice.offset - event["offset"]
         if skip < 0 or skip_text < 0:
             self._gap()
             return
-        ids, text = ids[skip:], text[skip_text:]
+        if skip or skip_text:
+            ids, text = ids[skip:], text[skip_text:]
         if not ids and not text:
             return
-        logprobs = logprobs[skip:] if logprobs is not None else None
-        tool_format = self._tool_format if event["choice"] != PROMPT else ""
-        content, calls = choice.reader.feed(text, tool_format)
-        delta = Delta(event["choice"], choice.position, ids, text, choice.offset, logprobs, content, calls)
+        content, calls = choice.reader.feed(text, self._tool_format) if index != PROMPT else (text, ())
+        if logprobs is not None:
+            logprobs = logprobs[skip:]
+            choice.result.logprobs += logprobs
+        self._unread.append(Delta(index, choice.position, ids, text, choice.offset, logprobs, content, calls))
         choice.position += len(ids)
         choice.offset += len(text)
-        choice.result.ids.extend(ids)
-        choice.result.logprobs.extend(logprobs or ())
+        choice.result.ids += ids
         choice.parts.append(text)
         self._started = True
         self.moved = False
         self._error = None
         self._patience = FIRST_PATIENCE
         self._due = self._client.loop.time() + FIRST_PATIENCE
-        self._deltas.put_nowait(delta)
         self._changed()
 
     def _on_error(self, event: dict[str, Any]) -> None:
@@ -349,9 +352,8 @@ class Stream:
                 content, calls = choice.reader.finish(ends.get(index, {}))
                 if content or calls:
                     last = Delta(index, choice.position, [], "", choice.offset, None, content, calls)
-                    self._deltas.put_nowait(last)
+                    self._unread.append(last)
             self._end.set_result(event)
-            self._deltas.put_nowait(None)
             self._changed()
 
     def fail(self, error: GorgonError) -> None:
@@ -369,9 +371,9 @@ class Stream:
         return event
 
     def _choice(self, index: int) -> _Choice:
-        if index not in self._choices:
-            self._choices[index] = _Choice(self.id, Cursor(index))
-        return self._choices[index]
+        if (choice := self._choices.get(index)) is None:
+            choice = self._choices[index] = _Choice(self.id, Cursor(index))
+        return choice
 
     # ------------------------------------------------ time
 
@@ -418,6 +420,7 @@ class Client:
     partitions      of the deployment; needed to attach to requests that were made elsewhere
     accept_timeout  seconds within which a request must be accepted; until then it is repeated under the same id
     retried         the retryable refusals that are met with repetition; others end the request at once
+    after_message   called when the events of a message, of many streams perhaps, have been folded and each `on_change` called
     """
 
     def __init__(
@@ -429,12 +432,14 @@ class Client:
         partitions: int = 8,
         accept_timeout: float = 30.0,
         retried: Collection[ErrorCode] = RETRYABLE,
+        after_message: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.tenant = tenant
         self.partitions = partitions
         self.accept_timeout = accept_timeout
         self.retried = retried
+        self._after_message = after_message
         self.inbox = ""
         self.loop: asyncio.AbstractEventLoop
         self._given = bus
@@ -561,6 +566,8 @@ class Client:
                     stream.break_off(error)
             elif event.get("id") is None:
                 log.error("request_refused", code=event.get("code"), message=event.get("message"))
+        if self._after_message is not None:
+            self._after_message()
 
     def _on_beacon(self, partition: int) -> None:
         now = self.loop.time()
