@@ -145,8 +145,11 @@ class Call:
 
     def take_now(self) -> bytes | None:
         """Server-sent events of what has come; None where that takes waiting, or something has ended: `take` is for that."""
-        if self.renderer.with_logprobs or any(part.generation.end is not None for part in self.parts):
+        if self.renderer.with_logprobs:
             return None
+        for part in self.parts:
+            if part.generation.end is not None:
+                return None
         out: list[str] = []
         for part in self.parts:
             self._read(part)
@@ -169,7 +172,7 @@ class Call:
         elif last:
             if self._usage and not self._cursor.usage_sent:
                 self._cursor.usage_sent = True
-                out.append(self._event(self.renderer.chunk("", self._usage_at_end())))
+                out.append(self._event("", self._usage_at_end()))
             out.append("data: [DONE]\n\n")
         return "".join(out).encode(), last
 
@@ -194,7 +197,7 @@ class Call:
                 choice = self._choice(part, ended["choice"])
                 chunk = self.renderer.last(choice, ended["finish_reason"], self._vocabulary)
                 self._cursor.choices.setdefault(choice.index, Progress()).finished = True
-                out.append(self._event(self._chunk(chunk)))
+                out.append(self._event(chunk, self._usage_so_far()))
 
     def _read(self, part: Part) -> None:
         deltas = part.generation.deltas
@@ -257,19 +260,17 @@ class Call:
         progress.position = delta.position + len(delta.ids)
         progress.offset = delta.offset + len(delta.text)
         if chunk is not None:
-            out.append(self._event(self._chunk(chunk)))
+            out.append(self._event(chunk, self._usage_so_far()))
 
-    def _chunk(self, choice: str) -> str:
+    def _usage_so_far(self) -> dict[str, Any] | None:
         if not self._continuous_usage:
-            return self.renderer.chunk(choice)
+            return None
         prompts = [part.generation.stream.accepted for part in self.parts]
         prompt_tokens = sum(accepted["prompt_tokens"] for accepted in prompts if accepted is not None)
-        return self.renderer.chunk(
-            choice, usage_of(prompt_tokens, sum(p.position for p in self._cursor.choices.values()))
-        )
+        return usage_of(prompt_tokens, sum(p.position for p in self._cursor.choices.values()))
 
-    def _event(self, data: str) -> str:
-        return f"id: {self._cursor}\ndata: {data}\n\n"
+    def _event(self, choice: str, usage: dict[str, Any] | None) -> str:
+        return f"id: {self._cursor}\ndata: {self.renderer.chunk(choice, usage)}\n\n"
 
     def _choice(self, part: Part, number: int) -> Choice:
         index = part.first + number

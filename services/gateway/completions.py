@@ -165,7 +165,7 @@ class Completions:
             span.end()
 
         return EventStream(
-            Live(call),
+            Live(call, self._generations.round),
             headers,
             keepalive=self._settings.keepalive,
             stall_timeout=self._settings.stall_timeout,

@@ -35,16 +35,18 @@ class Cursor:
     choices: dict[int, Progress] = field(default_factory=dict)
     usage_sent: bool = False
     tool_format: str | None = None
+    _head: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._head = f"{self.base}~{self.created:x}"
 
     def __str__(self) -> str:
-        parts = [f"{self.base}~{self.created:x}"]
+        text = self._head
         for index, at in self.choices.items():
-            parts.append(f"{index}.{at.position}.{at.offset}{'f' if at.finished else ''}")
+            text += f"~{index}.{at.position}.{at.offset}{'f' if at.finished else ''}"
         if self.tool_format is not None:
-            parts.append(f"x{self.tool_format}")
-        if self.usage_sent:
-            parts.append("u")
-        return "~".join(parts)
+            text += f"~x{self.tool_format}"
+        return text + "~u" if self.usage_sent else text
 
 
 def parse_cursor(text: str) -> Cursor:

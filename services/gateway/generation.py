@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -15,6 +16,7 @@ import structlog
 
 from services.gateway.errors import ApiError
 from services.gateway.settings import GatewaySettings
+from services.gateway.sse import Round
 from shared import subjects
 from shared.api import hash_body
 from shared.bus import Bus, BusError, Message
@@ -63,6 +65,7 @@ class Generation:
         self.body_hash = body_hash
         self.survives = survives
         self.deltas: list[Delta] = []
+        self.end: dict[str, Any] | None = None  # the terminal event, when all deltas are there
         self.bells: set[Callable[[], None]] = set()
         self.readers = 0
         self.left: asyncio.TimerHandle | None = None
@@ -80,7 +83,8 @@ class Generation:
     def on_change(self) -> None:
         if self._stream is None:
             return  # it failed before it began
-        self.deltas.extend(self._stream.take_deltas())
+        self.deltas += self._stream.take_deltas()
+        self.end = self._stream.ending
         for bell in tuple(self.bells):
             bell()
 
@@ -88,11 +92,6 @@ class Generation:
     def known(self) -> bool:
         """It is accepted; of a request that was made elsewhere, something has been heard."""
         return self.stream.known and (self.stream.body is not None or bool(self.deltas))
-
-    @property
-    def end(self) -> dict[str, Any] | None:
-        """The terminal event, when all deltas are there."""
-        return self.stream.ending
 
 
 class Generations:
@@ -106,6 +105,7 @@ class Generations:
         self._starting: dict[str, asyncio.Lock] = {}
         self._all: dict[str, Generation] = {}
         self.closing = False
+        self.round = Round()  # of all streams that are written
 
     def __len__(self) -> int:
         return len(self._all)
@@ -146,7 +146,7 @@ class Generations:
                 client.generate(
                     id=request_id,
                     tenant=tenant,
-                    on_change=lambda: self._changed(generation),
+                    on_change=partial(self._changed, generation),
                     accept_timeout=patience,
                     **body,
                 )
@@ -164,7 +164,7 @@ class Generations:
         self._make_room()
         generation = Generation(tenant, request_id, None, survives)
         generation.follow(
-            client.attach(request_id, tenant=tenant, on_change=lambda: self._changed(generation)),
+            client.attach(request_id, tenant=tenant, on_change=partial(self._changed, generation)),
         )
         return self._join(generation)
 
@@ -257,6 +257,7 @@ class Generations:
                     accept_timeout=self._settings.accept_timeout,
                     # Whoever is turned away for want of room is told at once: HTTP clients know how to wait.
                     retried=(ErrorCode.UNAVAILABLE,),
+                    after_message=self.round.write,
                 )
                 try:
                     await client.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring as quote
 from typing import Any, Protocol
 
 from shared.client import Delta
@@ -76,6 +77,7 @@ class Renderer:
 
     def __init__(self, base: str, created: int, model: str, *, include_usage: bool, logprobs: int | None) -> None:
         self._logprobs = logprobs
+        self.with_logprobs = logprobs is not None
         self._include_usage = include_usage
         self._identity: dict[str, Any] = dict(
             id=f"{self.id_prefix}{base}", object=self.object_name, created=created, model=model
@@ -83,10 +85,6 @@ class Renderer:
         head = self._identity | {"object": self.chunk_name, "system_fingerprint": FINGERPRINT}
         self._head = dump(head)[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
-
-    @property
-    def with_logprobs(self) -> bool:
-        return self._logprobs is not None
 
     def chunk(self, choice: str, usage: dict[str, Any] | None = None) -> str:
         """`choice` is the JSON of one choice, or empty."""
@@ -197,7 +195,7 @@ class ChatRenderer(Renderer):
         if not choice.begun:
             parts.append('"role":"assistant"')
         if content or not (choice.begun or calls):
-            parts.append(f'"content":{dump(content)}')
+            parts.append(f'"content":{quote(content)}')
         if calls:
             parts.append(f'"tool_calls":{dump(calls)}')
         choice.begun = True
@@ -291,7 +289,7 @@ class CompletionRenderer(Renderer):
         elif not text and reason is None:
             return None
         ended = "null" if reason is None else f'"{reason}"'
-        return f'{{"index":{choice.index},"text":{dump(text)},"logprobs":{logprobs},"finish_reason":{ended}}}'
+        return f'{{"index":{choice.index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":{ended}}}'
 
     def choice(self, choice: Choice, reason: str, pieces: Pieces) -> dict[str, Any]:
         text, ids = "".join(choice.text), choice.ids

@@ -13,6 +13,7 @@ import uvicorn
 from services.gateway.app import build_app
 from services.gateway.fleet import Fleet
 from services.gateway.generation import Generations
+from services.gateway.http_protocol import StreamingProtocol
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from shared import codec, subjects
@@ -53,7 +54,7 @@ class GatewayService(Service):
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=StreamingProtocol,
             loop="none",
             ws="none",
             lifespan="off",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import structlog
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from services.gateway.http_protocol import connection_of, write_chunk
 
 log = structlog.get_logger()
 
@@ -49,14 +50,61 @@ async def until_disconnected(receive: Receive) -> None:
         pass
 
 
-SendPiece = Callable[[bytes], Coroutine[Any, Any, None]]
+class _Begun:
+    """Awaits the rest of a coroutine that was begun outside of any task and came to a future."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], future: Any) -> None:
+        self._coroutine = coroutine
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waiting = self._future
+        while True:
+            yield waiting
+            try:
+                waiting = self._coroutine.send(None)
+            except StopIteration:
+                return
+
+
+class Writer:
+    """Where a body's pieces go. `sending_since`: a piece waits for the client to read; `sent_at`: when the latest began. Loop times."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._connection = connection_of(scope)
+        self._send = cast(Callable[[Message], Coroutine[Any, Any, None]], send)  # servers' are coroutine functions
+        self._time = asyncio.get_running_loop().time
+        self.sending_since: float | None = None
+        self.sent_at = 0.0
+
+    async def write(self, data: bytes) -> None:
+        """Waits for the client, if need be."""
+        if (begun := self.write_now(data)) is not None:
+            await self.finish(begun)
+
+    def write_now(self, data: bytes) -> _Begun | None:
+        """None if it is written; else the client has to read before, and `finish` must be awaited."""
+        self.sent_at = now = self._time()
+        if write_chunk(self._connection, data):
+            return None
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            future = sending.send(None)
+        except StopIteration:
+            return None
+        self.sending_since = now
+        return _Begun(sending, future)
+
+    async def finish(self, begun: _Begun) -> None:
+        await begun
+        self.sending_since = None
 
 
 class Body(Protocol):
     """What an EventStream consists of."""
 
-    async def write(self, send: SendPiece) -> None:
-        """Sends all of it."""
+    async def write(self, writer: Writer) -> None:
+        """Writes all of it."""
 
 
 class EventStream(Response):
@@ -76,17 +124,16 @@ class EventStream(Response):
         self._keepalive = keepalive
         self._stall_timeout = stall_timeout
         self._on_close = on_close
-        self._sending_since: float | None = None
-        self._sent_at = 0.0
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS | headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        writing = loop.create_task(self._write(send), name="sse.write")
+        writer = Writer(scope, send)
+        writing = loop.create_task(self._write(send, writer), name="sse.write")
         gone = loop.create_task(until_disconnected(receive), name="sse.disconnect")
-        watching = loop.create_task(self._watch(send), name="sse.watch")
+        watching = loop.create_task(self._watch(writer), name="sse.watch")
         tasks = (writing, gone, watching)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -98,33 +145,25 @@ class EventStream(Response):
         if isinstance(error := done[0], Exception):
             log.error("stream_failed", error=repr(error), exc_info=error)
 
-    async def _write(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._body.write(partial(self._send_piece, send))
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+    async def _write(self, send: Send, writer: Writer) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._body.write(writer)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_piece(self, send: Send, data: bytes) -> None:
-        await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        loop = asyncio.get_running_loop()
-        self._sent_at = self._sending_since = loop.time()
-        await send(message)
-        self._sending_since = None
-
-    async def _watch(self, send: Send) -> None:
+    async def _watch(self, writer: Writer) -> None:
         """Returns when the client has not read for too long."""
         loop = asyncio.get_running_loop()
+        writer.sent_at = loop.time()
         period = min(self._keepalive, self._stall_timeout) / 4
         while True:
             await asyncio.sleep(period)
             now = loop.time()
-            if self._sending_since is not None:
-                if now - self._sending_since >= self._stall_timeout:
+            if writer.sending_since is not None:
+                if now - writer.sending_since >= self._stall_timeout:
                     log.warning("client_stalled", seconds=self._stall_timeout)
                     return
-            elif now - self._sent_at >= self._keepalive:
-                await self._send_piece(send, b": waiting\n\n")
+            elif now - writer.sent_at >= self._keepalive:
+                await writer.write(b": waiting\n\n")
 
 
 class Iterated:
@@ -133,9 +172,9 @@ class Iterated:
     def __init__(self, events: AsyncIterator[bytes]) -> None:
         self._events = events
 
-    async def write(self, send: SendPiece) -> None:
+    async def write(self, writer: Writer) -> None:
         async for data in self._events:
-            await send(data)
+            await writer.write(data)
 
 
 class News(Protocol):
@@ -151,40 +190,49 @@ class News(Protocol):
         """A piece, and whether it is the last."""
 
 
-class _Begun:
-    """Awaits the rest of a coroutine that was begun outside of any task and came to a future."""
+class Round:
+    """The streams that have news, until they are written together: what was rendered one after the other is then written one after the
+    other, which is faster than by turns, and of several events of one stream comes one piece."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, None], future: Any) -> None:
-        self._coroutine = coroutine
-        self._future = future
+    def __init__(self) -> None:
+        self._lives: list[Live] = []
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        waiting = self._future
-        while True:
-            yield waiting
-            try:
-                waiting = self._coroutine.send(None)
-            except StopIteration:
-                return
+    def add(self, live: Live) -> None:
+        if not self._lives:
+            asyncio.get_running_loop().call_soon(self.write)
+        self._lives.append(live)
+
+    def write(self) -> None:
+        """At the end of a message that brought news, or of the loop's turn."""
+        lives, self._lives = self._lives, []
+        for live in lives:
+            live.render()
+        for live in lives:
+            live.write_now()
 
 
 class Live:
     """The body that news makes, written from within the callback that brings it: waking a task for every token of every stream costs
     more than rendering it. The task does what has to wait: for the client to read, for what the events are made of, for the end."""
 
-    def __init__(self, news: News) -> None:
+    def __init__(self, news: News, together: Round) -> None:
         self._news = news
+        self._round = together
+        self._writer: Writer
         self._bell = Bell()
-        self._resting = False  # the task waits for the bell, so the callback may write
-        self._begun: _Begun | None = None  # a write of the callback that has to wait for the client
-        self._error: Exception | None = None  # of the callback
+        self._resting = False  # the task waits for the bell, so others may write
+        self._in_round = False
+        self._piece = b""  # rendered, to be written at once
+        self._begun: _Begun | None = None  # a write that has to wait for the client
+        self._error: Exception | None = None  # of rendering or writing outside of the task
 
-    async def write(self, send: SendPiece) -> None:
-        self._news.on_news(partial(self._on_news, send))
+    async def write(self, writer: Writer) -> None:
+        self._writer = writer
+        self._news.on_news(self._on_news)
         while True:
             data, last = await self._news.take()
             if data:
-                await send(data)
+                await writer.write(data)
             if last:
                 return
             self._resting = True
@@ -196,26 +244,40 @@ class Live:
                 raise self._error
             if self._begun is not None:
                 begun, self._begun = self._begun, None
-                await begun
+                await writer.finish(begun)
 
-    def _on_news(self, send: SendPiece) -> None:
-        if self._resting and self._write_now(send):
+    def _on_news(self) -> None:
+        if not self._resting:
+            self._bell.ring()
+        elif not self._in_round:
+            self._in_round = True
+            self._round.add(self)
+
+    def render(self) -> None:
+        """Never raises: others come next."""
+        self._in_round = False
+        if not self._resting:  # the client has gone meanwhile
             return
+        try:
+            data = self._news.take_now()
+        except Exception as error:
+            self._error, data = error, None
+        if data is None:
+            self._leave_to_task()
+        else:
+            self._piece = data
+
+    def write_now(self) -> None:
+        """Never raises: others come next."""
+        piece, self._piece = self._piece, b""
+        if piece:
+            try:
+                self._begun = self._writer.write_now(piece)
+            except Exception as error:
+                self._error = error
+            if self._begun is not None or self._error is not None:
+                self._leave_to_task()
+
+    def _leave_to_task(self) -> None:
         self._resting = False
         self._bell.ring()
-
-    def _write_now(self, send: SendPiece) -> bool:
-        """False if there is something left for the task. Never raises: others are about to be called back."""
-        try:
-            if (data := self._news.take_now()) is None:
-                return False
-            if data:
-                piece = send(data)
-                self._begun = _Begun(piece, piece.send(None))
-                return False
-        except StopIteration:
-            pass  # written
-        except Exception as error:
-            self._error = error
-            return False
-        return True

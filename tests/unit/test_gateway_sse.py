@@ -1,15 +1,16 @@
-"""Streams of server-sent events that are written from within the callback that brings them."""
+"""Streams of server-sent events that are written from within the message that brings them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
 
-from services.gateway.sse import EventStream, Live
+from services.gateway.http_protocol import write_chunk
+from services.gateway.sse import EventStream, Live, Round
 
 
 class Script:
@@ -21,11 +22,13 @@ class Script:
         self.last = False
         self.error: Exception | None = None
         self.callback: Callable[[], None] = lambda: None
+        self.round = Round()
 
     def bring(self, piece: bytes = b"", *, last: bool = False) -> None:
         self.pieces += [piece] if piece else []
         self.last = last
         self.callback()
+        self.round.write()  # as at the end of a message
 
     def on_news(self, callback: Callable[[], None]) -> None:
         self.callback = callback
@@ -74,7 +77,7 @@ class Connection:
 async def begin(script: Script) -> tuple[Connection, asyncio.Task[None]]:
     """A stream that waits for news."""
     connection = Connection()
-    stream = EventStream(Live(script), {}, keepalive=60, stall_timeout=60, on_close=connection.close)
+    stream = EventStream(Live(script, script.round), {}, keepalive=60, stall_timeout=60, on_close=connection.close)
     task = asyncio.create_task(stream({"type": "http"}, connection.receive, connection.send))
     await settle()
     return connection, task
@@ -85,7 +88,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_news_is_written_in_the_callback_itself() -> None:
+async def test_news_is_written_within_the_message_itself() -> None:
     script = Script()
     connection, task = await begin(script)
     for number in range(5):
@@ -96,6 +99,51 @@ async def test_news_is_written_in_the_callback_itself() -> None:
     assert connection.body == b"01234end"
     assert connection.messages[-1]["more_body"] is False
     assert connection.closed
+
+
+async def test_the_events_of_a_message_are_one_piece_of_each_stream() -> None:
+    script, other = Script(), Script()
+    other.round = script.round
+    (connection, task), (another, its_task) = await begin(script), await begin(other)
+    for piece in (b"a", b"b"):
+        for one in (script, other):
+            one.pieces.append(piece)
+            one.callback()
+    assert connection.body == another.body == b""
+    script.round.write()
+    for to in (connection, another):
+        assert [message["body"] for message in to.messages[1:]] == [b"ab"]
+    other.callback()
+    other.pieces.append(b"c")  # outside of any message
+    await settle()
+    assert another.body == b"abc"
+    for one, its in ((script, task), (other, its_task)):
+        one.bring(last=True)
+        await its
+
+
+class Socket:
+    """A connection that has not sent `unsent` bytes."""
+
+    def __init__(self, unsent: int = 0, closing: bool = False) -> None:
+        self.unsent, self.closing, self.data = unsent, closing, b""
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+
+def test_a_chunk_is_written_to_the_connection_itself_unless_something_is_in_its_way() -> None:
+    free, full, gone = Socket(), Socket(unsent=1), Socket(closing=True)
+    assert write_chunk(cast(asyncio.Transport, free), b"x" * 17) and free.data == b"11\r\n" + b"x" * 17 + b"\r\n"
+    for socket in (full, gone):
+        assert not write_chunk(cast(asyncio.Transport, socket), b"x") and socket.data == b""
+    assert not write_chunk(None, b"x")
 
 
 async def test_what_has_to_wait_is_left_to_the_task() -> None:
