@@ -8,6 +8,7 @@ grammar (`Matcher`) depends only on the text and the tokens so far: it is rebuil
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
@@ -78,13 +79,65 @@ def tool_constraint(
 
     separator   between calls, if there may be several
     """
+    call, rules = _calls(alternatives)
+    more = "" if separator is None else f" ({_literal(separator)} call)*"
+    return _sized(f"start: call{more}\n{call}\n{rules}\n")
+
+
+def optional_calls_constraint(
+    marker: str,
+    marker_id: int | None,
+    begin: str,
+    alternatives: Sequence[tuple[Text, Mapping[str, Any], Text]],
+    *,
+    closing: Text = "",
+    separator: Text | None = None,
+    again: bool = False,
+    bare: str = "",
+) -> str:
+    """Free text, in which every call is one of these.
+
+    marker         what shows that calls follow, and its id if it is a token of its own
+    begin          what follows it;  alternatives: as of `tool_constraint`, after that
+    closing        what stands after the calls;  separator: between them, if there may be several
+    again          text and further calls may follow
+    bare           calls may also stand without the marker, where a line begins: a regular expression of what is taken for one
+    """
+    spelled = _pattern(marker)
+    taken = rf"(?s:.*){spelled}(?s:.*)"
+    if bare:
+        taken = rf"({taken}|((?s:.*)\n|[ \t\r\n]*)({bare})(?s:.*))"
+    calls, rules = _calls(alternatives)
+    part = "call" + ("" if separator is None else f" ({_literal(separator)} call)*") + f" {_literal(closing)}"
+    heads = ["MARKED" if marker_id is None else f"FREE? <[{marker_id}]> {_literal(begin)}"]
+    terminals = [f"FREE: /(?s:.+)/ & ~/{taken}/", f"ANY: /(?s:.*)/ & ~/{taken}/"]
+    if marker_id is None:
+        terminals.append(f"MARKED: ANY {_literal(marker + begin)}")
+    if bare:
+        heads.append("BARE")
+        terminals.append(f"BARE: ((/(?s:.+)\\n/ & ~/{taken}/) | /[ \\t\\r\\n]*/) {_literal(begin)}")
+    if again:
+        start = "(head part)* FREE?"
+    else:
+        start = "FREE? | head part"
+    return _sized(
+        "\n".join([f"start: {start}", f"head: {' | '.join(heads)}", f"part: {part}", calls, rules, *terminals])
+    )
+
+
+def _calls(alternatives: Sequence[tuple[Text, Mapping[str, Any], Text]]) -> tuple[str, str]:
+    """The rule `call`, and the rules of each."""
     calls = [
         f"{_literal(before)} %json {json.dumps(dict(schema) | {'x-guidance': _JSON_OPTIONS})} {_literal(after)}"
         for before, schema, after in alternatives
     ]
-    rules = "".join(f"call_{index}: {call}\n" for index, call in enumerate(calls))
-    more = "" if separator is None else f" ({_literal(separator)} call)*"
-    return _sized(f"start: call{more}\ncall: {' | '.join(f'call_{index}' for index in range(len(calls)))}\n{rules}")
+    rules = "\n".join(f"call_{index}: {call}" for index, call in enumerate(calls))
+    return f"call: {' | '.join(f'call_{index}' for index in range(len(calls)))}", rules
+
+
+def _pattern(text: str) -> str:
+    """A regular expression of this text, in the grammar's language."""
+    return re.escape(text).replace("/", "\\/")
 
 
 def _literal(text: Text) -> str:

@@ -12,7 +12,7 @@ import structlog
 
 from services.tokenizer.chat_template import MAX_CHARS
 from services.tokenizer.model_files import ModelFiles
-from services.tokenizer.tool_choice import forced_call
+from services.tokenizer.tool_choice import forced_call, strict_calls
 from shared.api import (
     DEFAULT_TENANT,
     GenerateRequest,
@@ -61,6 +61,7 @@ class Admitted(NamedTuple):
     request: Request
     to: Addressee
     prompt_tokens: int
+    constrained_by: str  # the field that says what the text must be, if one does
 
 
 class Refused(NamedTuple):
@@ -145,7 +146,7 @@ class Admission:
             tool_format=self._tool_format(asked),
             constraint=self._constraint(asked),
         )
-        return Admitted(request, to, len(ids))
+        return Admitted(request, to, len(ids), _constrained_by(asked))
 
     def _tool_format(self, asked: GenerateRequest) -> str:
         """How calls are to be looked for in the text, "" if they are not."""
@@ -160,10 +161,21 @@ class Admission:
                 files = self._files
                 several = name is None and asked.parallel_tool_calls
                 return forced_call(files.tool_format, asked.tools or (), name, files.encoder.added_id, several)
-            return constraint_of(asked.structured) if asked.structured is not None else ""
+            if asked.structured is not None:
+                return constraint_of(asked.structured)
+            return self._strict_calls(asked) if asked.uses_tools else ""
         except ConstraintError as error:
-            field = "tool_choice" if asked.demands_call else "structured"
-            raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {error}") from None
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"{_constrained_by(asked)}: {error}") from None
+
+    def _strict_calls(self, asked: GenerateRequest) -> str:
+        files, strategy = self._files, strategy_of(asked.changed)
+        constraint = strict_calls(
+            files.tool_format, asked.tools or (), files.encoder.added_id, asked.parallel_tool_calls
+        )
+        if constraint and (strategy is not None or asked.ignore_eos):
+            other = strategy or "ignore_eos"
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"tools: 'strict' cannot be used with {other!r}")
+        return constraint
 
     def _prompt_ids(self, asked: GenerateRequest, body: Mapping[str, Any], context: int | None) -> list[int]:
         if isinstance(asked.prompt, list):
@@ -255,6 +267,13 @@ class Admission:
 def _ranks(asked: GenerateRequest) -> bool:
     """The client is told of the best choices only."""
     return asked.best_of is not None and asked.best_of > asked.n
+
+
+def _constrained_by(asked: GenerateRequest) -> str:
+    """The field that says what the text must be."""
+    if asked.demands_call:
+        return "tool_choice"
+    return "structured" if asked.structured is not None else "tools"
 
 
 def addressee_of(body: Mapping[str, Any], to: Addressee, tenant: str | None = None) -> Addressee:

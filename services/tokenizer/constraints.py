@@ -8,55 +8,65 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 from services.tokenizer.model_files import ModelFiles
+from services.tokenizer.turns import Turns
 from shared.errors import ErrorCode, GorgonError
 from shared.structured import ConstraintError, Vocabulary
 
 REMEMBERED = 4096  # constraints that were found good
+TENANT_SHARE = 0.5  # of the places to wait in that one tenant may take
 
 
 class ConstraintChecker:
     """Compiles in threads of its own, so that neither the event loop nor other requests wait for a constraint made to be slow.
 
-    A compilation cannot be broken off, but the library's limits end it. At most `waiting` of them are waited for at a time.
+    A compilation cannot be broken off, but the library's limits end it. At most `waiting` wait for a thread; tenants get them in turns.
     """
 
     def __init__(self, files: ModelFiles, *, threads: int, timeout: float, waiting: int, retry_after: float) -> None:
         self._files = files
         self._threads = ThreadPoolExecutor(threads, "constraint")
+        self._turns = Turns(threads)
         self._timeout = timeout
         self._most = waiting
         self._retry_after = retry_after
-        self._waiting = 0
         self._good: OrderedDict[bytes, None] = OrderedDict()
         self._vocabulary: Vocabulary | None = None  # made when first needed: it takes a second of a large vocabulary
 
-    async def check(self, constraint: str) -> None:
-        """Raises GorgonError: `invalid_request` with the reason, or `overloaded`."""
+    async def check(self, constraint: str, field: str, tenant: str) -> None:
+        """`field`: of the request, which names it in errors. Raises GorgonError: `invalid_request` with the reason, or `overloaded`."""
         digest = hashlib.blake2b(constraint.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in self._good:
             self._good.move_to_end(digest)
             return
-        if self._waiting >= self._most:
-            message = f"{self._waiting} constraints are being compiled"
-            raise GorgonError(ErrorCode.OVERLOADED, message, retry_after=self._retry_after)
-        self._waiting += 1
+        if len(self._turns) >= self._most or self._turns.waiting_of(tenant) >= TENANT_SHARE * self._most:
+            raise self._overloaded()
+        # The first one waits for the vocabulary, which is not its fault.
+        timeout = self._timeout if self._vocabulary is not None else None
+        try:
+            async with asyncio.timeout(timeout):
+                await self._turns.take(tenant)
+        except TimeoutError:
+            raise self._overloaded() from None
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, constraint)
         work.add_done_callback(self._done)
         try:
-            # The first one waits for the vocabulary, which is not its fault.
-            async with asyncio.timeout(self._timeout if self._vocabulary is not None else None):
+            async with asyncio.timeout(timeout):
                 await asyncio.shield(work)
         except TimeoutError:
-            message = f"structured: not compiled within {self._timeout:g} s"
+            message = f"{field}: not compiled within {self._timeout:g} s"
             raise GorgonError(ErrorCode.INVALID_REQUEST, message) from None
         except ConstraintError as error:
-            raise GorgonError(ErrorCode.INVALID_REQUEST, f"structured: {error}") from None
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {error}") from None
         self._good[digest] = None
         if len(self._good) > REMEMBERED:
             self._good.popitem(last=False)
 
+    def _overloaded(self) -> GorgonError:
+        message = f"{len(self._turns)} constraints wait to be compiled"
+        return GorgonError(ErrorCode.OVERLOADED, message, retry_after=self._retry_after)
+
     def _done(self, work: asyncio.Future[None]) -> None:
-        self._waiting -= 1
+        self._turns.give_back()
         if not work.cancelled():
             work.exception()  # told already, or nobody waits for it any more
 

@@ -33,15 +33,18 @@ class Pieces(dict[int, bytes]):
         self._replacements += [(part["replacement"], " ") for part in parts if part.get("type") == "Metaspace"]
 
     def __missing__(self, token: int) -> bytes:
-        piece = self[token] = self._look_up(token)
+        piece = self._look_up(token)
+        if piece is None:
+            return b""  # not kept: there is no end of such ids
+        self[token] = piece
         return piece
 
-    def _look_up(self, token: int) -> bytes:
+    def _look_up(self, token: int) -> bytes | None:
         if (content := self._added.get(token)) is not None:
             return content.encode()
         text = self._tokenizer.id_to_token(token)
         if text is None:
-            return b""
+            return None
         if self._byte_of_char is not None and all(char in self._byte_of_char for char in text):
             return bytes(self._byte_of_char[char] for char in text)
         if self._fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):

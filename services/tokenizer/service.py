@@ -287,7 +287,7 @@ class TokenizerService(Service):
         if isinstance(outcome, Admitted) and outcome.request.constraint:
             assert self._constraints is not None
             try:
-                await self._constraints.check(outcome.request.constraint)
+                await self._constraints.check(outcome.request.constraint, outcome.constrained_by, outcome.to.tenant)
             except GorgonError as error:
                 return Refused(error, outcome.to)
         return outcome

@@ -30,3 +30,4 @@ def test_what_stands_for_nothing() -> None:
     pieces = Pieces(tokenizer)
     assert pieces[10**7] == b""
     assert pieces[tokenizer.token_to_id("</s>")] == b"</s>"
+    assert 10**7 not in pieces, "there is no end of such ids"

@@ -14,7 +14,7 @@ import pytest
 from services.tokenizer.admission import Admission, Admitted, Refused
 from services.tokenizer.encoder import Encoder
 from services.tokenizer.model_files import ModelFiles, load_model_files
-from services.tokenizer.tool_choice import forced_call, tools_of
+from services.tokenizer.tool_choice import forced_call, strict_calls, tools_of
 from shared.errors import ErrorCode, GorgonError
 from shared.structured import Vocabulary
 from shared.tool_calls import FORMATS, MARKERS, parse
@@ -84,6 +84,121 @@ def test_every_text_that_is_allowed_is_a_call(format: str, marked: bool):
                 else:
                     assert arguments == {}
     assert names == {"weather.get", "time"}
+
+
+STRICT = [
+    {"type": "function", "function": {"name": "weather.get", "parameters": SCHEMA, "strict": True}},
+    {"name": "time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+]
+
+
+def allows(vocabulary: Vocabulary, constraint: str, ids: list[int], eos: int) -> bool:
+    """Whether the constraint allows the text, and its end there."""
+    matcher = vocabulary.compile(constraint)
+    return matcher.advance(ids) and (matcher.complete or bool(matcher.mask()[eos // 8] >> eos % 8 & 1))
+
+
+CALLS = {
+    "hermes": '<tool_call>\n{"name": "weather.get", "arguments": %s}\n</tool_call>',
+    "llama3": '{"name": "weather.get", "parameters": %s}',
+    "mistral": '[TOOL_CALLS][{"name": "weather.get", "arguments": %s}]',
+    "mistral v11": "[TOOL_CALLS]weather.get[ARGS]%s",
+}
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["marks are text", "marks are tokens"])
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_text_stays_free_and_strict_calls_keep_to_their_schema(format: str, several: bool, marked: bool):
+    tokenizer = with_marks(byte_level()) if marked else byte_level()
+    tokenizer.add_special_tokens(["<eos>"])
+    encoder = Encoder(tokenizer)
+    eos = tokenizer.token_to_id("<eos>")
+    vocabulary = Vocabulary(encoder.to_json(), tokenizer.get_vocab_size(), [eos])
+    constraint = strict_calls(format, STRICT, encoder.added_id, several)
+
+    def allowed(text: str) -> bool:
+        return allows(vocabulary, constraint, tokenizer.encode(text, add_special_tokens=False).ids, eos)
+
+    notation = CALLS["mistral v11" if format == "mistral" and marked else format]
+    good, wrong = '{"city": "Zürich", "days": 3}', '{"city": "Bern", "days": 3}'
+    text = 'Ümlaut, {"x": 1}\n{"x": {"name": 2}}\n[1] <tool> {"name": 5} is JSON.'
+    assert allowed("") and allowed(text) and allowed("x\n\n\ny")
+    assert allowed(notation % good) and allowed(f"Let me see.\n{notation % good}")
+    assert not allowed(notation % wrong) and not allowed(f"Let me see.\n{notation % wrong}")
+    assert not allowed((notation % good)[:-3])
+    other = notation.replace("weather.get", "time")
+    assert allowed(other % '{"zone": 5, "more": [true]}'), "it is not strict"
+    assert not allowed(notation.replace("weather.get", "unknown") % good)
+    second = {
+        "hermes": f"\n{notation % good}",
+        "llama3": f"; {notation % good}",
+        "mistral": notation % good if marked else f", {(notation % good).removeprefix('[TOOL_CALLS][')}",
+    }[format]
+    first = (notation % good).removesuffix("]") if format == "mistral" and not marked else notation % good
+    assert allowed(first + second) is several
+    if marked and format != "llama3":
+        # The mark spelled by ordinary tokens looks the same to whoever reads the text.
+        spelled = [tokenizer.token_to_id(char) for char in MARKERS[format][0]]
+        assert not allows(vocabulary, constraint, spelled, eos)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["marks are text", "marks are tokens"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_whatever_text_is_allowed_its_strict_calls_are_valid(format: str, marked: bool):
+    """At random, but led to calls: what stands at the beginning is one's."""
+    tokenizer = with_marks(byte_level()) if marked else byte_level()
+    tokenizer.add_special_tokens(["<eos>"])
+    encoder = Encoder(tokenizer)
+    eos = tokenizer.token_to_id("<eos>")
+    vocabulary = Vocabulary(encoder.to_json(), tokenizer.get_vocab_size(), [eos])
+    constraint = strict_calls(format, STRICT, encoder.added_id, True)
+    opening = {"hermes": "<tool_call>", "llama3": '{"name": ', "mistral": "[TOOL_CALLS]"}[format]
+    found = 0
+    for seed in range(30):
+        chance = random.Random(seed)
+        matcher, ids = vocabulary.compile(constraint), tokenizer.encode(f"So:\n{opening}", add_special_tokens=False).ids
+        assert matcher.advance(ids), matcher.error
+        while not matcher.complete and len(ids) < 400:
+            mask = matcher.mask()
+            options = [i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1]
+            token = eos if eos in options else chance.choice(options)
+            if token in vocabulary.special_ids and (ordinary := matcher.mistaken(token)) is not None:
+                token = ordinary
+            assert matcher.advance([token]), matcher.error
+            ids.append(token)
+            if token == eos:
+                break
+        if ids[-1] != eos and not matcher.complete:
+            continue
+        text = tokenizer.decode(ids, skip_special_tokens=False).replace("<eos>", "")
+        content, calls = parse(format, text)
+        assert content == "So:" and calls, text
+        for call in calls:
+            assert call.error is None
+            if call.name == "weather.get":
+                found += 1
+                arguments = json.loads(call.arguments)
+                assert arguments["city"] in ("Zürich", 'New "York"') and 1 <= arguments["days"] <= 9
+    assert found > 3
+
+
+def test_only_strict_tools_cost_a_constraint():
+    for tools, choice, constrained in (
+        (STRICT, "auto", True),
+        (STRICT, None, True),
+        (TOOLS, "auto", False),
+        (STRICT, "none", False),
+    ):
+        outcome = admit({"tools": tools, "tool_choice": choice})
+        assert isinstance(outcome, Admitted), outcome
+        assert bool(outcome.request.constraint) is constrained
+    for body, says in ((dict(ignore_eos=True), "ignore_eos"), (dict(num_beams=2), "num_beams")):
+        refused = admit({"tools": STRICT} | body)
+        assert isinstance(refused, Refused) and refused.error.code == ErrorCode.INVALID_REQUEST
+        assert says in refused.error.message and "strict" in refused.error.message
+    refused = admit({"tools": STRICT}, "")
+    assert isinstance(refused, Refused) and refused.error.code == ErrorCode.UNSUPPORTED
 
 
 def admission(tool_format: str = "hermes") -> Admission:
