@@ -9,6 +9,7 @@ int32 (`codec.pack_ids`). What clients send and get is in shared/api.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from shared.sampling import SamplingParams
@@ -264,6 +265,7 @@ class Heartbeat(NamedTuple):
     load       0..1, for gorgon ps
     detail     stage-specific counters, for gorgon ps and tests (numbers and strings only)
     draining   takes no new work; its partitions or requests move elsewhere
+    knows      how much of what it is sent it understands (shared/capabilities.py)
     """
 
     stage: str
@@ -275,6 +277,7 @@ class Heartbeat(NamedTuple):
     load: float = 0.0
     in_flight: int = 0
     detail: dict[str, Any] = {}  # noqa: RUF012
+    knows: Mapping[str, int] = {}
 
 
 class WorkerHeartbeat(NamedTuple):

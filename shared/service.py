@@ -18,6 +18,7 @@ import structlog
 
 from shared import codec, subjects
 from shared.bus import Bus, BusError, BusTimeout, Message
+from shared.capabilities import KNOWN
 from shared.config import StageSettings
 from shared.errors import StartError
 from shared.messages import Heartbeat, WorkerHeartbeat
@@ -90,6 +91,7 @@ class Service:
             load,
             in_flight,
             detail,
+            KNOWN,
         )
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from services.scheduler.fairness import Charge, FairQueue, Shares
 from services.scheduler.fleet import Fleet, Worker
 from services.scheduler.ledger import Ledger
-from services.scheduler.placement import Need, PrefixIndex, choose, prefix_chunks
+from services.scheduler.placement import Need, PrefixIndex, choose, in_use, prefix_chunks
 from shared import messages as m
+from shared.capabilities import needed_of_workers
 from shared.subjects import split_request_key
+
+PATIENCE = 8  # sequences that pass a request before a worker is kept for it, at least
 
 
 class Expired(Exception):
@@ -29,7 +32,7 @@ class Draining(Exception):
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """`expires` is in loop time."""
+    """`expires` is in loop time. `passed` counts sequences that others were given while this was the first in line and did not fit."""
 
     key: str
     request: m.Request
@@ -37,6 +40,7 @@ class Waiting:
     turn: asyncio.Future[Worker]
     expires: float | None = None
     chunks: list[bytes] = field(default_factory=list)
+    passed: int = 0
 
 
 class Dispatcher:
@@ -54,6 +58,10 @@ class Dispatcher:
         self._migrated: dict[Waiting, None] = {}
         self._by_key: dict[str, dict[Waiting, None]] = {}
         self._charges: dict[str, Charge] = {}  # by key
+        self._holder: Waiting | None = (
+            None  # has been passed for long: what becomes free on the worker `holds` is for it
+        )
+        self.holds = ""
 
     @property
     def waiting(self) -> int:
@@ -80,7 +88,8 @@ class Dispatcher:
             raise Draining
         tenant = split_request_key(request.key)[0]
         slots = request.sampling.slots(request.choices)
-        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), slots, isolated, tenant)
+        needed = needed_of_workers(request)
+        need = Need(len(request.prompt_ids) // 4 + (prefix or 0), slots, isolated, tenant, needed)
         turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         item = Waiting(request.key, request, need, turn, expires, prefix_chunks(request.prompt_ids))
         if prefix is not None:
@@ -103,8 +112,15 @@ class Dispatcher:
         progress = True
         while progress:
             progress = False
+            passed = list(self._migrated)
             for tenant, item in self._queue.candidates():
-                if self._grant(item, self._has_its_share(tenant)):
+                has_its_share = self._has_its_share(tenant)
+                if not self._grant(item, has_its_share):
+                    if not has_its_share:
+                        passed.append(item)
+                else:
+                    if passed:
+                        passed[0].passed += item.need.choices
                     self._queue.pop(tenant)
                     self.refund(item.key)  # of an earlier request with this id: only one of them will run
                     self._charges[item.key] = self._queue.charge(
@@ -123,10 +139,17 @@ class Dispatcher:
         if item.turn.done():
             return False  # dropped or expired: it leaves by itself
         length = item.need.tokens + min(1, item.request.sampling.max_tokens)
-        workers = self._fleet.available(lambda beat: length <= min(beat.max_model_len, beat.kv_tokens_total))
+        able = self._fleet.able(item.need.fields)
+        workers = self._fleet.available(able, lambda beat: length <= min(beat.max_model_len, beat.kv_tokens_total))
+        if item is not self._holder:
+            held = {self.holds, *self._fleet.held_by_peers()}
+            workers = [worker for worker in workers if worker.instance not in held]
         worker = choose(workers, self._ledger, self._index, item.need, item.chunks, keep_free)
         if worker is None:
+            self._hold(item, workers)
             return False
+        if item is self._holder:
+            self._let_go()
         worker.reserved += item.need.choices
         self._reserved[item.need.tenant] += item.need.choices
         worker.reserved_tokens += item.need.tokens
@@ -134,6 +157,20 @@ class Dispatcher:
         self._index.placed(worker.instance, item.chunks)
         item.turn.set_result(worker)
         return True
+
+    def _hold(self, item: Waiting, workers: list[Worker]) -> None:
+        """One that needs many places (or much of a worker's memory) might wait for ever for others to leave so much at once: when it
+        has been passed by as many as it needs, the emptiest worker is kept for it. For one request at a time, so that the others have
+        the other workers."""
+        if item is self._holder:
+            if self.holds not in {worker.instance for worker in workers}:
+                self._let_go()  # the worker has gone, or takes nothing new
+        elif self._holder is None and workers and item.passed >= max(item.need.choices, PATIENCE):
+            emptiest = min(workers, key=lambda w: (in_use(w, self._ledger) / w.beat.max_seqs, w.instance))
+            self._holder, self.holds = item, emptiest.instance
+
+    def _let_go(self) -> None:
+        self._holder, self.holds = None, ""
 
     def waiting_of(self, tenant: str) -> int:
         return self._queue.waiting(tenant)
@@ -184,6 +221,8 @@ class Dispatcher:
         del items[item]
         if not items:
             del self._by_key[item.key]
+        if item is self._holder:
+            self._let_go()
         granted = not item.turn.cancelled() and item.turn.exception() is None
         if not granted:
             if item in self._migrated:

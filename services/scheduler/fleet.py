@@ -7,9 +7,10 @@ or this very process stands still, proven time does too, and nobody is declared 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from shared.capabilities import Fields, knows
 from shared.messages import WorkerHeartbeat
 
 LONGEST_STEP = 1.5  # of proven time, in intervals between echoes
@@ -73,6 +74,7 @@ class Fleet:
     step_margin: float
     workers: dict[str, Worker] = field(default_factory=dict)
     peers: dict[str, float] = field(default_factory=dict)  # schedulers, and the proven time at which they were heard
+    holds: dict[str, str] = field(default_factory=dict)  # by scheduler: a worker of which it keeps what becomes free
 
     def silence_of(self, since: float) -> float:
         """Seconds of silence that count, since a sign of life at the proven time `since`."""
@@ -91,16 +93,24 @@ class Fleet:
         worker.closed_for = max(0, worker.closed_for - 1)
         return False
 
-    def heard_peer(self, instance: str, draining: bool) -> None:
+    def heard_peer(self, instance: str, draining: bool, holds: str = "") -> None:
+        self.holds[instance] = holds
         if draining:
-            self.peers.pop(instance, None)
+            self._forget_peer(instance)
         else:
             self.peers[instance] = self.link.proven
+
+    def held_by_peers(self) -> set[str]:
+        return set(self.holds.values())
+
+    def _forget_peer(self, instance: str) -> None:
+        self.peers.pop(instance, None)
+        self.holds.pop(instance, None)
 
     def live_peers(self) -> list[str]:
         silent = [name for name, heard in self.peers.items() if self.silence_of(heard) > PEER_PATIENCE * self.silence]
         for name in silent:
-            del self.peers[name]
+            self._forget_peer(name)
         return list(self.peers)
 
     def is_blacked_out(self) -> bool:
@@ -134,14 +144,17 @@ class Fleet:
             worker.refusals = 0 if accepted else worker.refusals + 1
             worker.closed_for = 0 if accepted else min(LONGEST_CLOSURE, 2**worker.refusals)
 
-    def available(self, fits: Callable[[WorkerHeartbeat], bool] = lambda _: True) -> list[Worker]:
-        """Workers that take new requests. Those that never can (`fits`) only if all are like that: one of them says why."""
+    def able(self, needed: Fields) -> list[Worker]:
+        """Those that honour everything that a request says: in a rolling upgrade not all may."""
+        return [worker for worker in self.workers.values() if knows(worker.beat.base, needed)]
+
+    def available(
+        self, workers: Sequence[Worker], fits: Callable[[WorkerHeartbeat], bool] = lambda _: True
+    ) -> list[Worker]:
+        """Of these the ones that take new requests. Those that never can (`fits`) only if all are like that: one of them says why."""
         takes = [
             w
-            for w in self.workers.values()
+            for w in workers
             if not (w.beat.base.draining or w.beat.suspects or w.closed_for or w.is_hung(self.step_margin))
         ]
-        return [w for w in takes if fits(w.beat)] or ([] if any(map(fits, self._beats())) else takes)
-
-    def _beats(self) -> list[WorkerHeartbeat]:
-        return [worker.beat for worker in self.workers.values()]
+        return [w for w in takes if fits(w.beat)] or ([] if any(fits(w.beat) for w in workers) else takes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil
 
 from services.scheduler.fleet import Worker
 from services.scheduler.ledger import Ledger
 from services.scheduler.suspicion import is_isolated
+from shared.capabilities import Fields
 
 CHUNK_BYTES = 4 * 64  # 64 token ids: a multiple of every block size in use
 MAX_CHUNKS = 64
@@ -61,13 +62,14 @@ class PrefixIndex:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a request takes: `tokens` of prompt (and committed prefix), `choices` sequences (or beams), and a worker without another
-    suspect."""
+    """What a request takes: `tokens` of prompt (and committed prefix), `choices` sequences (or beams), a worker without another
+    suspect and one that knows its `fields`."""
 
     tokens: int
     choices: int = 1
     isolated: bool = False
     tenant: str = ""
+    fields: Fields = field(default_factory=dict)
 
 
 def in_use(worker: Worker, ledger: Ledger) -> int:

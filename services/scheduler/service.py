@@ -87,6 +87,7 @@ class SchedulerService(Service):
             unplaced=self.dispatcher.unplaced,
             workers=len(self.fleet.workers),
             migrations=self._migrations.count,
+            **({"holds": self.dispatcher.holds} if self.dispatcher.holds else {}),
         )
 
     def check_idle(self) -> list[str]:
@@ -145,7 +146,8 @@ class SchedulerService(Service):
         beat = codec.decode_as(m.Heartbeat, message.data)
         if beat.instance == self.instance:
             self.fleet.link.echoed(self._now())
-        self.fleet.heard_peer(beat.instance, beat.draining)
+        else:
+            self.fleet.heard_peer(beat.instance, beat.draining, beat.detail.get("holds", ""))
 
     # ------------------------------------------------ watching
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from shared.messages import Heartbeat, WorkerHeartbeat
+from shared.capabilities import knows, needed_of_detokenizers, needed_of_schedulers, needed_of_workers
+from shared.messages import Heartbeat, Request, WorkerHeartbeat
 from shared.presence import base_of
 
 # Seconds of silence after which a stage counts as gone, at least so many of its beats.
@@ -58,6 +59,20 @@ class Registry:
             ),
             default=None,
         )
+
+    def unable(self, request: Request, now: float) -> str:
+        """A stage that would not honour all that the request says, being of an older version; "" if there is none. Any scheduler and
+        detokenizer may get a request, and of the workers one that is able to."""
+        for stage, needed, enough in (
+            ("scheduler", needed_of_schedulers, all),
+            ("model_worker", needed_of_workers, any),
+            ("detokenizer", needed_of_detokenizers, all),
+        ):
+            live = self._live(stage, request.model, now)
+            fields = needed(request)
+            if live and not enough(knows(base_of(beat), fields) for beat in live):
+                return stage
+        return ""
 
     def waiting(self, model: str, now: float) -> int:
         """Requests that schedulers hold without a worker."""

@@ -89,6 +89,7 @@ class TokenizerService(Service):
             subjects.heartbeats(self.stage),
             subjects.heartbeats("scheduler", settings.model),
             subjects.heartbeats("model_worker", settings.model),
+            subjects.heartbeats("detokenizer", settings.model),
         ):
             await self.bus.subscribe(beats, self._on_heartbeat)
         self._listening_since = loop.time()
@@ -284,6 +285,12 @@ class TokenizerService(Service):
             outcome = admit()
         else:
             outcome = await asyncio.get_running_loop().run_in_executor(self._threads, admit)
+        if isinstance(outcome, Admitted) and (
+            stage := self._registry.unable(outcome.request, asyncio.get_running_loop().time())
+        ):
+            message = f"a {stage} of an older version does not know all fields of this request yet"
+            error = GorgonError(ErrorCode.UNAVAILABLE, message, retry_after=self.settings.retry_after)
+            return Refused(error, outcome.to)
         if isinstance(outcome, Admitted) and outcome.request.constraint:
             assert self._constraints is not None
             try:

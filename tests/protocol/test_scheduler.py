@@ -15,6 +15,7 @@ from services.scheduler.settings import SchedulerSettings
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Message
+from shared.capabilities import KNOWN, Fields
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.sampling import SamplingParams
 from shared.streams import ensure_streams
@@ -68,9 +69,10 @@ class Actor:
 class Worker(Actor):
     """Generates a token of each run every STEP, `ids[i] = i`. `answer(run)` may refuse; `poison` kills it at a position."""
 
-    def __init__(self, world: World, name: str, max_seqs: int = 16) -> None:
+    def __init__(self, world: World, name: str, max_seqs: int = 16, knows: Fields = KNOWN) -> None:
         super().__init__(world)
         self.name = name
+        self.knows = knows
         self.max_seqs = max_seqs
         self.orders: list[m.Run] = []
         self.runs: dict[str, tuple[m.Run, int]] = {}  # by key: the order, tokens so far
@@ -105,7 +107,7 @@ class Worker(Actor):
             del self.runs[abort.key]
 
     def beat_now(self) -> None:
-        base = m.Heartbeat("model_worker", MODEL, self.name, 1, BEAT, self.draining)
+        base = m.Heartbeat("model_worker", MODEL, self.name, 1, BEAT, self.draining, knows=self.knows)
         running = {key: run.epoch for key, (run, _) in self.runs.items()}
         beat = m.WorkerHeartbeat(
             base, 1, 0.0, 1.0, running, self.max_seqs, 10**6, 10**6, 10**6, 99, self.suspects, tuple(self.alone)
@@ -303,6 +305,25 @@ async def test_it_starts_though_the_first_answers_are_lost(monkeypatch: pytest.M
     await world.scheduler()
     assert {what.split()[0] for what in lost} == {"bucket", "watch", "consume"}
     await world.ended(world.submit("a"))
+    await world.stop()
+
+
+@virtual
+async def test_a_worker_of_an_older_version_gets_nothing_that_it_would_not_honour() -> None:
+    world = await World().start(workers=1, knows={})
+    plain, constrained = world.submit("plain"), world.submit("constrained", tokens=200, constraint="start: x")
+    await world.ended(plain)
+    await asyncio.sleep(5)
+    assert world.schedulers[0].heartbeat().detail["waiting"] == 1
+    new = await world.worker()
+    await until(lambda: constrained in new.runs)
+    new.die()
+    await asyncio.sleep(5)
+    assert world.schedulers[0].heartbeat().detail["unplaced"] == 1, "it waits, though the old worker has room"
+    await world.worker()
+    await world.ended(constrained)
+    assert [worker for worker, _ in world.orders(constrained)] == ["w1", "w2"]
+    assert [worker for worker, _ in world.orders(plain)] == ["w0"]
     await world.stop()
 
 

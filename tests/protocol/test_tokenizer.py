@@ -22,6 +22,7 @@ from services.tokenizer.settings import TokenizerSettings
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import BucketSpec, Message
+from shared.capabilities import KNOWN, Fields
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.streams import stream_specs
 from shared.structured import Matcher, Vocabulary, json_constraint
@@ -386,6 +387,31 @@ async def test_the_longest_sequence_is_that_of_the_workers() -> None:
     await asyncio.sleep(0.5)
     assert (await world.ask({"prompt": [5] * 64}, wait=0.1))["code"] == "context_length_exceeded"
     assert (await world.ask({"prompt": [5] * 63}, wait=0.1))["event"] == "accepted"
+    await world.stop()
+
+
+@virtual
+async def test_what_nobody_would_honour_yet_is_refused() -> None:
+    """In a rolling upgrade: any scheduler and detokenizer, and of the workers at least one, must know all that a request says."""
+    world = World()
+    await world.start()
+    body = {"prompt": "x", "bad_words": ["y"], "echo": True}
+
+    def beat(stage: str, name: str, known: Fields) -> None:
+        base = m.Heartbeat(stage, MODEL, name, 1, 60.0, knows=known)
+        beat = base if stage != "model_worker" else m.WorkerHeartbeat(base, 0, 0.0, 1.0, {}, 8, 64, 64, 2000, 4096)
+        world.bus.publish(subjects.heartbeat(stage, MODEL, name), codec.encode(beat))
+
+    for stage, several in (("model_worker", True), ("scheduler", False), ("detokenizer", False)):
+        beat(stage, "old", {})
+        refused = await world.ask(body, wait=0.5)
+        assert (refused["code"], refused["retryable"]) == ("unavailable", True) and stage in refused["message"]
+        assert (await world.ask({"prompt": "x"}, wait=0.5))["event"] == "accepted"
+        beat(stage, "new", KNOWN)
+        event = await world.ask(body, wait=0.5)
+        assert (event["event"] == "accepted") is several
+        beat(stage, "old", KNOWN)
+        assert (await world.ask(body, wait=0.5))["event"] == "accepted"
     await world.stop()
 
 

@@ -109,7 +109,7 @@ def test_progress_not_pings() -> None:
     fleet.heard(beat("died", suspects=("t.a",)))
     fleet.heard(beat("drains", draining=True))
     assert fleet.judge() == {"hangs": "hung", "died": "died"}
-    assert [w.instance for w in fleet.available()] == ["prefills"]
+    assert [w.instance for w in fleet.available(fleet.able({}))] == ["prefills"]
 
 
 def test_a_worker_that_refuses_is_asked_ever_more_seldom() -> None:
@@ -120,7 +120,7 @@ def test_a_worker_that_refuses_is_asked_ever_more_seldom() -> None:
     for _ in range(6):
         fleet.answered("a", accepted=False)
         closures.append(0)
-        while not fleet.available():
+        while not fleet.available(fleet.able({})):
             fleet.heard(beat("a"))
             closures[-1] += 1
     assert closures == [2, 4, 8, 16, 16, 16]
@@ -128,17 +128,17 @@ def test_a_worker_that_refuses_is_asked_ever_more_seldom() -> None:
     fleet.answered("a", accepted=False)
     fleet.heard(beat("a"))
     fleet.heard(beat("a"))
-    assert [w.instance for w in fleet.available()] == ["a"]
+    assert [w.instance for w in fleet.available(fleet.able({}))] == ["a"]
 
 
 def test_too_long_for_some_workers() -> None:
     fleet = Fleet(Link(INTERVAL, GRACE), SILENCE, 1.5)
     fleet.heard(beat("short", max_model_len=10))
     fleet.heard(beat("long", max_model_len=100))
-    assert [w.instance for w in fleet.available(lambda b: b.max_model_len >= 50)] == ["long"]
+    assert [w.instance for w in fleet.available(fleet.able({}), lambda b: b.max_model_len >= 50)] == ["long"]
     fleet.answered("long", accepted=False)
-    assert fleet.available(lambda b: b.max_model_len >= 50) == [], "it waits for the one that can"
-    assert [w.instance for w in fleet.available(lambda b: b.max_model_len >= 500)] == ["short"], (
+    assert fleet.available(fleet.able({}), lambda b: b.max_model_len >= 50) == [], "it waits for the one that can"
+    assert [w.instance for w in fleet.available(fleet.able({}), lambda b: b.max_model_len >= 500)] == ["short"], (
         "which says that it cannot"
     )
 
