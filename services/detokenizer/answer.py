@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import structlog
+
 from services.detokenizer.decoding import Decoding, NewDecoding
 from services.detokenizer.stream import ChoiceStream
 from services.detokenizer.track import NoText, Track, mean_logprob
@@ -19,8 +21,13 @@ from shared.tool_calls import MARKERS, parse
 EVENT_IDS = 512
 EVENT_CHARS = 8192
 
+log = structlog.get_logger()
+
 _STOP_ID_FINISHES = frozenset({"stop", "stop_token"})
 
+
+# Of an answer that could not be made of its tokens.
+BROKEN = Failure("internal", "the detokenizer failed at this answer")
 
 # How much of a choice somebody has: ids and characters.
 Cursor = tuple[int, int]
@@ -38,6 +45,7 @@ class Answer:
     opened_at, first_at, ended_at   stream time of OPEN, of the first tokens, of the end; seconds, 0 if not yet
     fences          (epoch, stream time) of its migrations, as far as this process has folded them
     last_at         stream time of the last tokens that were recorded (recorder.py), 0 if none were
+    broken          decoding, matching or parsing it raised: the client is told nothing more but that, when the log knows of it
     """
 
     def __init__(self, state: RequestState, new_decoding: NewDecoding, opened_at: float) -> None:
@@ -46,6 +54,23 @@ class Answer:
         self.state = state
         self.opened = opened
         self.tenant, self.id = split_request_key(state.key)
+        self.broken = self._declared_broken = False
+        try:
+            self._build(new_decoding)
+        except Exception as error:
+            self.break_off(error)
+        self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
+        self.sent: dict[int, Cursor] = {}
+        self.terminal_sent = False
+        self.declared: set[int] = set()
+        self.opened_at = opened_at
+        self.first_at = 0.0
+        self.ended_at = 0.0
+        self.fences: list[tuple[int, float]] = []
+        self.last_at = 0.0
+
+    def _build(self, new_decoding: NewDecoding) -> None:
+        state, opened = self.state, self.opened
         echoed = unpack_ids(opened.prompt_ids)
         marks = MARKERS.get(opened.tool_format, ())
         before = echoed if opened.max_tokens else []
@@ -63,15 +88,15 @@ class Answer:
         self.tracks: dict[int, Track] = {} if self.prompt is None else {PROMPT: self.prompt}
         if not opened.best:
             self.tracks |= {index: self._track(index) for index in range(len(self.streams))}
-        self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
-        self.sent: dict[int, Cursor] = {}
+        self._called: dict[int, dict[str, Any]] = {}  # what the end says of calls, by track
+
+    def break_off(self, error: Exception) -> None:
+        """What raised would raise again with every owner of the partition: this answer fails, and no other."""
+        log.error("answer_failed", request_id=self.state.key, exc_info=error)
+        self.broken = True
+        self.streams = [ChoiceStream(NoText()) for _ in self.state.choices]
+        self.tracks, self.prompt, self.logprobs = {}, None, None
         self.terminal_sent = False
-        self.declared: set[int] = set()
-        self.opened_at = opened_at
-        self.first_at = 0.0
-        self.ended_at = 0.0
-        self.fences: list[tuple[int, float]] = []
-        self.last_at = 0.0
 
     def _track(self, index: int) -> Track:
         logprobs = self.logprobs[index] if self.logprobs is not None and self.opened.logprobs else None
@@ -88,6 +113,8 @@ class Answer:
 
     def commit(self, effect: Committed, stamp: float) -> None:
         if effect.choice == PROMPT:
+            if self.broken:
+                return
             assert self.prompt is not None and self.prompt.logprobs is not None
             self.prompt.stream.feed(effect.ids)
             self.prompt.logprobs.extend(effect.logprobs or ())
@@ -115,6 +142,8 @@ class Answer:
         self._close()
 
     def _close(self) -> None:
+        if self.broken:
+            return
         for stream in self.streams:
             stream.flush()
         if self.prompt is not None and self.opened.max_tokens == 0:
@@ -141,6 +170,13 @@ class Answer:
     def completion_tokens(self) -> int:
         return sum(stream.shown for stream in self.streams)
 
+    def undeclared_failure(self) -> Failure | None:
+        """What the log must be told of a broken answer; once."""
+        if not self.broken or self._declared_broken or self.ended:
+            return None
+        self._declared_broken = True
+        return BROKEN
+
     def undeclared_stops(self) -> list[tuple[int, str, int]]:
         """(choice, stop string, tokens that count) for what the log must be told; each is returned once."""
         found = []
@@ -154,6 +190,13 @@ class Answer:
 
     def unsent(self) -> list[dict[str, Any]]:
         """Events for the reply subject since the last call."""
+        try:
+            return self._unsent()
+        except Exception as error:
+            self.break_off(error)
+            return self._unsent()
+
+    def _unsent(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         state, sent = self.state, self.sent
         streamed = state.reply is None or state.reply.stream
@@ -204,6 +247,13 @@ class Answer:
 
     def replay(self, cursors: dict[int, Cursor], stream: bool = True) -> list[dict[str, Any]]:
         """Everything from the cursors on; at least one event, so that the asker knows that the request lives."""
+        try:
+            return self._replay(cursors, stream)
+        except Exception as error:
+            self.break_off(error)
+            return self._replay(cursors, stream)
+
+    def _replay(self, cursors: dict[int, Cursor], stream: bool) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if stream:
             for number in self.tracks:
@@ -227,6 +277,8 @@ class Answer:
         """`stream` False puts text and ids of the choices into the event."""
         terminal, opened = self.state.terminal, self.opened
         assert terminal is not None
+        if self.broken:
+            return api.error_event(self.id, BROKEN, metadata=opened.metadata)
         if terminal.reason == "error":
             failure = terminal.failure or Failure("internal", "the request failed without a reason")
             return api.error_event(self.id, failure, metadata=opened.metadata)
@@ -266,6 +318,11 @@ class Answer:
 
     def _calls(self, number: int, reason: str) -> dict[str, Any]:
         """Of a choice that calls tools, what the end says about it."""
+        if (known := self._called.get(number)) is None:
+            known = self._called[number] = self._find_calls(number, reason)
+        return known
+
+    def _find_calls(self, number: int, reason: str) -> dict[str, Any]:
         content, calls = parse(self.opened.tool_format, self.tracks[number].stream.text, self.id, number)
         if not calls:
             return {}
@@ -297,19 +354,27 @@ class Answer:
     def restore(cls, state: RequestState, new_decoding: NewDecoding, row: list[Any]) -> Answer:
         answer = cls(state, new_decoding, row[0])
         _, answer.first_at, answer.ended_at, answer.hidden, logprobs, *added = row
-        for kept, rows in zip(answer.logprobs or (), logprobs or (), strict=True):
-            kept.extend(map(_row, rows))
-        for choice, stream, hidden in zip(state.choices, answer.streams, answer.hidden, strict=True):
-            stream.feed(choice.ids, hidden)
-            if choice.finish is not None or answer.ended:
-                stream.flush()
-        if answer.prompt is not None and answer.prompt.logprobs is not None:
-            answer.prompt.stream.feed(answer.prompt.ids)
-            answer.prompt.logprobs.extend(map(_row, added[0]))
-        if answer.ended:
-            answer._close()
+        try:
+            answer._catch_up(logprobs, *added)
+        except Exception as error:
+            answer.break_off(error)
         answer.mark_sent()
         return answer
+
+    def _catch_up(self, logprobs: list[Any] | None, prompt_logprobs: list[Any] | None = None) -> None:
+        if self.broken:
+            return
+        for kept, rows in zip(self.logprobs or (), logprobs or (), strict=True):
+            kept.extend(map(_row, rows))
+        for choice, stream, hidden in zip(self.state.choices, self.streams, self.hidden, strict=True):
+            stream.feed(choice.ids, hidden)
+            if choice.finish is not None or self.ended:
+                stream.flush()
+        if self.prompt is not None and self.prompt.logprobs is not None:
+            self.prompt.stream.feed(self.prompt.ids)
+            self.prompt.logprobs.extend(map(_row, prompt_logprobs or ()))
+        if self.ended:
+            self._close()
 
 
 def _after(decoding: Decoding, ids: list[int]) -> Decoding:

@@ -49,7 +49,10 @@ class PartitionCore:
             key = effect.key
             if kind is tokenlog.Committed:
                 answer = dirty[key] = answers[key]
-                answer.commit(effect, stamp)  # type: ignore[arg-type]
+                try:
+                    answer.commit(effect, stamp)  # type: ignore[arg-type]
+                except Exception as error:
+                    answer.break_off(error)
                 if effect.choice == PROMPT:  # type: ignore[union-attr]
                     continue
                 self.tokens += len(effect.ids)  # type: ignore[union-attr]
@@ -66,13 +69,19 @@ class PartitionCore:
                         last, times = before, 1
             elif kind is tokenlog.ChoiceFinished:
                 answer = dirty[key] = answers[key]
-                answer.finish(effect.choice)  # type: ignore[union-attr]
+                try:
+                    answer.finish(effect.choice)  # type: ignore[union-attr]
+                except Exception as error:
+                    answer.break_off(error)
             elif kind is tokenlog.Opened:
                 answer = dirty[key] = answers[key] = Answer(self.fold.requests[key], self._new_decoding, stamp)
                 note_request(key, 1, answer.opened.trace)
             elif kind is tokenlog.Ended:
                 answer = dirty[key] = answers[key]
-                answer.end(stamp)
+                try:
+                    answer.end(stamp)
+                except Exception as error:
+                    answer.break_off(error)
                 self.fenced.append(key)
             elif kind is tokenlog.Fenced:
                 self.fenced.append(key)

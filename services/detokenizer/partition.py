@@ -205,7 +205,7 @@ class Partition:
                     batch[1].extend(events)
                 else:
                     batches[reply.subject] = (reply, events)
-            if answer.ended or answer.opened.stop or answer.opened.durable:
+            if answer.ended or answer.opened.stop or answer.opened.durable or answer.broken:
                 self._follow_up(answer)
         for reply, events in batches.values():
             self._publish(reply, events)
@@ -223,6 +223,8 @@ class Partition:
             if key not in self._settling:
                 self._settling.add(key)
                 self._spawn(self._settle(answer), "settle")
+        elif (failure := answer.undeclared_failure()) is not None:
+            self._append(End(key, "error", failure=failure))
         else:
             for choice, stop, length in answer.undeclared_stops():
                 self._append(End(key, "stop", choice, length, stop=stop))
@@ -346,7 +348,12 @@ class Partition:
         if entry is None or entry.value is None:
             self._publish_not_found(asked)
         else:
-            answer = unpack_answer(entry.value, self._new_decoding)
+            try:
+                answer = unpack_answer(entry.value, self._new_decoding)
+            except ValueError as error:
+                self._log.error("archive_unreadable", request_id=asked.key, error=str(error))
+                self._publish_not_found(asked)
+                return
             self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
 
     def _on_attach(self, message: Message) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -13,8 +14,9 @@ from services.detokenizer.answer import Answer
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Message
+from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults
-from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Plan, World, until, virtual
+from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Letters, Plan, World, until, virtual
 
 LOSSY = dict(drop=0.03, duplicate=0.03, delay=0.05, max_delay=0.3, lose_append=0.02, lose_ack=0.02, late_append=0.01)
 
@@ -139,6 +141,81 @@ async def test_takeover_starts_from_the_snapshot_and_goes_on_without_waiting_for
         entries = world.broker.stream(subjects.STREAM_TOK).count(subjects.tok(MODEL, number), 1)
         assert 0 < len(read) < entries - 50, "the new owner read everything from the beginning"
         assert events[0]["position"] > 50, "what had been sent long ago was sent again"
+
+
+POISON = 60
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = Letters.feed
+
+    def raises(self: Letters, ids: Iterable[int]) -> str:
+        if POISON in ids:
+            raise RuntimeError("no such piece")
+        return feed(self, ids)
+
+    monkeypatch.setattr(Letters, "feed", raises)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["in the middle", "in the entry of the end"])
+@virtual
+async def test_an_answer_that_cannot_be_made_fails_alone_and_with_every_owner(
+    monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    poison(monkeypatch)
+    async with World(partitions=1) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        await until(lambda: world.serving(first))
+        good = world.plan("good", choices=[list(range(26)) * 8])
+        world.plan("bad", choices=[[1, 2, 3, POISON] if last else [1, 2, 3, POISON, *[4] * 200]])
+        streams = {name: client.generate("x", id=name) for name in ("good", "bad")}
+        with pytest.raises(GorgonError) as failed:
+            async for _ in streams["bad"]:
+                pass
+        assert failed.value.code == ErrorCode.INTERNAL and not failed.value.retryable
+        state = await until(lambda: (s := world.backend.state("default.bad")) and s.terminal and s)
+        assert state.terminal.reason == ("finished" if last else "error"), "what the log says first stands"
+        await asyncio.sleep(1.0)
+        told = await ask(world, "default.bad")
+        await world.crash(first)
+        second = await world.detokenizer("b")
+        await until(lambda: world.serving(second))
+        again = await ask(world, "default.bad")
+        assert (
+            [(e["event"], e["code"]) for e in told]
+            == [(e["event"], e["code"]) for e in again]
+            == [("error", "internal")]
+        )
+        await world.check(streams["good"], good)
+        await until(lambda: "default.bad" in second.partitions[0].core.archived)
+        assert [(e["event"], e["code"]) for e in await ask(world, "default.bad")] == [("error", "internal")]
+
+
+@virtual
+async def test_a_broken_answer_is_broken_in_a_snapshot_too_and_the_next_owner_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its owner dies before it could tell the log."""
+    poison(monkeypatch)
+    monkeypatch.setattr(Answer, "undeclared_failure", lambda self: None)
+    async with World(partitions=1) as world, world.client() as client:
+        first = await world.detokenizer("a")
+        await until(lambda: world.serving(first))
+        world.plan("bad", choices=[[1, 2, 3, POISON, *[4] * 20]])
+        stream = client.generate("x", id="bad")
+        await until(lambda: any(a.broken for a in first.partitions[0].core.answers.values()))
+        assert not first.partitions[0].core.answers["default.bad"].ended
+        world.backend.paused = True
+        await first.partitions[0]._save()
+        await world.crash(first)
+        monkeypatch.undo()
+        poison(monkeypatch)
+        second = await world.detokenizer("b")
+        await until(lambda: world.serving(second))
+        with pytest.raises(GorgonError) as failed:
+            await stream.result()
+        assert failed.value.code == ErrorCode.INTERNAL
+        assert world.backend.state("default.bad").terminal.reason == "error"
 
 
 @virtual
