@@ -33,7 +33,8 @@ from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.broker import free_port
 from shared.bus import Bucket, Message
-from shared.client import Client, Delta
+from shared.client import Client
+from shared.client_stream import Delta
 from shared.config import StageSettings
 from shared.errors import GorgonError
 from shared.messages import Tombstone, WorkerHeartbeat

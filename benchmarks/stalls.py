@@ -34,7 +34,8 @@ from services.supervisor import STAGES, Plan, Supervisor  # noqa: E402
 from shared import presence, subjects  # noqa: E402
 from shared.broker import free_port  # noqa: E402
 from shared.bus import Message  # noqa: E402
-from shared.client import Client, Stream  # noqa: E402
+from shared.client import Client  # noqa: E402
+from shared.client_stream import Stream  # noqa: E402
 from shared.config import StageSettings  # noqa: E402
 from shared.messages import WorkerHeartbeat  # noqa: E402
 from shared.nats_bus import NatsBus  # noqa: E402

@@ -28,7 +28,8 @@ from services.supervisor import GATEWAY, IN_ORDER, STAGES, Plan, Supervisor
 from services.top import View
 from shared import codec, presence, subjects
 from shared.bus import Bus, Message
-from shared.client import Client, Stream
+from shared.client import Client
+from shared.client_stream import Stream
 from shared.config import StageSettings
 from shared.errors import GorgonError
 from shared.messages import Heartbeat, WorkerHeartbeat

@@ -12,7 +12,7 @@ from services.gateway.generation import Generation, Generations
 from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt, dump, usage_of
 from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
-from shared.client import Delta
+from shared.client_stream import Delta
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT
 from shared.tool_calls import MARKERS, parse

@@ -20,7 +20,8 @@ from services.gateway.sse import Round
 from shared import subjects
 from shared.api import hash_body
 from shared.bus import Bus, BusError, Message
-from shared.client import Client, Delta, Stream
+from shared.client import Client
+from shared.client_stream import Delta, Stream
 from shared.errors import ErrorCode, GorgonError
 
 log = structlog.get_logger()

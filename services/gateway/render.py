@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring as quote
 from typing import Any, Protocol
 
-from shared.client import Delta
+from shared.client_stream import Delta
 from shared.tool_calls import ToolCall, ToolCallDelta, ToolCallParser, parse
 
 FINGERPRINT = "gorgon"

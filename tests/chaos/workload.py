@@ -14,7 +14,8 @@ import msgpack
 
 from shared import subjects
 from shared.bus import Bus, BusError, Message
-from shared.client import Client, Cursor, Delta, Stream
+from shared.client import Client
+from shared.client_stream import Cursor, Delta, Stream
 from shared.errors import GorgonError
 from tests.chaos.checker import TERMINAL, Record
 

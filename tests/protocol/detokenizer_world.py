@@ -18,7 +18,8 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.api import accepted_event, decode_body, encode_for
 from shared.bus import BucketSpec, BusError, Message, StreamSpec
-from shared.client import Client, Stream
+from shared.client import Client
+from shared.client_stream import Stream
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.tokenlog import PartitionFold
 from shared.virtual_time import VirtualTimeLoop

@@ -42,7 +42,8 @@ from shared import client as client_module
 from shared import codec, subjects
 from shared import messages as m
 from shared.bus import Appended, BucketSpec, BusError, Message
-from shared.client import Client, Delta, Result, Stream
+from shared.client import Client
+from shared.client_stream import Delta, Result, Stream
 from shared.errors import GorgonError
 from shared.memory_broker import BucketState, Faults, MemoryBroker
 from shared.memory_bus import MemoryBus

@@ -13,7 +13,8 @@ import pytest
 
 from shared import api, subjects
 from shared.bus import Message
-from shared.client import Client, Cursor
+from shared.client import Client
+from shared.client_stream import Cursor
 from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from tests.protocol.detokenizer_world import MODEL, World, until, virtual

@@ -16,7 +16,7 @@ from services.gateway.generation import Generation, Generations
 from services.gateway.render import ChatRenderer, CompletionRenderer
 from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
-from shared.client import Delta, Stream
+from shared.client_stream import Delta, Stream
 from shared.memory_bus import MemoryBroker, MemoryBus
 
 BASE = "a" * 32

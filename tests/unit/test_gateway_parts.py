@@ -22,7 +22,7 @@ from services.gateway.generation import is_of, new_id
 from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest
 from services.gateway.translate import chat_body, completion_bodies
-from shared.client import Delta
+from shared.client_stream import Delta
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Heartbeat, WorkerHeartbeat
 
