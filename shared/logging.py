@@ -21,7 +21,7 @@ from shared.config import StageSettings
 from shared.traceparent import trace_id_of
 
 FIRST = ("ts", "level", "stage", "instance", "event", "request_id", "epoch", "trace_id")
-REMEMBERED = 8192  # requests whose trace and epoch are known, the latest
+REMEMBERED = 2048  # requests whose trace and epoch are known, the latest: what is live, and some that have ended
 MAX_WAITING = 1000  # lines that wait for the bus
 MAX_BATCH = 64 * 1024  # bytes of lines in one message
 
