@@ -150,6 +150,8 @@ class Completions:
             call.close()
             span.end(error=str(error) or type(error).__name__)
             if isinstance(error, ApiError):
+                if asked.structured is None:
+                    error.rename("structured", "response_format")
                 error.add_header("x-request-id", cursor.base)
             raise
         self._metrics.requests.labels(route, "200").inc()

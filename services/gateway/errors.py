@@ -67,6 +67,12 @@ class ApiError(Exception):
         after = error.retry_after if error.retry_after is not None else (1.0 if error.retryable else None)
         return cls(status, error.message, type=kind, param=param, code=code or str(error.code), retry_after=after)
 
+    def rename(self, field: str, asked: str) -> None:
+        """The pipeline's `field` is what the client calls `asked`."""
+        if self.param == field:
+            self.param = asked
+            self.message = asked + self.message.removeprefix(field)
+
     def add_header(self, name: str, value: str) -> None:
         self._headers = self._headers | {name: value}
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
@@ -254,6 +254,14 @@ async def test_json_schema(client: AsyncOpenAI) -> None:
     async for chunk in await client.chat.completions.create(**params, stream=True):
         text += chunk.choices[0].delta.content or ""
     assert json.loads(text) == person
+    schema["properties"]["name"] = {"type": "array", "uniqueItems": True}
+    with pytest.raises(BadRequestError) as refused:
+        await client.chat.completions.create(**params)
+    assert refused.value.param == "response_format" and "response_format: " in refused.value.message
+    structured = dict(model=MODEL, messages=MESSAGES, extra_body={"structured": {"regex": "(["}})
+    with pytest.raises(BadRequestError) as refused:
+        await client.chat.completions.create(**structured)
+    assert refused.value.param == "structured"
 
 
 WEATHER: Any = {

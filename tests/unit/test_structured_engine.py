@@ -17,10 +17,12 @@ from tokenizers import Tokenizer
 
 from services.model_worker.engine import Engine, EngineRequest, FinishReason, RequestRejected, StepOutput
 from services.model_worker.token_masks import TokenMasks
+from services.tokenizer.tool_choice import strict_calls
 from shared.api import Structured
 from shared.errors import ErrorCode
 from shared.sampling import SamplingParams
 from shared.structured import Matcher, Vocabulary, constraint_of, json_constraint
+from shared.tool_calls import parse
 from tests.structured_schemas import HARD
 from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, running
 from tests.unit.test_speculation_engine import RandomPicks
@@ -192,6 +194,34 @@ def test_taken_up_at_every_token(alone: dict[tuple[str, str], Collected], specul
                 assert output.error is None, output.error
                 assert expected.ids[:done] + output.ids == expected.ids, (name, done)
                 assert output.finish is expected.finish, (name, done)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_strict_call_is_taken_up_at_every_token(speculate: bool) -> None:
+    """Free text until the model begins a call, here by what is committed already; then the call is one, whoever goes on with it."""
+    parameters = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["new", "newer"]}, "lines": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["kind", "lines"],
+        "additionalProperties": False,
+    }
+    tools = [{"name": "fill_in", "parameters": parameters, "strict": True}]
+    constraint = strict_calls("hermes", tools, lambda text: None, several=True)
+    opening = TOKENIZER.encode("So:\n<tool_call>", add_special_tokens=False).ids
+    with demo(overlap=False) as started:
+        (expected,) = started.run([asked("whole", constraint, opening, epoch=2, max_tokens=64)])
+    text = str(TOKENIZER.decode([*opening, *expected.ids], skip_special_tokens=True))
+    _, calls = parse("hermes", text)
+    assert calls and calls[0].error is None, text
+    Draft202012Validator(parameters).validate(json.loads(calls[0].arguments))
+    with demo(speculate=speculate, max_seqs=16, max_tree_rows=64) as started:
+        requests = [
+            asked(f"from {done}", constraint, [*opening, *expected.ids[:done]], epoch=3, max_tokens=64)
+            for done in range(len(expected.ids))
+        ]
+        for done, output in enumerate(started.run(requests)):
+            assert output.error is None, output.error
+            assert (expected.ids[:done] + output.ids, output.finish) == (expected.ids, expected.finish), done
 
 
 def test_choices_have_matchers_of_their_own() -> None:
