@@ -96,7 +96,6 @@ class Answer:
         self.broken = True
         self.streams = [ChoiceStream(NoText()) for _ in self.state.choices]
         self.tracks, self.prompt, self.logprobs = {}, None, None
-        self.terminal_sent = False
 
     def _track(self, index: int) -> Track:
         logprobs = self.logprobs[index] if self.logprobs is not None and self.opened.logprobs else None
@@ -190,10 +189,12 @@ class Answer:
 
     def unsent(self) -> list[dict[str, Any]]:
         """Events for the reply subject since the last call."""
+        terminal_sent = self.terminal_sent
         try:
             return self._unsent()
         except Exception as error:
             self.break_off(error)
+            self.terminal_sent = terminal_sent
             return self._unsent()
 
     def _unsent(self) -> list[dict[str, Any]]:
