@@ -440,11 +440,18 @@ class Partition:
 
     async def _probe_forever(self) -> None:
         """Asks every live client's reply subject now and then with an event without news; the server says at once if nobody listens.
-        Nobody needs to answer: silence means that somebody is there."""
+        Nobody needs to answer: silence means that somebody is there. Who does not stream counts on a single event, and is asked only
+        after a time in which nobody would wait for it in vain."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._settings.vanished_after / 6)
-            live = [a for a in self.core.answers.values() if not a.ended and not a.opened.durable]
+            asked_from = self.core.stamp - self._settings.vanished_after
+            live = [
+                answer
+                for answer in self.core.answers.values()
+                if not (answer.ended or answer.opened.durable)
+                and (answer.state.reply is None or answer.state.reply.stream or answer.opened_at < asked_from)
+            ]
             for start in range(0, len(live), PROBES_AT_ONCE):
                 await asyncio.gather(*(self._probe(answer) for answer in live[start : start + PROBES_AT_ONCE]))
             now = loop.time()

@@ -609,6 +609,19 @@ async def test_a_vanished_client_is_cancelled_and_a_silent_one_is_not():
 
 
 @virtual
+async def test_who_does_not_stream_gets_one_event_though_others_are_probed():
+    async with World(partitions=1, vanished_after=6.0) as world:
+        service = await world.detokenizer("a")
+        await until(lambda: world.serving(service))
+        world.plan("r", choices=[[1] * 200])  # 4 s, with a probe each second
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe("inbox.r", lambda message: events.append(json.loads(message.data)))
+        world.backend.open("default.r", m.ReplyTo("inbox.r", stream=False), durable=False)
+        await until(lambda: any(event["event"] == "finished" for event in events))
+        assert [event["event"] for event in events] == ["finished"]
+
+
+@virtual
 async def test_a_cancelled_stream_ends_once_with_all_that_was_generated():
     async with World() as world, world.client() as client:
         await world.detokenizer("a")
