@@ -79,9 +79,8 @@ def tool_constraint(
 
     separator   between calls, if there may be several
     """
-    call, rules = _calls(alternatives)
-    more = "" if separator is None else f" ({_literal(separator)} call)*"
-    return _sized(f"start: call{more}\n{call}\n{rules}\n")
+    calls, rules = _calls(alternatives, separator)
+    return _sized(f"start: {calls}\n{rules}\n")
 
 
 def optional_calls_constraint(
@@ -103,12 +102,10 @@ def optional_calls_constraint(
     again          text and further calls may follow
     bare           calls may also stand without the marker, where a line begins: a regular expression of what is taken for one
     """
-    spelled = _pattern(marker)
-    taken = rf"(?s:.*){spelled}(?s:.*)"
+    taken = rf"(?s:.*){_pattern(marker)}(?s:.*)"
     if bare:
         taken = rf"({taken}|((?s:.*)\n|[ \t\r\n]*)({bare})(?s:.*))"
-    calls, rules = _calls(alternatives)
-    part = "call" + ("" if separator is None else f" ({_literal(separator)} call)*") + f" {_literal(closing)}"
+    calls, rules = _calls(alternatives, separator)
     heads = ["MARKED" if marker_id is None else f"FREE? <[{marker_id}]> {_literal(begin)}"]
     terminals = [f"FREE: /(?s:.+)/ & ~/{taken}/", f"ANY: /(?s:.*)/ & ~/{taken}/"]
     if marker_id is None:
@@ -116,23 +113,21 @@ def optional_calls_constraint(
     if bare:
         heads.append("BARE")
         terminals.append(f"BARE: ((/(?s:.+)\\n/ & ~/{taken}/) | /[ \\t\\r\\n]*/) {_literal(begin)}")
-    if again:
-        start = "(head part)* FREE?"
-    else:
-        start = "FREE? | head part"
-    return _sized(
-        "\n".join([f"start: {start}", f"head: {' | '.join(heads)}", f"part: {part}", calls, rules, *terminals])
-    )
+    start = "(head part)* FREE?" if again else "FREE? | head part"
+    part = f"{calls} {_literal(closing)}"
+    return _sized("\n".join([f"start: {start}", f"head: {' | '.join(heads)}", f"part: {part}", rules, *terminals]))
 
 
-def _calls(alternatives: Sequence[tuple[Text, Mapping[str, Any], Text]]) -> tuple[str, str]:
-    """The rule `call`, and the rules of each."""
+def _calls(alternatives: Sequence[tuple[Text, Mapping[str, Any], Text]], separator: Text | None) -> tuple[str, str]:
+    """A call, or several with the separator, and the rules that this needs."""
     calls = [
         f"{_literal(before)} %json {json.dumps(dict(schema) | {'x-guidance': _JSON_OPTIONS})} {_literal(after)}"
         for before, schema, after in alternatives
     ]
-    rules = "\n".join(f"call_{index}: {call}" for index, call in enumerate(calls))
-    return f"call: {' | '.join(f'call_{index}' for index in range(len(calls)))}", rules
+    more = "" if separator is None else f" ({_literal(separator)} call)*"
+    rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(calls)))}"]
+    rules += [f"call_{index}: {call}" for index, call in enumerate(calls)]
+    return f"call{more}", "\n".join(rules)
 
 
 def _pattern(text: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from shared.errors import ErrorCode, GorgonError
-from shared.structured import Text, optional_calls_constraint, tool_constraint
+from shared.structured import optional_calls_constraint, tool_constraint
 from shared.tool_calls import MARKERS
 
 # A tool that declares no parameters takes none.
@@ -43,7 +42,7 @@ def tools_of(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
             raise GorgonError(
                 ErrorCode.INVALID_REQUEST, f"tools.{index}: the parameters of {name!r:.80} are no schema of an object"
             )
-        found.append(Tool(name, {"type": "object"} | schema, inner.get("strict") is True))
+        found.append(Tool(name, {"type": "object"} | schema, is_strict(tool)))
     return found
 
 
@@ -61,18 +60,16 @@ def forced_call(
 
     Raises GorgonError: UNSUPPORTED if the model's format is not known, INVALID_REQUEST for tools that are wrong.
     """
-    _check_format(tool_format, "tool_choice", "none can be demanded")
-    known = tools_of(tools)
-    wanted = [tool for tool in known if name is None or tool.name == name]
+    notation = _notation(tool_format, special_id, "tool_choice", "none can be demanded")
+    wanted = [tool for tool in tools_of(tools) if name is None or tool.name == name]
     if not wanted:
         raise GorgonError(ErrorCode.INVALID_REQUEST, f"tool_choice: no tool is named {name!r:.80}")
+    opening = [notation.begin] if notation.is_bare else [notation.mark, notation.begin]
     alternatives = [
-        (before, tool.parameters, after)
+        ([*opening, *notation.before(tool.name)], tool.parameters, [notation.after, notation.closing])
         for tool in wanted
-        for before, after in [_frame(tool_format, tool.name, special_id)]
     ]
-    separator = "\n" if tool_format == "hermes" and several else None
-    return tool_constraint(alternatives, separator=separator)
+    return tool_constraint(alternatives, separator="\n" if tool_format == "hermes" and several else None)
 
 
 def strict_calls(
@@ -90,34 +87,19 @@ def strict_calls(
     """
     if not any(is_strict(tool) for tool in tools):
         return ""
-    _check_format(tool_format, "tools", "'strict' cannot be kept")
-    known = [(tool.name, tool.parameters if tool.strict else _ANYTHING) for tool in tools_of(tools)]
-    marker = MARKERS[tool_format][0]
-    form = partial(optional_calls_constraint, marker, special_id(marker))
-    if tool_format == "hermes":
-        closer = MARKERS["hermes"][1]
-        closing = special_id(closer)
-        return form(
-            '\n{"name": ',
-            [(f'{_quoted(name)}, "arguments": ', schema, "}\n") for name, schema in known],
-            closing=closer if closing is None else [closing],
-            again=several,
-        )
-    if tool_format == "llama3":
-        return form(
-            '{"name": ',
-            [(f'{_quoted(name)}, "parameters": ', schema, "}") for name, schema in known],
-            separator='; {"name": ' if several else None,
-            bare=_BARE,
-        )
-    arguments = special_id("[ARGS]")
-    if arguments is not None:  # tokenizers from v11 on
-        return form("", [([name, arguments], schema, "") for name, schema in known], again=several)
-    return form(
-        '[{"name": ',
-        [(f'{_quoted(name)}, "arguments": ', schema, "}") for name, schema in known],
-        closing="]",
-        separator=', {"name": ' if several else None,
+    notation = _notation(tool_format, special_id, "tools", "'strict' cannot be kept")
+    return optional_calls_constraint(
+        MARKERS[tool_format][0],
+        notation.mark if isinstance(notation.mark, int) else None,
+        notation.begin,
+        [
+            (notation.before(tool.name), tool.parameters if tool.strict else _ANYTHING, notation.after)
+            for tool in tools_of(tools)
+        ],
+        closing=[notation.closing],
+        separator=notation.separator if several else None,
+        again=several and notation.separator is None,
+        bare=_BARE if notation.is_bare else "",
     )
 
 
@@ -126,29 +108,42 @@ def is_strict(tool: Mapping[str, Any]) -> bool:
     return isinstance(inner, dict) and inner.get("strict") is True
 
 
-def _check_format(tool_format: str, field: str, so: str) -> None:
+class _Notation(NamedTuple):
+    """How a format writes calls: the mark, `begin`, and for each call its name, what stands before the arguments, these, and `after`.
+
+    closing     after the calls that one mark introduces
+    separator   between those, None if a mark introduces only one
+    is_quoted   the name is a JSON string
+    is_bare     calls need no mark
+    """
+
+    mark: str | int
+    begin: str
+    key: str | int
+    after: str
+    closing: str | int = ""
+    separator: str | None = None
+    is_quoted: bool = True
+    is_bare: bool = False
+
+    def before(self, name: str) -> list[str | int]:
+        return [json.dumps(name, ensure_ascii=False) if self.is_quoted else name, self.key]
+
+
+def _notation(tool_format: str, special_id: Callable[[str], int | None], field: str, so: str) -> _Notation:
+    """Raises GorgonError(UNSUPPORTED) for a format that is not known: `field` of the request asks for it, `so` it cannot be had."""
     if tool_format not in MARKERS:
         raise GorgonError(ErrorCode.UNSUPPORTED, f"{field}: how this model writes calls is not known, so {so}")
-
-
-def _quoted(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
-
-
-def _frame(tool_format: str, name: str, special_id: Callable[[str], int | None]) -> tuple[Text, Text]:
-    """What stands before the arguments and after them."""
 
     def marker(text: str) -> str | int:
         token = special_id(text)
         return text if token is None else token
 
-    quoted = _quoted(name)
+    opener, *others = map(marker, MARKERS[tool_format])
     if tool_format == "hermes":
-        opener, closer = map(marker, MARKERS["hermes"])
-        return [opener, f'\n{{"name": {quoted}, "arguments": '], ["}\n", closer]
+        return _Notation(opener, '\n{"name": ', ', "arguments": ', "}\n", others[0])
     if tool_format == "llama3":
-        return f'{{"name": {quoted}, "parameters": ', "}"
-    opener, arguments = marker("[TOOL_CALLS]"), marker("[ARGS]")
-    if isinstance(arguments, int):  # tokenizers from v11 on
-        return [opener, name, arguments], ""
-    return [opener, f'[{{"name": {quoted}, "arguments": '], "}]"
+        return _Notation(opener, '{"name": ', ', "parameters": ', "}", separator='; {"name": ', is_bare=True)
+    if isinstance(others[-1], int):  # [ARGS]: tokenizers from v11 on
+        return _Notation(opener, "", others[-1], "", is_quoted=False)
+    return _Notation(opener, '[{"name": ', ', "arguments": ', "}", "]", ', {"name": ')

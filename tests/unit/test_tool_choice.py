@@ -39,38 +39,55 @@ def files() -> ModelFiles:
     return load_model_files(DEMO)
 
 
-def walk(vocabulary: Vocabulary, constraint: str, decode: Any, seed: int) -> str:
-    """A text that the constraint allows, chosen token by token at random."""
-    chance = random.Random(seed)
-    matcher, ids = vocabulary.compile(constraint), []
-    while not matcher.complete and len(ids) < 500:
-        mask = matcher.mask()
-        allowed = [i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1]
-        token = chance.choice(allowed)
-        if token in vocabulary.special_ids and (ordinary := matcher.mistaken(token)) is not None:
-            token = ordinary
-        assert matcher.advance([token]), matcher.error
-        ids.append(token)
-    assert matcher.complete
-    return decode(ids)
+class Model:
+    """A byte-level tokenizer, whose marks of calls are text or tokens of their own, and the library's view of it."""
+
+    def __init__(self, marked: bool) -> None:
+        self.tokenizer = with_marks(byte_level()) if marked else byte_level()
+        self.tokenizer.add_special_tokens(["<eos>"])
+        self.encoder = Encoder(self.tokenizer)
+        self.eos = self.tokenizer.token_to_id("<eos>")
+        self.vocabulary = Vocabulary(self.encoder.to_json(), self.tokenizer.get_vocab_size(), [self.eos])
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def allows(self, constraint: str, ids: list[int]) -> bool:
+        """Whether the constraint allows the text, and its end there."""
+        matcher = self.vocabulary.compile(constraint)
+        return matcher.advance(ids) and (matcher.complete or bool(matcher.mask()[self.eos // 8] >> self.eos % 8 & 1))
+
+    def walk(
+        self, constraint: str, seed: int, begin: str = "", most: int = 500, ends_early: bool = False
+    ) -> str | None:
+        """A text that the constraint allows, from `begin` on chosen token by token at random (`ends_early`: it ends as soon as it
+        may); None if it has not ended then."""
+        chance = random.Random(seed)
+        matcher, ids = self.vocabulary.compile(constraint), self.ids(begin)
+        assert matcher.advance(ids), matcher.error
+        while not matcher.complete and len(ids) < most and ids[-1:] != [self.eos]:
+            mask = matcher.mask()
+            allowed = [i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1]
+            token = self.eos if ends_early and self.eos in allowed else chance.choice(allowed)
+            if token in self.vocabulary.special_ids and (ordinary := matcher.mistaken(token)) is not None:
+                token = ordinary
+            assert matcher.advance([token]), matcher.error
+            ids.append(token)
+        if not matcher.complete and ids[-1] != self.eos:
+            return None
+        return self.tokenizer.decode(ids, skip_special_tokens=False).replace("<eos>", "")
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["marks are text", "marks are tokens"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_text_that_is_allowed_is_a_call(format: str, marked: bool):
-    tokenizer = with_marks(byte_level())
-    if not marked:
-        tokenizer = byte_level()
-        tokenizer.add_special_tokens(["<eos>"])
-    encoder = Encoder(tokenizer)
-    eos = tokenizer.token_to_id("<eos>")
-    vocabulary = Vocabulary(encoder.to_json(), tokenizer.get_vocab_size(), [eos])
+    model = Model(marked)
     names = set()
     for seed in range(8):
         for name in ("weather.get", "time", None):
-            constraint = forced_call(format, TOOLS, name, encoder.added_id, several=name is None)
-            text = walk(vocabulary, constraint, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), seed)
-            text = text.replace("<eos>", "")
+            constraint = forced_call(format, TOOLS, name, model.encoder.added_id, several=name is None)
+            text = model.walk(constraint, seed)
+            assert text is not None
             assert any(marker in text for marker in MARKERS[format][:1]) or format == "llama3"
             content, calls = parse(format, text)
             assert content == ""
@@ -92,12 +109,6 @@ STRICT = [
 ]
 
 
-def allows(vocabulary: Vocabulary, constraint: str, ids: list[int], eos: int) -> bool:
-    """Whether the constraint allows the text, and its end there."""
-    matcher = vocabulary.compile(constraint)
-    return matcher.advance(ids) and (matcher.complete or bool(matcher.mask()[eos // 8] >> eos % 8 & 1))
-
-
 CALLS = {
     "hermes": '<tool_call>\n{"name": "weather.get", "arguments": %s}\n</tool_call>',
     "llama3": '{"name": "weather.get", "parameters": %s}',
@@ -110,15 +121,11 @@ CALLS = {
 @pytest.mark.parametrize("several", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_text_stays_free_and_strict_calls_keep_to_their_schema(format: str, several: bool, marked: bool):
-    tokenizer = with_marks(byte_level()) if marked else byte_level()
-    tokenizer.add_special_tokens(["<eos>"])
-    encoder = Encoder(tokenizer)
-    eos = tokenizer.token_to_id("<eos>")
-    vocabulary = Vocabulary(encoder.to_json(), tokenizer.get_vocab_size(), [eos])
-    constraint = strict_calls(format, STRICT, encoder.added_id, several)
+    model = Model(marked)
+    constraint = strict_calls(format, STRICT, model.encoder.added_id, several)
 
     def allowed(text: str) -> bool:
-        return allows(vocabulary, constraint, tokenizer.encode(text, add_special_tokens=False).ids, eos)
+        return model.allows(constraint, model.ids(text))
 
     notation = CALLS["mistral v11" if format == "mistral" and marked else format]
     good, wrong = '{"city": "Zürich", "days": 3}', '{"city": "Bern", "days": 3}'
@@ -139,39 +146,22 @@ def test_text_stays_free_and_strict_calls_keep_to_their_schema(format: str, seve
     assert allowed(first + second) is several
     if marked and format != "llama3":
         # The mark spelled by ordinary tokens looks the same to whoever reads the text.
-        spelled = [tokenizer.token_to_id(char) for char in MARKERS[format][0]]
-        assert not allows(vocabulary, constraint, spelled, eos)
+        spelled = [model.tokenizer.token_to_id(char) for char in MARKERS[format][0]]
+        assert not model.allows(constraint, spelled)
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["marks are text", "marks are tokens"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_whatever_text_is_allowed_its_strict_calls_are_valid(format: str, marked: bool):
     """At random, but led to calls: what stands at the beginning is one's."""
-    tokenizer = with_marks(byte_level()) if marked else byte_level()
-    tokenizer.add_special_tokens(["<eos>"])
-    encoder = Encoder(tokenizer)
-    eos = tokenizer.token_to_id("<eos>")
-    vocabulary = Vocabulary(encoder.to_json(), tokenizer.get_vocab_size(), [eos])
-    constraint = strict_calls(format, STRICT, encoder.added_id, True)
+    model = Model(marked)
+    constraint = strict_calls(format, STRICT, model.encoder.added_id, True)
     opening = {"hermes": "<tool_call>", "llama3": '{"name": ', "mistral": "[TOOL_CALLS]"}[format]
     found = 0
     for seed in range(30):
-        chance = random.Random(seed)
-        matcher, ids = vocabulary.compile(constraint), tokenizer.encode(f"So:\n{opening}", add_special_tokens=False).ids
-        assert matcher.advance(ids), matcher.error
-        while not matcher.complete and len(ids) < 400:
-            mask = matcher.mask()
-            options = [i for i in range(len(mask) * 8) if mask[i // 8] >> (i % 8) & 1]
-            token = eos if eos in options else chance.choice(options)
-            if token in vocabulary.special_ids and (ordinary := matcher.mistaken(token)) is not None:
-                token = ordinary
-            assert matcher.advance([token]), matcher.error
-            ids.append(token)
-            if token == eos:
-                break
-        if ids[-1] != eos and not matcher.complete:
+        text = model.walk(constraint, seed, f"So:\n{opening}", 400, ends_early=True)
+        if text is None:
             continue
-        text = tokenizer.decode(ids, skip_special_tokens=False).replace("<eos>", "")
         content, calls = parse(format, text)
         assert content == "So:" and calls, text
         for call in calls:
