@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import structlog
@@ -24,7 +24,6 @@ EVENT_CHARS = 8192
 log = structlog.get_logger()
 
 _STOP_ID_FINISHES = frozenset({"stop", "stop_token"})
-
 
 # Of an answer that could not be made of its tokens.
 BROKEN = Failure("internal", "the detokenizer failed at this answer")
@@ -55,10 +54,7 @@ class Answer:
         self.opened = opened
         self.tenant, self.id = split_request_key(state.key)
         self.broken = self._declared_broken = False
-        try:
-            self._build(new_decoding)
-        except Exception as error:
-            self.break_off(error)
+        self.attempt(self._build, new_decoding)
         self.hidden = [0] * len(state.choices)  # 1: the last id is a stop id, which leaves no text
         self.sent: dict[int, Cursor] = {}
         self.terminal_sent = False
@@ -89,6 +85,12 @@ class Answer:
         if not opened.best:
             self.tracks |= {index: self._track(index) for index in range(len(self.streams))}
         self._called: dict[int, dict[str, Any]] = {}  # what the end says of calls, by track
+
+    def attempt(self, what: Callable[..., None], *args: Any) -> None:
+        try:
+            what(*args)
+        except Exception as error:
+            self.break_off(error)
 
     def break_off(self, error: Exception) -> None:
         """What raised would raise again with every owner of the partition: this answer fails, and no other."""
@@ -355,10 +357,7 @@ class Answer:
     def restore(cls, state: RequestState, new_decoding: NewDecoding, row: list[Any]) -> Answer:
         answer = cls(state, new_decoding, row[0])
         _, answer.first_at, answer.ended_at, answer.hidden, logprobs, *added = row
-        try:
-            answer._catch_up(logprobs, *added)
-        except Exception as error:
-            answer.break_off(error)
+        answer.attempt(answer._catch_up, logprobs, *added)
         answer.mark_sent()
         return answer
 

@@ -49,7 +49,7 @@ class PartitionCore:
             key = effect.key
             if kind is tokenlog.Committed:
                 answer = dirty[key] = answers[key]
-                try:
+                try:  # not by `attempt`: a call more for every token
                     answer.commit(effect, stamp)  # type: ignore[arg-type]
                 except Exception as error:
                     answer.break_off(error)
@@ -69,19 +69,13 @@ class PartitionCore:
                         last, times = before, 1
             elif kind is tokenlog.ChoiceFinished:
                 answer = dirty[key] = answers[key]
-                try:
-                    answer.finish(effect.choice)  # type: ignore[union-attr]
-                except Exception as error:
-                    answer.break_off(error)
+                answer.attempt(answer.finish, effect.choice)  # type: ignore[union-attr]
             elif kind is tokenlog.Opened:
                 answer = dirty[key] = answers[key] = Answer(self.fold.requests[key], self._new_decoding, stamp)
                 note_request(key, 1, answer.opened.trace)
             elif kind is tokenlog.Ended:
                 answer = dirty[key] = answers[key]
-                try:
-                    answer.end(stamp)
-                except Exception as error:
-                    answer.break_off(error)
+                answer.attempt(answer.end, stamp)
                 self.fenced.append(key)
             elif kind is tokenlog.Fenced:
                 self.fenced.append(key)
