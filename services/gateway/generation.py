@@ -31,7 +31,6 @@ HELD_ATTEMPTS = 3
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
-
 _TENANT_DIGITS = 8  # of an id, in front: whose it is
 
 
@@ -42,12 +41,16 @@ def new_id(tenant: str, idempotency_key: str | None) -> str:
         rest = uuid.uuid4().hex
     else:
         rest = _digest(f"{tenant}\0{idempotency_key}")
-    return _digest(tenant)[:_TENANT_DIGITS] + rest[_TENANT_DIGITS:]
+    return _of_tenant(tenant) + rest[_TENANT_DIGITS:]
 
 
 def is_of(tenant: str, request_id: str) -> bool:
     """Whether the id is one that this tenant's requests may have."""
-    return request_id.startswith(_digest(tenant)[:_TENANT_DIGITS])
+    return request_id.startswith(_of_tenant(tenant))
+
+
+def _of_tenant(tenant: str) -> str:
+    return _digest(tenant)[:_TENANT_DIGITS]
 
 
 def _digest(text: str) -> str:

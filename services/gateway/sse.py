@@ -77,17 +77,17 @@ class Writer:
         self.sending_since: float | None = None
         self.sent_at = 0.0
 
-    async def write(self, data: bytes) -> None:
-        """Waits for the client, if need be."""
-        if (begun := self.write_now(data)) is not None:
+    async def write(self, data: bytes, more: bool = True) -> None:
+        """Waits for the client, if need be. `more` False: this is the last."""
+        if (begun := self.write_now(data, more)) is not None:
             await self.finish(begun)
 
-    def write_now(self, data: bytes) -> _Begun | None:
+    def write_now(self, data: bytes, more: bool = True) -> _Begun | None:
         """None if it is written; else the client has to read before, and `finish` must be awaited."""
         self.sent_at = now = self._time()
-        if write_chunk(self._connection, data):
+        if more and write_chunk(self._connection, data):
             return None
-        sending = self._send({"type": "http.response.body", "body": data, "more_body": True})
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": more})
         try:
             future = sending.send(None)
         except StopIteration:
@@ -148,7 +148,7 @@ class EventStream(Response):
     async def _write(self, send: Send, writer: Writer) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await self._body.write(writer)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await writer.write(b"", more=False)  # so that who does not read to the end is noticed, too
 
     async def _watch(self, writer: Writer) -> None:
         """Returns when the client has not read for too long."""
@@ -212,7 +212,7 @@ class Round:
 
 
 class Live:
-    """The body that news makes, written from within the callback that brings it: waking a task for every token of every stream costs
+    """The body that news makes, written within the message that brings it: waking a task for every token of every stream costs
     more than rendering it. The task does what has to wait: for the client to read, for what the events are made of, for the end."""
 
     def __init__(self, news: News, together: Round) -> None:
