@@ -58,9 +58,8 @@ class Dispatcher:
         self._migrated: dict[Waiting, None] = {}
         self._by_key: dict[str, dict[Waiting, None]] = {}
         self._charges: dict[str, Charge] = {}  # by key
-        self._holder: Waiting | None = (
-            None  # has been passed for long: what becomes free on the worker `holds` is for it
-        )
+        # Has been passed for long: what becomes free on the worker `holds` is for it.
+        self._holder: Waiting | None = None
         self.holds = ""
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from shared.capabilities import knows, needed_of_detokenizers, needed_of_schedulers, needed_of_workers
+from shared.capabilities import KNOWN, knows, needed_of_detokenizers, needed_of_schedulers, needed_of_workers
 from shared.messages import Heartbeat, Request, WorkerHeartbeat
 from shared.presence import base_of
 
@@ -68,9 +68,11 @@ class Registry:
             ("model_worker", needed_of_workers, any),
             ("detokenizer", needed_of_detokenizers, all),
         ):
-            live = self._live(stage, request.model, now)
+            live = [base_of(beat) for beat in self._live(stage, request.model, now)]
+            if all(knows(base, KNOWN) for base in live):
+                continue  # the usual case: what the request needs is not looked at
             fields = needed(request)
-            if live and not enough(knows(base_of(beat), fields) for beat in live):
+            if not enough(knows(base, fields) for base in live):
                 return stage
         return ""
 

@@ -81,6 +81,14 @@ async def steps_until_granted(world: World, key: str, most: int = 200) -> int:
     raise AssertionError("it starves")
 
 
+async def worker_kept(world: World, most: int = 100) -> str:
+    for _ in range(most):
+        if world.dispatcher.holds:
+            return world.dispatcher.holds
+        await world.step()
+    raise AssertionError("no worker is kept")
+
+
 async def test_one_that_needs_many_places_gets_them() -> None:
     world = await World("a").filled()
     wide = world.submit("wide", choices=6)
@@ -104,11 +112,7 @@ async def test_only_one_worker_is_kept_and_the_others_go_on() -> None:
     world = await World("a", "b", "c").filled()
     wide = world.submit("wide", choices=6)
     another = world.submit("wider", choices=7)
-    for _ in range(200):
-        if world.dispatcher.holds:
-            break
-        await world.step()
-    kept = world.dispatcher.holds
+    kept = await worker_kept(world)
     before = len(world.granted)
     for _ in range(10):
         await world.step(keep=kept)  # of that one none ends
@@ -123,12 +127,7 @@ async def test_what_it_was_kept_for_may_go_and_so_may_the_worker() -> None:
     world = await World("a", "b").filled()
     for leave in (world.dispatcher.drop, lambda key: world.fleet.remove(world.dispatcher.holds)):
         wide = world.submit("wide", choices=SLOTS)
-        for _ in range(100):
-            if world.dispatcher.holds:
-                break
-            await world.step()
-        kept = world.dispatcher.holds
-        assert kept
+        kept = await worker_kept(world)
         leave(wide)
         await world.settle()
         assert world.dispatcher.holds != kept
