@@ -275,6 +275,8 @@ class WorkerService(Service):
         if self._paused:
             return m.RunReply(False, ErrorCode.OVERLOADED.value, "the token log does not take messages")
         requests = self._engine_requests(run)
+        # Not after `submit`, which may give the slots at once.
+        taken = asyncio.get_running_loop().time()
         try:
             self.engine.submit(requests)
         except EngineOverloaded as error:
@@ -290,10 +292,9 @@ class WorkerService(Service):
         partition = subjects.partition_of(run.key, self.settings.partitions)
         choices = set(range(run.choices)).difference(run.done)
         unproven = set(choices) if run.isolated else set()
-        now = asyncio.get_running_loop().time()
         prompt, prefix = len(run.prompt_ids) // 4, sum(lengths)
         self._runs[run.key] = ActiveRun(
-            run.key, run.epoch, partition, lengths, choices, unproven, now, prompt, prefix, run.trace
+            run.key, run.epoch, partition, lengths, choices, unproven, taken, prompt, prefix, run.trace
         )
         note_request(run.key, run.epoch, run.trace)
         self.log.info("run", request_id=run.key, epoch=run.epoch, prompt=prompt, prefix=prefix)
@@ -352,10 +353,9 @@ class WorkerService(Service):
         if not self.tracer.enabled:
             return
         now = asyncio.get_running_loop().time()
-        taken, admitted, first, last = (
-            wall_clock(t) if t else 0.0 for t in (run.taken, run.admitted, run.first, run.last)
-        )
-        end = wall_clock(now)
+        zero = wall_clock(0.0)
+        taken, admitted, first, last = (zero + t if t else 0.0 for t in (run.taken, run.admitted, run.first, run.last))
+        end = max(zero + now, admitted, first, last)
         events = [SpanEvent("resumed", taken, {"prefix_tokens": run.prefix})] if run.epoch > 1 else []
         span = self.tracer.record(
             "generate",
@@ -390,7 +390,7 @@ class WorkerService(Service):
                 else:
                     by_partition.setdefault(run.partition, []).append(self._entry(run, output))
                     if not run.open:
-                        run.last = asyncio.get_running_loop().time()
+                        run.last = max(asyncio.get_running_loop().time(), run.first)
                         finished.setdefault(run.partition, []).append(run)
             for error in step.errors:
                 if (run := self._run_of(error)) is not None:
@@ -421,9 +421,10 @@ class WorkerService(Service):
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
         if output.choice != PROMPT:
             if not run.first:
-                run.first = asyncio.get_running_loop().time()
+                # The engine's clock is finer than uvloop's, which counts milliseconds: a slot may seem younger than its token.
+                run.first = max(asyncio.get_running_loop().time(), run.admitted)
                 if run.admitted:
-                    self._prefill_seconds.observe(max(0.0, run.first - run.admitted))
+                    self._prefill_seconds.observe(run.first - run.admitted)
             run.lengths[output.choice] = output.position + len(output.ids)
             run.unproven.discard(output.choice)
         failure = logprobs = None

@@ -12,7 +12,7 @@ import pytest
 from services.model_worker.__main__ import make_engine
 from services.model_worker.engine_api import EngineLimits, OnFatal, OnSteps, Progress
 from services.model_worker.fixed_engine import expected_ids
-from services.model_worker.interface import EngineRequest, EngineStats, FinishReason, StepOutput, TokenOutput
+from services.model_worker.interface import EngineRequest, EngineStats, FinishReason, SlotGiven, StepOutput, TokenOutput
 from services.model_worker.service import (
     MAX_ENTRIES,
     EndedRuns,
@@ -28,6 +28,7 @@ from shared.bus import MAX_PAYLOAD, Message, StreamSpec
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.sampling import SamplingParams
 from shared.tokenlog import PartitionFold, RequestState
+from shared.tracing import Span, Tracer
 from shared.virtual_time import VirtualTimeLoop
 
 MODEL = "m"
@@ -679,3 +680,56 @@ async def test_a_failed_or_late_beam_search_fails_all_choices() -> None:
     assert (await world.ended("t.a")).terminal is not None
     (tokens,) = world.tokens_of("t.a")
     assert tokens.failure is not None and tokens.failure.code == "deadline_exceeded"
+
+
+class SpanRecorder(Tracer):
+    """Keeps when each span began and ended."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.times: dict[str, tuple[float, float]] = {}
+
+    def record(self, name: str, parent: str, start: float, end: float, **rest: Any) -> Span:
+        self.times[name] = start, end
+        return Span(parent)
+
+
+@pytest.mark.parametrize(("late", "took"), [(0.003, STEP), (0.0, -0.0004)])
+@virtual
+async def test_the_phases_of_a_run_follow_one_another(late: float, took: float) -> None:
+    """late: from the slot, given within `submit`, to the end of `submit`. took: from the slot to the tokens; below 0 where the
+    engine's clock is finer than the loop's."""
+    world = World()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    engines: list[AtOnce] = []
+
+    class AtOnce(ScriptedEngine):
+        def submit(self, requests: Sequence[EngineRequest]) -> None:
+            super().submit(requests)
+            self.slot = SlotGiven("t.a", 0, loop.time() + max(0.0, -took))
+            loop._now += late
+
+    world.worker = WorkerService(
+        MemoryBus(world.broker),
+        world.settings,
+        lambda s, on_steps, f: engines.append(AtOnce(on_steps)) or engines[-1],
+    )
+    world.worker.tracer = recorder = SpanRecorder()
+    await world.worker.start()
+    (engine,) = engines
+    await asyncio.sleep(1.0)
+    await world.open(run := order_for("t.a", tokens=1))
+    assert (await world.order(run)).accepted
+    loop._now = max(loop.time(), engine.slot.when + took)
+    tokens = TokenOutput("t.a", 0, 1, 0, [7], finish=FinishReason.LENGTH)
+    engine.on_steps([StepOutput(1, [tokens], admitted=[engine.slot])])
+    await world.idle()
+    await world.worker.stop()
+    generate, *phases = (recorder.times[name] for name in ("generate", "queue", "prefill", "decode"))
+    assert generate[0] == phases[0][0]
+    assert all(began <= ended for began, ended in (generate, *phases))
+    assert [ended for _, ended in phases[:-1]] == [began for began, _ in phases[1:]]
+    lengths = [ended - began for began, ended in phases]
+    assert lengths == pytest.approx([max(0.0, -took), max(0.0, took), 0.0], abs=1e-5)
