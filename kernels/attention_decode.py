@@ -183,8 +183,10 @@ def _decode_kernel(
     state = acc, total, peak
     whole_end = begin
     if not WINDOW:
-        # Up to here every row sees every position: nothing to mask.
-        whole_end = tl.maximum(tl.minimum(end, (context - rows + 1) // BLOCK_N * BLOCK_N), begin)
+        # Up to here every row sees every position: nothing to mask. The first row's own is among them where the rows follow one
+        # another, but a tree's nodes need not have it as their ancestor.
+        all_seen = context - rows if TREE else context - rows + 1
+        whole_end = tl.maximum(tl.minimum(end, all_seen // BLOCK_N * BLOCK_N), begin)
         state = _attend(
             state, q, k_cache, v_cache, table_ptr, begin, whole_end, context, rows, depth, word, kv_head, scale,
             HKV, D, BLOCK_D, PAGE, WINDOW, TREE, BLOCK_N, TMA, PRECISION, MASKED=False,

@@ -93,12 +93,13 @@ def test_attention(window, tree, page, group, head_dim, fixed_split):
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_candidates_see_the_context_and_themselves(window, rows):
-    """Rows of contrastive search: all at the same position, none sees another."""
+    """Rows of contrastive search: all at the same position, none sees another, also where the first ends a tile."""
     torch.manual_seed(12)
     own = 1 << torch.arange(rows)
-    batch = attention_batch([rows + 1, 40, 0, 67], [rows] * 4, 16, 20, decode_seqs=4, tree=own, window=window)
+    contexts = [rows + 1, 40, 0, 67, rows + 31, rows + 63]
+    batch = attention_batch(contexts, [rows] * 6, 16, 20, decode_seqs=6, tree=own, window=window)
     k_cache, v_cache = random_cache(20, 16, 2, 8), random_cache(20, 16, 2, 8)
-    q = torch.randn(4 * rows, 4, 8)
+    q = torch.randn(6 * rows, 4, 8)
     expected = naive_attention(q, k_cache, v_cache, batch, 0.3, window)
     for ops in BOTH:
         got = ops.attention(q, k_cache, v_cache, batch, 0.3, window)
