@@ -26,6 +26,9 @@ from services.model_worker.step_plan import SchedulerLimits
 from services.model_worker.warm_up import time_decodes, warm_up
 from shared.sampling import MAX_CONTRASTIVE
 
+# Of a process that computes on a CUDA device, beside what PyTorch's allocator holds: the context, kernels, the libraries' own.
+_CONTEXT_BYTES = 1 << 30
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +40,8 @@ class EngineConfig:
     max_model_len        None: what the model is made for; always at most what the cache holds
     max_batched_tokens   rows of a step
     block_size           tokens in a block of the cache; None: 64 on CUDA, 16 on a CPU
-    num_blocks           None: as many as fit, on CUDA into gpu_memory_fraction of the device's memory, on a CPU into cpu_cache_bytes
+    num_blocks           None: as many as fit, on CUDA into gpu_memory_fraction of the device's memory (of this process,
+                         whatever others hold), on a CPU into cpu_cache_bytes
     heads                folder of a drafter for the model; None: `medusa` in the model's folder, if there is one
     speculate            False: no drafter is loaded
     max_tree_rows        speculation trees of all sequences in a step have at most so many nodes
@@ -266,7 +270,9 @@ def _fitting_blocks(config: EngineConfig, bytes_each: int, runner: ModelRunner) 
     if device.type == "cuda":
         reserve = runner.profile()
         free, total = torch.cuda.mem_get_info(device)
-        room = int(total * config.gpu_memory_fraction) - (total - free) - reserve
+        # What others hold of the device is not ours to count: several workers may share it.
+        own = torch.cuda.memory_reserved(device) + _CONTEXT_BYTES
+        room = min(int(total * config.gpu_memory_fraction) - own, free) - reserve
     else:
         room = config.cpu_cache_bytes
     blocks = min(room // bytes_each, limits.max_seqs * limits.blocks_of(limits.max_model_len))

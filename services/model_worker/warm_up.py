@@ -35,6 +35,7 @@ _KINDS = (
     ),
 )
 _PROMPT = 20  # tokens
+_DRAFTING = 4  # sequences with a tree; a size that there are graphs of
 
 
 def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> int:
@@ -88,8 +89,8 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         for tree in (
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):
-            if 3 * tree.size < limits.max_batched_tokens and limits.max_seqs > 3:
-                for _ in range(3):
+            if limits.max_seqs > 3 and (_DRAFTING, tree.size) in runner.decode_shapes():
+                for _ in range(_DRAFTING - 1):
                     add(_KINDS[0])
                 step()
                 add(_KINDS[0])

@@ -51,6 +51,11 @@ class MedusaDrafter:
         self._output = tied_output(self._heads, model_head)
 
     @property
+    def vocabulary(self) -> int:
+        """The tokens that the heads know."""
+        return self._output.shape[0]
+
+    @property
     def depth(self) -> int:
         return self._heads.num_heads
 
@@ -73,6 +78,7 @@ def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor) -> tuple[
             trees = TreeSet.load(folder / TREES_FILE).limited(heads.num_heads)
         except (ValueError, OSError) as error:
             raise ModelError("trees_invalid", str(error)) from None
-    if any(tree.width > len(tied_output(heads, model_head)) for tree in trees.trees):
+    drafter = MedusaDrafter(heads, model_head)
+    if any(tree.width > drafter.vocabulary for tree in trees.trees):
         raise ModelError("trees_invalid", "a tree wants more candidates than there are tokens")
-    return MedusaDrafter(heads, model_head), trees
+    return drafter, trees

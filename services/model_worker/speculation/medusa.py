@@ -186,4 +186,6 @@ def _check(heads: MedusaHeads, model: ModelConfig) -> None:
 
 def tied_output(heads: MedusaHeads, model_head: Tensor) -> Tensor:
     """The rows of the model's output matrix [V, H] that tied heads use."""
-    return model_head if heads.token_map is None else model_head.index_select(0, heads.token_map)
+    if heads.token_map is None:
+        return model_head
+    return model_head.index_select(0, heads.token_map.to(model_head.device))
