@@ -122,17 +122,25 @@ class Ops(Protocol):
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Per-head RMS norm of q and k (if weights [D] are given), NeoX-style rotary embedding, and the write of k, v to the cache.
 
         qkv [T, (Hq + 2 Hkv) D] as the fused projection gives it; cos_sin f32 [max_position, D] (cos of D/2 frequencies, then sin);
-        positions int32 [T]; slots int32 [T]. Returns q [T, Hq, D], contiguous.
+        positions int32 [T]; slots int32 [T]. Returns q [T, Hq, D], contiguous: `out` if given.
         """
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Causal (or tree-masked) attention of q [T, Hq, D] over the paged cache → [T, Hq, D].
+        """Causal (or tree-masked) attention of q [T, Hq, D] over the paged cache → [T, Hq, D]: `out` if given, which q must not be.
 
         window > 0: a row at position p sees positions > p - window only (Mistral's sliding window).
         """

@@ -46,6 +46,7 @@ class ReferenceOps:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         head_dim = k_cache.shape[-1]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -59,12 +60,20 @@ class ReferenceOps:
         target = slots[written].long()
         k_cache.view(-1, num_kv_heads, head_dim)[target] = _rotate(k, cos, sin)[written]
         v_cache.view(-1, num_kv_heads, head_dim)[target] = v[written]
-        return _rotate(q, cos, sin)
+        rotated = _rotate(q, cos, sin)
+        return rotated if out is None else out.copy_(rotated)
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = torch.zeros_like(q)
+        out = torch.zeros_like(q) if out is None else out.zero_()
         starts, contexts = batch.query_start.tolist(), batch.context_len.tolist()
         decodes, rows = batch.decode_seqs, batch.decode_rows
         # All decodes in one call, each prefill chunk in one of its own.

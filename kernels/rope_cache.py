@@ -97,11 +97,12 @@ def rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `Ops.rope_and_cache`. One program for a row and 16 of its heads."""
     qkv = qkv.contiguous()
     rows, head_dim = qkv.shape[0], k_cache.shape[-1]
-    q = qkv.new_empty(rows, num_q_heads, head_dim)
+    q = qkv.new_empty(rows, num_q_heads, head_dim) if out is None else out
     if rows:
         heads = num_q_heads + 2 * num_kv_heads
         _rope_cache_kernel[(rows, triton.cdiv(heads, HEADS_PER_PROGRAM))](

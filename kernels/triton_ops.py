@@ -73,16 +73,24 @@ class TritonOps:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         return rope_cache.rope_and_cache(
-            qkv, cos_sin, positions, slots, k_cache, v_cache, num_q_heads, num_kv_heads, q_norm, k_norm, eps
+            qkv, cos_sin, positions, slots, k_cache, v_cache, num_q_heads, num_kv_heads, q_norm, k_norm, eps, out
         )
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         if self.fixed_split is not None:
             trees = batch.tree_mask is not None
             if trees:

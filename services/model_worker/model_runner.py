@@ -17,6 +17,7 @@ from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.kv_cache import KVCache, copied_rows
 from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
+from services.model_worker.prompt_graphs import PromptGraphs, prompt_sizes
 from services.model_worker.prompt_logprobs import Logprobs, ReportedRows
 from services.model_worker.readback import Readback, Ticket
 from services.model_worker.sampler import CAPTURED_MODES, RowMasks, Sampled, SamplingMode, sample
@@ -104,6 +105,7 @@ class ModelRunner:
         self.cache = cache
         self.device = cache.data.device
         self.graphs: Graphs | None = None
+        self.prompts: PromptGraphs | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with self.context():
             self.state = StepState(limits, decoder.config.vocab_size, self.device)
@@ -249,7 +251,10 @@ class ModelRunner:
             max_context=max(self._longest(plan), *(chunk.start + chunk.rows for chunk in chunks)),
             tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
-        hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted)
+        if self.prompts is not None and self.prompts.fits(len(ids)):
+            hidden = self.prompts.forward(ids, positions, kv_slots, batch, wanted)
+        else:
+            hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted)
         state.context.index_copy_(0, slots, context_len)
         guessed = 0 if tree_rows is None else decode_rows
 
@@ -397,8 +402,12 @@ class ModelRunner:
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
             largest = max(peak(prefill), peak(lambda: self.search.rehearse(nobody, self.cache)))
             captured = peak(decode)
+            graphs = len(self.decode_shapes()) * (8 << 20)
+            if sizes := self.prompt_sizes():
+                captured += peak(lambda: PromptGraphs(self.decoder, self.cache.layers, sizes).rehearse())
+                graphs += len(sizes) * (len(self.cache.layers) + 1) * (256 << 10)
             torch.cuda.empty_cache()
-        return largest + captured + len(self.decode_shapes()) * (8 << 20)
+        return largest + captured + graphs
 
     def decode_shapes(self) -> list[tuple[int, int]]:
         """(padded batch size, nodes of each sequence) of all decode steps that there can be, by falling rows."""
@@ -407,13 +416,14 @@ class ModelRunner:
         return sorted(shapes, key=lambda shape: -shape[0] * shape[1])
 
     def capture_graphs(self, graphs: Graphs, progress: Callable[[float], None]) -> None:
-        """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest."""
+        """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest; then the
+        pieces of steps with prompts."""
         with self.context():
             slots = self._staging.device_words[: round_up(self.limits.max_seqs, 4)].fill_(self.state.null_slot)
             longest = self.limits.max_model_len + self.limits.overshoot
             shapes = self.decode_shapes()
             for done, (size, nodes) in enumerate(shapes):
-                progress(done / len(shapes))
+                progress(done / (2 * len(shapes)))
                 padded = slots[: round_up(size, 4)]
                 rows = None
                 if nodes > 1:  # apart, so that the guesses can be read back while they are checked
@@ -421,7 +431,16 @@ class ModelRunner:
                 step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, rows))
                 for mode in CAPTURED_MODES:
                     graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
+            if sizes := self.prompt_sizes():
+                self.prompts = PromptGraphs(self.decoder, self.cache.layers, sizes)
+                self.prompts.capture(graphs, lambda part: progress(0.5 + 0.5 * part))
         self.graphs = graphs
+
+    def prompt_sizes(self) -> list[int]:
+        """Rows of the steps with prompts that are captured."""
+        layers = self.decoder.weights.layers
+        parameters = sum(w.numel() for layer in layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return prompt_sizes(parameters, self.limits.max_batched_tokens)
 
     def time_graph(self, size: int, nodes: int, times: int) -> list[float]:
         """Seconds that each of some replays of a captured decode step takes, greedy sampling included, on nobody's slots."""

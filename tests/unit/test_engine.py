@@ -20,6 +20,7 @@ from services.model_worker.engine import (
     ModelError,
     RequestRejected,
 )
+from services.model_worker.prompt_graphs import prompt_sizes
 from services.model_worker.step_bound import StepBound
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
@@ -129,7 +130,37 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
         sizes = {key[1] for key in graphs.replayed if key[0] == "decode"}  # type: ignore[index]
         assert sizes == {1, 2, 4, 8, 12}
-        assert len({key[0] for key in graphs.replayed}) == 4, "a mode was never replayed"  # type: ignore[index]
+        kinds_replayed = {key[0] for key in graphs.replayed}  # type: ignore[index]
+        assert len(kinds_replayed) == 2 + 3, "prompts, decodes or a mode was never replayed"
+
+
+def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path) -> None:
+    """A step's filling rows still hold what a step before it has left there, of sequences that go on."""
+    requests = [greedy(f"{length}", range(3, 3 + length), 40) for length in (60, 9, 41, 30, 17, 1, 45)]
+    outputs = []
+    for captured in (False, True):
+        with running(model, load_format="dummy", max_seqs=8, max_batched_tokens=64) as started:
+            if captured:
+                graphs = RepeatedFunctions()
+                started.engine.runner.capture_graphs(graphs, lambda fraction: None)
+            submitted: list[Collected] = []
+            for request in requests:
+                started.wait_for(
+                    lambda so_far=submitted: all(output.ids for output in so_far)
+                )  # each comes beside decodes
+                submitted.append(started.submit(request))
+            started.wait(submitted)
+            outputs.append([output.ids for output in submitted])
+    assert outputs[0] == outputs[1]
+    sizes = {key[1] for key in graphs.replayed if key[0] == "prompt"}  # type: ignore[index]
+    assert sizes == {16, 32, 64}
+
+
+def test_sizes_of_captured_prompts() -> None:
+    assert prompt_sizes(440_000_000, 8192)[-1] == 8192
+    assert prompt_sizes(7_000_000_000, 8192)[-1] == 512
+    assert prompt_sizes(1_000, 100)[-1] == 64
+    assert prompt_sizes(10**12, 8192) == []
 
 
 @pytest.mark.parametrize("slots", [2, 24])

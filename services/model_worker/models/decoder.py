@@ -103,27 +103,55 @@ class Decoder:
     ) -> Tensor:
         """ids int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the final
         hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows)."""
-        config, ops, eps = self.config, self.ops, self.config.norm_eps
-        residual = self.weights.embedding.index_select(0, ids)
-        x: Tensor | None = None
-        for layer, (keys, values), window in zip(self.weights.layers, caches, config.windows, strict=True):
-            if x is None:
-                x = ops.rms_norm(residual, layer.input_norm, eps)
-            else:
-                x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            q = ops.rope_and_cache(
-                ops.linear(x, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, keys, values,
-                config.num_heads, config.num_kv_heads, layer.q_norm, layer.k_norm, eps,
-            )  # fmt: skip
-            attended = ops.attention(q, keys, values, batch, self.scale, window)
-            x = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = ops.linear(x, layer.down, layer.down_bias)
+        residual, x = self.embed(ids), None
+        for index, cache in enumerate(caches):
+            q = self.queries(index, x, residual, positions, slots, cache)
+            attended = self.ops.attention(q, *cache, batch, self.scale, self.config.windows[index])
+            x = self.after_attention(index, attended, residual)
         assert x is not None
+        return self.hidden(x, residual, wanted)
+
+    # The parts of `forward`. The residual [T, H] is updated in place by each.
+
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """The first residual (`out`, if given)."""
+        return torch.index_select(self.weights.embedding, 0, ids, out=out)
+
+    def queries(
+        self,
+        index: int,
+        x: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        cache: tuple[Tensor, Tensor],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """A layer up to its attention: writes keys and values to its cache → q [T, Hq, D] (`out`, if given). x [T, H]: what the layer
+        before adds to the residual, None before the first."""
+        config, ops, eps, layer = self.config, self.ops, self.config.norm_eps, self.weights.layers[index]
+        if x is None:
+            normed = ops.rms_norm(residual, layer.input_norm, eps)
+        else:
+            normed = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+        return ops.rope_and_cache(
+            ops.linear(normed, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, *cache,
+            config.num_heads, config.num_kv_heads, layer.q_norm, layer.k_norm, eps, out,
+        )  # fmt: skip
+
+    def after_attention(self, index: int, attended: Tensor, residual: Tensor) -> Tensor:
+        """A layer from its attention's result [T, Hq, D] on → what it adds to the residual, [T, H]."""
+        ops, layer = self.ops, self.weights.layers[index]
+        x = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
+        x = ops.add_rms_norm(x, residual, layer.post_norm, self.config.norm_eps)
+        x = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
+        return ops.linear(x, layer.down, layer.down_bias)
+
+    def hidden(self, x: Tensor, residual: Tensor, wanted: Tensor | None) -> Tensor:
+        """The final hidden states of the rows `wanted`."""
         if wanted is not None:
             x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
-        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
+        return self.ops.add_rms_norm(x, residual, self.weights.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] → [R, V], in the activations' dtype."""

@@ -1,0 +1,115 @@
+"""Forward passes with prompts in them, without the host's work: CUDA graphs of all that lies between two layers' attentions.
+
+A step of prompts has as many shapes as there are ways to cut prompts up, so it cannot be captured whole. But only attention knows of
+sequences; everything else sees rows. That is captured, padded to some number of rows, and attention is launched between the pieces.
+Of a small model's step the host's launches take longer than the device's work: they are what this saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionBatch
+from services.model_worker.cuda_graphs import Graphs, padded_size
+from services.model_worker.models.decoder import Decoder
+
+# Parameters × rows of a pass from which the device takes longer than the host would without graphs.
+WORTHWHILE = 4e12
+# By a quarter at most too many rows, where they cost time.
+_SIZES = (
+    16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096,
+    5120, 6144, 7168, 8192,
+)  # fmt: skip
+
+Caches = list[tuple[Tensor, Tensor]]
+
+
+def prompt_sizes(parameters: int, most_rows: int) -> list[int]:
+    """Numbers of rows for which graphs of a model's passes are worth their memory. parameters: of its layers; most_rows: of a step."""
+    most = min(most_rows, int(WORTHWHILE / parameters))
+    return [size for size in _SIZES if size <= most]
+
+
+class PromptGraphs:
+    """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are.
+
+    All sizes share what goes from piece to piece: a pass uses the first rows. Rows that only fill up are computed
+    like the others, and reach neither the cache nor attention.
+    """
+
+    def __init__(self, decoder: Decoder, caches: Caches, sizes: list[int]) -> None:
+        config, embedding = decoder.config, decoder.weights.embedding
+        most, device = sizes[-1], embedding.device
+        self.sizes = sizes
+        self._decoder = decoder
+        self._caches = caches
+        self._ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
+        self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
+        shape = (most, config.num_heads, config.head_dim)
+        self._queries = torch.zeros(shape, dtype=embedding.dtype, device=device)
+        self._attended = torch.zeros(shape, dtype=embedding.dtype, device=device)
+        self._residual = torch.zeros(most, config.hidden_size, dtype=embedding.dtype, device=device)
+        self._added = torch.zeros_like(self._residual)
+        self._graphs: Graphs
+
+    def fits(self, rows: int) -> bool:
+        return rows <= self.sizes[-1]
+
+    def rehearse(self) -> None:
+        """The largest of each kind of piece, launched from the host: takes the memory that a capture takes."""
+        size = self.sizes[-1]
+        self._begin(size)
+        self._between(size, min(1, len(self._caches) - 1))
+        self._end(size)
+
+    def capture(self, graphs: Graphs, progress: Callable[[float], None]) -> None:
+        """The largest first, so that the others fit into its memory."""
+        self._graphs = graphs
+        layers = len(self._caches)
+        for done, size in enumerate(reversed(self.sizes)):
+            progress(done / len(self.sizes))
+            graphs.capture(("prompt", size, 0), partial(self._begin, size))
+            for index in range(1, layers):
+                graphs.capture(("prompt", size, index), partial(self._between, size, index))
+            graphs.capture(("prompt", size, layers), partial(self._end, size))
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, wanted: Tensor) -> Tensor:
+        """As `Decoder.forward`."""
+        decoder, rows = self._decoder, len(ids)
+        size = padded_size(self.sizes, rows)
+        self._ids[:rows].copy_(ids)
+        self._positions[:rows].copy_(positions)
+        self._slots[:rows].copy_(slots)
+        if rows < size:
+            self._slots[rows:size].fill_(-1)
+        queries, attended = self._queries[:rows], self._attended[:rows]
+        for index, (keys, values) in enumerate(self._caches):
+            self._graphs.replay(("prompt", size, index))
+            window = decoder.config.windows[index]
+            decoder.ops.attention(queries, keys, values, batch, decoder.scale, window, attended)
+        self._graphs.replay(("prompt", size, len(self._caches)))
+        return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
+
+    # The pieces: from the ids to the first layer's attention, from one attention to the next, from the last one on.
+
+    def _begin(self, size: int) -> None:
+        self._decoder.embed(self._ids[:size], self._residual[:size])
+        self._query(size, 0, None)
+
+    def _between(self, size: int, index: int) -> None:
+        self._query(size, index, self._after_attention(size, index - 1))
+
+    def _end(self, size: int) -> None:
+        self._added[:size].copy_(self._after_attention(size, len(self._caches) - 1))
+
+    def _after_attention(self, size: int, index: int) -> Tensor:
+        return self._decoder.after_attention(index, self._attended[:size], self._residual[:size])
+
+    def _query(self, size: int, index: int, x: Tensor | None) -> None:
+        residual, positions, slots = self._residual[:size], self._positions[:size], self._slots[:size]
+        self._decoder.queries(index, x, residual, positions, slots, self._caches[index], self._queries[:size])
