@@ -12,6 +12,7 @@ all figures, the model's loss and entropy on the held-out text among them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -270,18 +271,21 @@ def run(args: argparse.Namespace) -> Progress:
     for temperature in args.temperatures:
         name = f"speed at temperature {temperature:g}"
         rows = progress.figures.get(name, {}).get("rows", [])
-        for batch in args.batches:
-            if any(row["batch"] == batch for row in rows):
-                continue
-            if clock.left < args.reserve:
-                raise OutOfTime(f"batch {batch}")
-            options = argparse.Namespace(
-                model=model, heads=None, text=held_file, device=device, batches=[batch], prompt=min(64, size.context // 4),
-                output=min(256, size.context // 2), repeats=args.repeats, temperature=temperature,
-            )  # fmt: skip
-            rows = rows + speculation.speed(options)["rows"]
-            minimum = min(row["ratio"] for row in rows)
-            progress.add(name, {"rows": rows, "minimum": minimum})
+        left = [batch for batch in args.batches if all(row["batch"] != batch for row in rows)]
+        if not left:
+            continue
+        options = argparse.Namespace(
+            model=model, heads=None, text=held_file, device=device, batches=left, prompt=min(64, size.context // 4),
+            output=min(256, size.context // 2), repeats=args.repeats, temperature=temperature,
+        )  # fmt: skip
+        if clock.left < args.reserve:
+            raise OutOfTime(name)
+        with contextlib.closing(speculation.speed(options)) as measured:
+            for row in measured:
+                rows = [*rows, row]
+                progress.add(name, {"rows": rows, "minimum": min(row["ratio"] for row in rows)})
+                if clock.left < args.reserve and len(rows) < len(args.batches):
+                    raise OutOfTime(name)
     return progress
 
 

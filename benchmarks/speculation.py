@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One engine with the drafter and one without, taking turns; the same prompts for both."""
+def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
+    """One engine with the drafter and one without, taking turns; the same prompts for both. Yields a row for each batch size."""
     common: dict[str, Any] = {"device": arguments.device, "prefix_cache": False, "max_seqs": max(arguments.batches)}
     if arguments.device != "cpu" and torch.cuda.is_available():
         common["gpu_memory_fraction"] = 0.4
@@ -113,12 +114,12 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     common["gpu_memory_fraction"] = 0.8
     drafted = Client(EngineConfig(arguments.model, heads=arguments.heads, **common))
     text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
-    rows = []
     print(
         f"| batch | plain tok/s | with drafts | ratio | 95 % | tokens a step | trees (share of steps), T = {arguments.temperature} |"
     )
     print("|---|---|---|---|---|---|---|")
-    for batch in arguments.batches:
+
+    def row_of(batch: int) -> dict[str, Any]:
         ratios, rates = [], []
         for client in (plain, drafted):  # compiles, and the controller learns
             client.run(requests_of(text, bos, batch, arguments.prompt, 32, arguments.temperature, 1000 + batch))
@@ -135,16 +136,25 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
         shares = {n: round(count / sum(steps.values()), 3) for n, count in sorted(steps.items()) if count}
         mean, low, high = interval(ratios)
         slow, fast = (statistics.median(column) for column in zip(*rates, strict=True))
-        rows.append({
-            "batch": batch, "plain": slow, "drafted": fast, "ratio": mean, "low": low, "high": high,
-            "tokens_per_drafted_step": tokens, "shares": shares,
-        })  # fmt: skip
         print(
             f"| {batch} | {slow:,.0f} | {fast:,.0f} | {mean:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
             flush=True,
         )
-    for client in (plain, drafted):
-        client.engine.stop(timeout=30)
+        return {
+            "batch": batch, "plain": slow, "drafted": fast, "ratio": mean, "low": low, "high": high,
+            "tokens_per_drafted_step": tokens, "shares": shares,
+        }  # fmt: skip
+
+    try:
+        for batch in arguments.batches:
+            yield row_of(batch)
+    finally:
+        for client in (plain, drafted):
+            client.engine.stop(timeout=30)
+
+
+def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
+    rows = list(speed(arguments))
     return {"rows": rows, "minimum": min(row["ratio"] for row in rows)}
 
 
@@ -273,7 +283,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = {"speed": speed, "steps": steps, "identity": identity}[arguments.command](arguments)
+    results = {"speed": speeds, "steps": steps, "identity": identity}[arguments.command](arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"speculation-{arguments.command}.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0

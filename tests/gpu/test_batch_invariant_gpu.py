@@ -57,7 +57,7 @@ class Collector:
     def run(self, requests: list[EngineRequest]) -> dict[str, list[int]]:
         self.ids, self._left = {}, len(requests)
         self._done.clear()
-        self.engine.submit(requests)
+        self.engine.submit(*requests)
         assert self._done.wait(240)
         if self._error is not None:
             raise self._error
