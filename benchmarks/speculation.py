@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,46 +38,73 @@ from shared.sampling import SamplingParams
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
-@dataclass
 class Client:
-    """Runs batches of requests to their ends."""
+    """Runs batches of requests."""
 
-    config: EngineConfig
-    engine: Engine = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.engine = Engine(self.config, self._on_step, self._on_fatal)
-        self._done = threading.Event()
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.engine = Engine(config, self._on_step, self._on_fatal)
+        self._enough, self._idle = threading.Event(), threading.Event()
         self._error: BaseException | None = None
-        self._left = 0
+        self._open = 0
+        self._goal = math.inf
         self.outputs: dict[str, list[int]] = {}
         self.times: list[float] = []
+        self.totals: list[int] = []  # tokens so far, of each step
         self.engine.load()
         self.engine.start()
 
     def _on_step(self, step: StepOutput) -> None:
-        self.times.append(time.perf_counter())
+        total = self.totals[-1] if self.totals else 0
         for token in step.tokens:
             self.outputs[token.request_id] += token.ids
-            self._left -= token.finish is not None
-        if not self._left:
-            self._done.set()
+            total += len(token.ids)
+            self._open -= token.finish is not None
+        self.times.append(time.perf_counter())
+        self.totals.append(total)
+        if total >= self._goal:
+            self._enough.set()
+        if not self._open:
+            self._enough.set()
+            self._idle.set()
 
     def _on_fatal(self, error: BaseException, _: Any) -> None:
         self._error = error
-        self._done.set()
+        self._enough.set()
+        self._idle.set()
 
-    def run(self, requests: list[EngineRequest]) -> tuple[list[list[int]], float]:
-        """Outputs, and seconds from the first step on that decodes alone (prompts are not what is compared)."""
+    def _begin(self, requests: list[EngineRequest], goal: float) -> float:
         self.outputs = {request.request_id: [] for request in requests}
-        self._left, self.times = len(requests), []
-        self._done.clear()
+        self._open, self._goal, self.times, self.totals = len(requests), goal, [], []
+        self._enough.clear()
+        self._idle.clear()
         start = time.perf_counter()
         self.engine.submit(*requests)
-        self._done.wait()
+        return start
+
+    def _wait(self, event: threading.Event) -> None:
+        event.wait()
         if self._error is not None:
             raise self._error
+
+    def run(self, requests: list[EngineRequest]) -> tuple[list[list[int]], float]:
+        """To their ends: outputs and seconds."""
+        start = self._begin(requests, math.inf)
+        self._wait(self._idle)
         return [self.outputs[request.request_id] for request in requests], self.times[-1] - start
+
+    def rate(self, requests: list[EngineRequest], tokens: int) -> float:
+        """Tokens per second while all of them run: from the first step after which each has a token until they have so many together.
+        Then they are aborted: of sequences that get on at different speeds, the last would be measured alone."""
+        self._begin(requests, tokens)
+        self._wait(self._enough)
+        for request in requests:
+            self.engine.abort(request.request_id, request.epoch)
+        self._wait(self._idle)
+        steps = range(len(self.times))
+        first = next(step for step in steps if self.totals[step] >= len(requests))
+        last = next(step for step in steps if self.totals[step] >= tokens)
+        return (self.totals[last] - self.totals[first]) / (self.times[last] - self.times[first])
 
 
 def requests_of(
@@ -114,6 +140,7 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     common["gpu_memory_fraction"] = 0.8
     drafted = Client(EngineConfig(arguments.model, heads=arguments.heads, **common))
     text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
+    longest = min(4 * arguments.output, plain.engine.info.max_model_len - arguments.prompt - 1)
     print(
         f"| batch | plain tok/s | with drafts | ratio | 95 % | tokens a step | trees (share of steps), T = {arguments.temperature} |"
     )
@@ -122,14 +149,15 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     def row_of(batch: int) -> dict[str, Any]:
         ratios, rates = [], []
         for client in (plain, drafted):  # compiles, and the controller learns
-            client.run(requests_of(text, bos, batch, arguments.prompt, 32, arguments.temperature, 1000 + batch))
+            client.run(requests_of(text, bos, batch, arguments.prompt, 96, arguments.temperature, 1000 + batch))
         before = stats_of(drafted)
         for repeat in range(arguments.repeats):
-            requests = requests_of(text, bos, batch, arguments.prompt, arguments.output, arguments.temperature, repeat)
+            # The fast ones among a batch must not come to their end before the batch has its tokens.
+            requests = requests_of(text, bos, batch, arguments.prompt, longest, arguments.temperature, repeat)
             order = [plain, drafted] if repeat % 2 else [drafted, plain]
-            seconds = {id(client): client.run(requests)[1] for client in order}
-            rates.append([batch * arguments.output / seconds[id(client)] for client in (plain, drafted)])
-            ratios.append(seconds[id(plain)] / seconds[id(drafted)])
+            found = {id(client): client.rate(requests, batch * arguments.output) for client in order}
+            rates.append([found[id(client)] for client in (plain, drafted)])
+            ratios.append(found[id(drafted)] / found[id(plain)])
         after = stats_of(drafted)
         steps = {n: after["steps"].get(n, 0) - before["steps"].get(n, 0) for n in after["steps"]}
         tokens = 1 + (after["accepted"] - before["accepted"]) / max(1, after["drafted"] - before["drafted"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from kernels.skinny_gemm import GEMV_ROWS, MAX_ROWS, GemmConfig
 
+SMALL_WEIGHT = 8 << 20  # parameters; above it cuBLAS is as good for more than 16 rows
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
 
 # Measured on one H200 by `benchmarks/kernels.py --only gemm`: (rows, N, K) → kernel, None for cuBLAS. Above 16 rows, what is
@@ -89,7 +90,10 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
         return MEASURED[key]
     if rows <= GEMV_ROWS:
         return GemmConfig(4, 1024, 4)
-    return _by_weight(width, depth) if rows <= 16 else None
+    if rows <= 16:
+        return _by_weight(width, depth)
+    # Of small weights the launch and the first bytes cost more than the product: what the measured ones have in common.
+    return _of_small_weight(width, depth) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
 
 
 def invariant(width: int, depth: int) -> GemmConfig:
@@ -102,3 +106,9 @@ def _by_weight(width: int, depth: int) -> GemmConfig:
     tiles, steps = -(-width // 64), depth // 128
     split = max(1, min(PROGRAMS // tiles, steps // 2))
     return GemmConfig(64, 128, 4, split, 4, tma=True)
+
+
+def _of_small_weight(width: int, depth: int) -> GemmConfig:
+    """A program for each of an H200's processors."""
+    tiles, steps = -(-width // 64), depth // 128
+    return GemmConfig(64, 128, 4, max(1, min(PROGRAMS // 2 // tiles, steps // 2, 8)), 4, tma=True)

@@ -73,6 +73,11 @@ class SamplingBatch:
     any_filter: bool = True
     typical_p: Tensor | None = None
 
+    @classmethod
+    def greedy(cls, anything: Tensor) -> SamplingBatch:
+        """Of rows that all take the likeliest token: no tensor of it is read."""
+        return cls(*[anything] * 7, any_random=False, any_filter=False)
+
 
 @dataclass(slots=True)
 class LogitEdits:
@@ -89,6 +94,35 @@ class LogitEdits:
     until: Tensor
     words: Tensor
     prefixes: Tensor
+
+
+@dataclass(slots=True)
+class RowLayout:
+    """Where the rows of S sequences with n rows each stand: positions int32 [S × n] · kv_slots int32 [S, n] · context_len int32 [S] ·
+    block_table int32 [S, max_blocks]."""
+
+    positions: Tensor
+    kv_slots: Tensor
+    context_len: Tensor
+    block_table: Tensor
+
+
+class TreeTables(Protocol):
+    """Of a tree with n nodes, at most 64, and depth d: parents int64 [n] (the root's is itself), words int64 [n] (bit j: node j is an
+    ancestor or the node itself), paths int64 [n, d + 1] (the nodes from the root to each, then -1)."""
+
+    parents: Tensor
+    words: Tensor
+    paths: Tensor
+
+
+@dataclass(slots=True)
+class AcceptedTree:
+    """ids int64 [R, d + 1]: the new tokens, then -1. source, target int32 [R × d]: rows of the cache that `Ops.move_kv` has to move."""
+
+    ids: Tensor
+    source: Tensor
+    target: Tensor
 
 
 class Ops(Protocol):
@@ -195,4 +229,35 @@ class Ops(Protocol):
         """Copies cache rows, one layer or all: caches [..., B, P, Hkv, D], source/target int32 [n] slots; target -1 skips.
 
         Used to move the accepted nodes of a speculation tree into place: target ≤ source for each, and rows are moved in order.
+        """
+
+    def lay_out(
+        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+    ) -> RowLayout:
+        """The rows of decode sequences: node i of a sequence takes the place context + i in the cache, and stands at position
+        context + depths[i].
+
+        slots int64 [S]: rows of context int32 [slots] and block_table int32 [slots, max_blocks]; the last slot is nobody's: such a
+        sequence gets kv_slots -1 and context_len 0. depths int32 [n].
+        """
+
+    def accept_tree(
+        self,
+        tree: TreeTables,
+        slots: Tensor,
+        tokens: Tensor,
+        chosen: Tensor,
+        kv_slots: Tensor,
+        hidden: Tensor,
+        before: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        kept_hidden: Tensor,
+    ) -> AcceptedTree:
+        """From the root on, follows the child that holds the token chosen at its parent; of siblings with the same token the first.
+
+        tokens, chosen int64 [R, n]: the nodes' and what the model chose after each; kv_slots int32 [R, n], hidden [R × n, H];
+        before int32 [R]: the sequences' contexts without the nodes. Written at slots int64 [≥ R]: context int32 [slots], with what was
+        accepted; last_token int64 [slots] and kept_hidden [slots, H], of the last accepted node. The last slot is nobody's; its context
+        stays 0.
         """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
+from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, RowLayout, SamplingBatch, TreeTables
 from kernels.philox import gumbel_noise
 
 
@@ -170,6 +170,55 @@ class ReferenceOps:
             rows = cache.flatten(-4, -3)  # a view: the cache is contiguous
             # Reading all before writing any equals moving in order, as no target is the source of a later row.
             rows[..., target, :, :] = rows[..., source, :, :]
+
+    def lay_out(
+        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+    ) -> RowLayout:
+        nodes, of_rows, table = len(depths), context.index_select(0, slots), block_table.index_select(0, slots)
+        real = slots < len(context) - 1
+        places = of_rows[:, None] + torch.arange(nodes, dtype=torch.int32, device=slots.device)
+        block = table.gather(1, (places // block_size).clamp(max=table.shape[1] - 1).long())
+        return RowLayout(
+            positions=(of_rows[:, None] + depths).flatten(),
+            kv_slots=torch.where(real[:, None], block * block_size + places % block_size, -1),
+            context_len=torch.where(real, of_rows + nodes, 0),
+            block_table=table,
+        )
+
+    def accept_tree(
+        self,
+        tree: TreeTables,
+        slots: Tensor,
+        tokens: Tensor,
+        chosen: Tensor,
+        kv_slots: Tensor,
+        hidden: Tensor,
+        before: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        kept_hidden: Tensor,
+    ) -> AcceptedTree:
+        (count, nodes), width = tokens.shape, tree.paths.shape[1]
+        accepted = tokens == chosen.index_select(1, tree.parents)
+        accepted[:, 0] = True
+        for node in range(1, nodes):  # ancestors come first
+            accepted[:, node] &= accepted[:, tree.parents[node]]
+        lengths = (tree.paths >= 0).sum(1)
+        # Deeper wins, then the earlier node.
+        last = torch.where(accepted, lengths * nodes - torch.arange(nodes, device=tokens.device), -1).argmax(1)
+        path = tree.paths.index_select(0, last)
+        order = torch.arange(width, device=tokens.device)
+        onward = path.clamp(min=0)
+        source = kv_slots.gather(1, onward)[:, 1:]
+        target = torch.where((path >= 0) & (path != order), kv_slots[:, :width], -1)[:, 1:]
+        ids = torch.where(path >= 0, chosen.gather(1, onward), -1)
+        slots = slots[:count]
+        grown = before + lengths.index_select(0, last)
+        context.index_copy_(0, slots, torch.where(slots < len(context) - 1, grown, 0).int())
+        last_token.index_copy_(0, slots, chosen.gather(1, last[:, None]).squeeze(1))
+        rows = torch.arange(0, count * nodes, nodes, device=tokens.device) + last
+        kept_hidden.index_copy_(0, slots, hidden.index_select(0, rows))
+        return AcceptedTree(ids, source.flatten(), target.flatten())
 
 
 def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

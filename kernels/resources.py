@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # must be unset when Triton is imported
@@ -199,6 +200,16 @@ def production_calls() -> dict[str, Callable[[], object]]:
         x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
         return skinny_linear(x, weight, None, invariant(*weight.shape))
 
+    def accept(nodes: int, depth: int) -> object:
+        def ints64(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
+
+        tree = SimpleNamespace(parents=ints64(nodes), words=ints64(nodes), paths=ints64(nodes, depth + 1))
+        tokens, states = ints64(2, nodes), torch.zeros(2 * nodes, hidden, dtype=bf16)
+        rows = torch.zeros(2, nodes, dtype=torch.int32)
+        return ops.accept_tree(tree, long, tokens, tokens, rows, states, ints[:2], ints, ints64(8), states)
+
+    table = torch.zeros(8, 264, dtype=torch.int32)
     return {
         "linear, 1 row": lambda: product(1),
         "linear, 4 rows": lambda: product(4),
@@ -230,6 +241,10 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "sample, greedy": lambda: ops.sample(logits, greedy),
         "apply_penalties": lambda: ops.apply_penalties(logits, counts, mask, ints[:2], floats, floats, floats),
         "apply_token_bitmask": lambda: ops.apply_token_bitmask(logits, token_bits, ints[:2]),
+        "lay_out, decodes": lambda: ops.lay_out(long, ints[:1], ints, table, 64),
+        "lay_out, tree of 64": lambda: ops.lay_out(long, torch.zeros(64, dtype=torch.int32), ints, table, 64),
+        "accept_tree of 8": lambda: accept(8, 3),
+        "accept_tree of 64": lambda: accept(64, 5),
         "move_kv": lambda: ops.move_kv(cache(64)[None], cache(64)[None], ints, ints),
     }
 

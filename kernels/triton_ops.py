@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling, token_bitmask
+from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling, step_rows, token_bitmask
 from kernels.attention_decode import decode_attention
 from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
-from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
+from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, RowLayout, SamplingBatch, TreeTables
 from kernels.skinny_gemm import fits, skinny_linear
 
 INVARIANT_ROWS = 1024  # of one product in the batch-invariant mode
@@ -140,3 +140,25 @@ class TritonOps:
 
     def move_kv(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
         kv_move.move_kv(k_cache, v_cache, source, target)
+
+    def lay_out(
+        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+    ) -> RowLayout:
+        return step_rows.lay_out(slots, depths, context, block_table, block_size)
+
+    def accept_tree(
+        self,
+        tree: TreeTables,
+        slots: Tensor,
+        tokens: Tensor,
+        chosen: Tensor,
+        kv_slots: Tensor,
+        hidden: Tensor,
+        before: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        kept_hidden: Tensor,
+    ) -> AcceptedTree:
+        return step_rows.accept_tree(
+            tree, slots, tokens, chosen, kv_slots, hidden, before, context, last_token, kept_hidden
+        )

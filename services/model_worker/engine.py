@@ -172,6 +172,7 @@ class Engine:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+            gc.unfreeze()  # an engine and its owner that refer to each other would hold the device's memory for ever
 
     # ---- from any thread
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
 import torch
 
 from kernels import select_ops
@@ -25,6 +26,8 @@ from services.model_worker.speculation.verify import Speculation
 from services.model_worker.step_plan import SchedulerLimits
 from services.model_worker.warm_up import time_decodes, warm_up
 from shared.sampling import MAX_CONTRASTIVE
+
+log = structlog.get_logger()
 
 # Of a process that computes on a CUDA device, beside what PyTorch's allocator holds: the context, kernels, the libraries' own.
 _CONTEXT_BYTES = 1 << 30
@@ -270,9 +273,11 @@ def _fitting_blocks(config: EngineConfig, bytes_each: int, runner: ModelRunner) 
     if device.type == "cuda":
         reserve = runner.profile()
         free, total = torch.cuda.mem_get_info(device)
-        # What others hold of the device is not ours to count: several workers may share it.
-        own = torch.cuda.memory_reserved(device) + _CONTEXT_BYTES
-        room = min(int(total * config.gpu_memory_fraction) - own, free) - reserve
+        # What others hold of the device is not ours to count: several workers may share it. What is free is not ours alone, either.
+        share = int(total * config.gpu_memory_fraction) - torch.cuda.memory_reserved(device)
+        if free < share:
+            log.warning("others_hold_the_share", free=free, share=share, fraction=config.gpu_memory_fraction)
+        room = min(share, free) - _CONTEXT_BYTES - reserve
     else:
         room = config.cpu_cache_bytes
     blocks = min(room // bytes_each, limits.max_seqs * limits.blocks_of(limits.max_model_len))

@@ -236,7 +236,7 @@ class ModelRunner:
             if nodes > 1:
                 tree_rows = self._draft(decode_slots, decodes, nodes)
                 guesses = self._fetch_guesses(plan, tree_rows)
-            decode = state.decode_inputs(slots[:decodes]) if tree_rows is None else tree_rows.inputs()
+            decode = state.decode_inputs(slots[:decodes], self.ops) if tree_rows is None else tree_rows.inputs()
             ids = torch.cat((decode.ids, ids))
             positions = torch.cat((decode.positions, positions))
             kv_slots = torch.cat((decode.kv_slots, kv_slots))
@@ -310,7 +310,7 @@ class ModelRunner:
         padded = staged_slots.long()
         slots = padded[:size]
         nodes = 1 if tree_rows is None else tree_rows.tree.tree.size
-        inputs = self.state.decode_inputs(slots) if tree_rows is None else tree_rows.inputs()
+        inputs = self.state.decode_inputs(slots, self.ops) if tree_rows is None else tree_rows.inputs()
         batch = AttentionBatch(
             query_start=self._row_starts[: size + 1] * nodes if nodes > 1 else self._row_starts[: size + 1],
             context_len=inputs.context_len,
@@ -392,6 +392,15 @@ class ModelRunner:
             everything = SamplingMode(True, True, True, MAX_LOGPROBS, typical=True, edits=True, recent=True)
             self._sample(hidden, nobody, wanted, everything)
 
+        def verify() -> None:
+            # Trees beside prompts, and where masks or log-probabilities are wanted, are checked outside graphs.
+            size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
+            if nodes > 1:
+                rows = self._draft(nobody, size, nodes)
+                embedding = self.decoder.weights.embedding
+                hidden = embedding.new_zeros(size * nodes, embedding.shape[1])
+                self._verify(hidden, rows, SamplingMode(True, True, True, MAX_LOGPROBS, edits=True), None)
+
         def decode() -> None:
             # Of all kinds of decode steps the one with the most rows.
             size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
@@ -400,7 +409,7 @@ class ModelRunner:
 
         with self.context():
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
-            largest = max(peak(prefill), peak(lambda: self.search.rehearse(nobody, self.cache)))
+            largest = max(peak(prefill), peak(verify), peak(lambda: self.search.rehearse(nobody, self.cache)))
             captured = peak(decode)
             graphs = len(self.decode_shapes()) * (8 << 20)
             if sizes := self.prompt_sizes():

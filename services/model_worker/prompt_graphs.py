@@ -19,10 +19,10 @@ from services.model_worker.models.decoder import Decoder
 
 # Parameters × rows of a pass from which the device takes longer than the host would without graphs.
 WORTHWHILE = 4e12
-# By a quarter at most too many rows, where they cost time.
+# A third at most is filled up, from 256 rows on a quarter.
 _SIZES = (
-    16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096,
-    5120, 6144, 7168, 8192,
+    16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072,
+    3584, 4096, 5120, 6144, 7168, 8192,
 )  # fmt: skip
 
 Caches = list[tuple[Tensor, Tensor]]

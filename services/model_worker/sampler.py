@@ -33,6 +33,11 @@ class SamplingMode:
     recent: bool = False
 
     @property
+    def logits_alone(self) -> bool:
+        """Every row takes the likeliest token, whatever its sequence."""
+        return not (self.random or self.penalties or self.edits)
+
+    @property
     def capturable(self) -> bool:
         """Common enough for a CUDA graph of its own."""
         return not (self.penalties or self.typical or self.edits) and self.logprobs < 0
@@ -102,9 +107,12 @@ def choose(
     """The token after each row, int64 [R], counted towards its sequence's penalties.
 
     logits [R, V], overwritten unless log-probabilities are wanted of them; slots int64 [≥ R], padded to a multiple of four so that the
-    gathered rows stay aligned; context_len int32 [R]: tokens of each row's sequence, the row's own included; counted int64: the rows
-    whose tokens count (None: all); masks: of the R rows, None: every token is allowed.
+    gathered rows stay aligned (not looked at where `mode.logits_alone`); context_len int32 [R]: tokens of each row's sequence, its own
+    included; counted int64: the rows whose tokens count (None: all); masks: of the R rows, None: every token is allowed.
     """
+    if mode.logits_alone:
+        scores = _masked(ops, logits, logits, mode, masks)
+        return ops.sample(scores, SamplingBatch.greedy(state.seed))
     rows = logits.shape[0]
     gathered = state.fields.index_select(1, slots)
     values = [row.view(torch.float32) for row in gathered[:FLOAT_FIELDS]] + list(gathered[FLOAT_FIELDS:])
@@ -124,10 +132,7 @@ def choose(
         edit_rows = torch.where(field["edited"] > 0, slots, -1).int()
         recent = state.edits.recent.index_select(0, slots)
         ops.edit_logits(scores, state.edits.tables, edit_rows, position, recent)
-    if masks is not None:
-        if scores is logits and mode.logprobs >= 0:
-            scores = logits.clone()
-        ops.apply_token_bitmask(scores, masks.masks, masks.mask_rows)
+    scores = _masked(ops, scores, logits, mode, masks)
     ids = ops.sample(
         scores,
         SamplingBatch(
@@ -150,3 +155,12 @@ def choose(
     if mode.recent:
         state.edits.append(*((slots, ids) if counted is None else (slots[counted], ids[counted])))
     return ids
+
+
+def _masked(ops: Ops, scores: Tensor, logits: Tensor, mode: SamplingMode, masks: RowMasks | None) -> Tensor:
+    """scores, which may be the logits, without the tokens that are not allowed; the logits stay where log-probabilities are wanted."""
+    if masks is None:
+        return scores
+    if scores is logits and mode.logprobs >= 0:
+        scores = logits.clone()
+    return ops.apply_token_bitmask(scores, masks.masks, masks.mask_rows)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.ops import Ops
 from services.model_worker.logit_edits import EditState, recent_tokens, remembers_tokens
 from services.model_worker.sequence import Sequence
 from services.model_worker.step_plan import SchedulerLimits
@@ -116,6 +117,7 @@ class StepState:
         self.token_counts = torch.zeros(slots, vocab_size, dtype=torch.int32, device=device)
         self.prompt_mask = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
         self.edits = EditState(slots, device)
+        self._no_depth = torch.zeros(1, dtype=torch.int32, device=device)
 
     def stage_admissions(self, staging: Staging, sequences: list[Sequence]) -> tuple[Tensor, ...]:
         """Puts what `apply_admissions` needs."""
@@ -171,18 +173,15 @@ class StepState:
         self.prompt_mask[sequence.slot].zero_()[prompt] = True
         self.token_counts[sequence.slot].zero_().index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
 
-    def decode_inputs(self, slots: Tensor) -> DecodeInputs:
+    def decode_inputs(self, slots: Tensor, ops: Ops) -> DecodeInputs:
         """slots int64 [n]; padded ones get context_len 0 and kv slot -1."""
-        context = self.context.index_select(0, slots)
-        real = slots < self.null_slot
-        table = self.block_table.index_select(0, slots)
-        block = table.gather(1, (context // self.block_size).long()[:, None]).squeeze(1)
+        rows = ops.lay_out(slots, self._no_depth, self.context, self.block_table, self.block_size)
         return DecodeInputs(
-            ids=self.last_token.index_select(0, slots),
-            positions=context,
-            kv_slots=torch.where(real, block * self.block_size + context % self.block_size, -1),
-            context_len=torch.where(real, context + 1, 0),
-            block_table=table,
+            self.last_token.index_select(0, slots),
+            rows.positions,
+            rows.kv_slots.flatten(),
+            rows.context_len,
+            rows.block_table,
         )
 
     def kv_slots(self, slots: Tensor, positions: Tensor) -> Tensor:

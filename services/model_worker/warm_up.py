@@ -35,7 +35,6 @@ _KINDS = (
     ),
 )
 _PROMPT = 20  # tokens
-_DRAFTING = 4  # sequences with a tree; a size that there are graphs of
 
 
 def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> int:
@@ -89,8 +88,11 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         for tree in (
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):
-            if limits.max_seqs > 3 and (_DRAFTING, tree.size) in runner.decode_shapes():
-                for _ in range(_DRAFTING - 1):
+            drafting = max(
+                (size for size, nodes in runner.decode_shapes() if nodes == tree.size and size <= 4), default=0
+            )
+            if drafting:
+                for _ in range(drafting - 1):
                     add(_KINDS[0])
                 step()
                 add(_KINDS[0])

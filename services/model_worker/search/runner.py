@@ -247,7 +247,7 @@ class SearchRunner:
         assert self.amateur is not None
         state, padded = self._state, padded.long()
         slots = padded[:count]
-        inputs = state.decode_inputs(slots)
+        inputs = state.decode_inputs(slots, self._ops)
         batch = self._decode_batch(inputs.context_len, inputs.block_table, 1, longest)
         both = []
         for decoder, of_model in ((self._decoder, cache), (self.amateur.decoder, self.amateur.cache)):

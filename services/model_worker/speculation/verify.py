@@ -88,22 +88,13 @@ class Verifier:
 
     def rows(self, padded: Tensor, count: int, tree: DeviceTree) -> TreeRows:
         """padded int64 [≥ count]: the slots of `count` sequences."""
-        state, nodes, slots = self._state, tree.tree.size, padded[:count]
+        state, slots = self._state, padded[:count]
         context = state.context.index_select(0, slots)
         last = state.last_token.index_select(0, slots)
         tokens = self._drafter.draft(DraftInputs(slots, context, last, self.hidden.index_select(0, slots)), tree)
-        places = context[:, None] + torch.arange(nodes, dtype=torch.int32, device=context.device)
-        kv_slots = state.kv_slots(slots.repeat_interleave(nodes), places.flatten()).view_as(places)
-        real = slots < state.null_slot
+        laid = self._ops.lay_out(slots, tree.depths, state.context, state.block_table, state.block_size)
         return TreeRows(
-            tree=tree,
-            slots=padded,
-            context=context,
-            tokens=tokens,
-            positions=(context[:, None] + tree.depths).flatten(),
-            kv_slots=torch.where(real[:, None], kv_slots, -1),
-            context_len=torch.where(real, context + nodes, 0),
-            block_table=state.block_table.index_select(0, slots),
+            tree, padded, context, tokens, laid.positions, laid.kv_slots, laid.context_len, laid.block_table
         )
 
     def accept(
@@ -120,10 +111,25 @@ class Verifier:
         if masks is not None and self._typical is not None:
             plausible = self._ops.apply_token_bitmask(logits.clone(), masks.masks, masks.mask_rows)
         # A node's choice has the noise of the position after the node's own, as it would have in a step without a tree.
+        of_nodes = rows.slots if mode.logits_alone else rows.slots.repeat_interleave(nodes)
         chosen = choose(
-            self._ops, state, logits, rows.slots.repeat_interleave(nodes), rows.positions + 1, mode, counted=roots,
-            masks=masks,
+            self._ops, state, logits, of_nodes, rows.positions + 1, mode, counted=roots, masks=masks
         ).view(count, nodes)  # fmt: skip
+        if mode.logprobs < 0 and not (mode.penalties or mode.recent or (mode.random and self._typical is not None)):
+            kept = self._ops.accept_tree(
+                tree,
+                slots,
+                rows.tokens,
+                chosen,
+                rows.kv_slots,
+                hidden,
+                rows.context,
+                state.context,
+                state.last_token,
+                self.hidden,
+            )
+            self._ops.move_kv(cache[0], cache[1], kept.source, kept.target)
+            return Sampled(kept.ids)
         match = self._match(rows, chosen, plausible, mode)
         accepted = accept(tree, rows.tokens, chosen, match)
         source, target = moves(accepted.path, rows.kv_slots)

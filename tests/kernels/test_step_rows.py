@@ -1,0 +1,104 @@
+"""Where decode rows stand and which guesses are kept: the kernels against the reference, and the reference against plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.reference import ReferenceOps
+from kernels.triton_ops import TritonOps
+from services.model_worker.speculation.acceptance import DeviceTree
+from services.model_worker.speculation.tree import Tree, default_trees
+
+REFERENCE, TRITON = ReferenceOps(), TritonOps()
+SLOTS = torch.tensor([4, 0, 2, 6, 1])  # of six sequences and nobody
+NULL = 6
+TREES = {
+    "one guess": Tree.of([(0,)]),
+    "chain": Tree.of([(0,), (0, 0), (0, 0, 0)]),
+    "wide": Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0)]),
+}
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 9])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_lay_out(nodes: int, block_size: int) -> None:
+    torch.manual_seed(nodes)
+    context = torch.tensor([5, 0, 2 * block_size - 1, 33, 64, 7, 0], dtype=torch.int32)
+    table = torch.randint(0, 500, (7, 300), dtype=torch.int32)
+    depths = torch.randint(0, 4, (nodes,), dtype=torch.int32)
+    depths[0] = 0
+    expected, got = (ops.lay_out(SLOTS, depths, context, table, block_size) for ops in (REFERENCE, TRITON))
+    for name in ("positions", "kv_slots", "context_len", "block_table"):
+        ours, theirs = getattr(got, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype == torch.int32
+        assert torch.equal(ours, theirs), name
+    for row, slot in enumerate(SLOTS.tolist()):
+        start = context[slot].item()
+        assert expected.positions.view(-1, nodes)[row].tolist() == [start + depth for depth in depths.tolist()]
+        if slot == NULL:
+            assert expected.context_len[row] == 0 and (expected.kv_slots[row] == -1).all()
+            continue
+        places = [
+            table[slot, p // block_size].item() * block_size + p % block_size for p in range(start, start + nodes)
+        ]
+        assert expected.kv_slots[row].tolist() == places
+        assert expected.context_len[row] == start + nodes
+
+
+def accepted_by_hand(tree: Tree, tokens: list[int], chosen: list[int]) -> list[int]:
+    """The nodes from the root to the last accepted one."""
+    path = [0]
+    while True:
+        here = tree.nodes[path[-1]]
+        children = [n for n, node in enumerate(tree.nodes) if len(node) == len(here) + 1 and node[: len(here)] == here]
+        following = [n for n in children if tokens[n] == chosen[path[-1]]]
+        if not following:
+            return path
+        path.append(following[0])
+
+
+@pytest.mark.parametrize("name", [*TREES, "largest default"])
+def test_accept_tree(name: str) -> None:
+    tree = TREES[name] if name in TREES else default_trees(4).trees[-1]
+    device_tree, nodes, hidden_size = DeviceTree(tree, torch.device("cpu")), tree.size, 40
+    torch.manual_seed(len(name))
+    seen = set()
+    for _ in range(12):
+        # Few tokens, so that guesses come true; distinct among siblings, as a drafter's are.
+        tokens = torch.randint(0, 3, (5, nodes))
+        for n, node in enumerate(tree.nodes[1:], 1):
+            tokens[:, n] = (tokens[:, device_tree.parents[n]] + node[-1]) % 97
+        chosen = (tokens + torch.randint(0, 2, (5, nodes))) % 97
+        kv_slots = torch.randperm(2000)[: 5 * nodes].view(5, nodes).int()
+        kv_slots[3] = -1
+        hidden = torch.randn(5 * nodes, hidden_size)
+        before = torch.tensor([10, 20, 30, 0, 50], dtype=torch.int32)
+        results = []
+        for ops in (REFERENCE, TRITON):
+            context = torch.arange(100, 107, dtype=torch.int32)
+            last_token, kept = torch.arange(7), torch.zeros(7, hidden_size)
+            out = ops.accept_tree(
+                device_tree, SLOTS, tokens, chosen, kv_slots, hidden, before, context, last_token, kept
+            )
+            results.append(
+                (out.ids, out.target, torch.where(out.target >= 0, out.source, -1), context, last_token, kept)
+            )
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        ids, target, source, context, last_token, kept = results[0]
+        for row, slot in enumerate(SLOTS.tolist()):
+            path = accepted_by_hand(tree, tokens[row].tolist(), chosen[row].tolist())
+            seen.add(len(path))
+            assert [t for t in ids[row].tolist() if t >= 0] == [chosen[row, n].item() for n in path]
+            assert last_token[slot] == chosen[row, path[-1]]
+            assert torch.equal(kept[slot], hidden[row * nodes + path[-1]])
+            assert context[slot] == (0 if slot == NULL else before[row] + len(path))
+            if slot != NULL:
+                moves = [(kv_slots[row, n].item(), kv_slots[row, k].item()) for k, n in enumerate(path) if k != n]
+                depth = tree.depth
+                pairs = zip(source[row * depth :][:depth].tolist(), target[row * depth :][:depth].tolist(), strict=True)
+                assert [pair for pair in pairs if pair[1] >= 0] == moves
+        assert context[3] == 103 and context[5] == 105, "others' are left alone"
+    assert len(seen) > 1
