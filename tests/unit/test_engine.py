@@ -159,7 +159,7 @@ def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path) -> None:
 def test_sizes_of_captured_prompts() -> None:
     assert prompt_sizes(440_000_000, 8192)[-1] == 8192
     assert prompt_sizes(7_000_000_000, 8192)[-1] == 512
-    assert prompt_sizes(1_000, 100)[-1] == 64
+    assert prompt_sizes(1_000, 100)[-1] == 96
     assert prompt_sizes(10**12, 8192) == []
 
 
