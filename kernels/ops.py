@@ -74,9 +74,9 @@ class SamplingBatch:
     typical_p: Tensor | None = None
 
     @classmethod
-    def greedy(cls, anything: Tensor) -> SamplingBatch:
-        """Of rows that all take the likeliest token: no tensor of it is read."""
-        return cls(*[anything] * 7, any_random=False, any_filter=False)
+    def greedy(cls, floats: Tensor, ints: Tensor, longs: Tensor) -> SamplingBatch:
+        """Of rows that all take the likeliest token: nothing of these is read, only their types count (f32, int32, int64)."""
+        return cls(floats, ints, floats, floats, longs, ints, ints, any_random=False, any_filter=False)
 
 
 @dataclass(slots=True)

@@ -156,7 +156,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     long = torch.zeros(2, dtype=torch.int64)
     sampling = SamplingBatch(floats, ints, floats, floats, long, ints, ints)
     unfiltered = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_filter=False)
-    greedy = SamplingBatch(floats, ints, floats, floats, long, ints, ints, any_random=False)
+    greedy = SamplingBatch.greedy(floats, ints, long)
     typical = SamplingBatch(floats, ints, floats, floats, long, ints, ints, typical_p=floats)
     edits = LogitEdits(
         torch.zeros(1, 512, dtype=torch.int32),
