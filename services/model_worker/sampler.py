@@ -112,7 +112,9 @@ def choose(
     """
     if mode.logits_alone:
         scores = _masked(ops, logits, logits, mode, masks)
-        return ops.sample(scores, SamplingBatch.greedy(state.fields[0].view(torch.float32), state.fields[-1], state.seed))
+        return ops.sample(
+            scores, SamplingBatch.greedy(state.fields[0].view(torch.float32), state.fields[-1], state.seed)
+        )
     rows = logits.shape[0]
     gathered = state.fields.index_select(1, slots)
     values = [row.view(torch.float32) for row in gathered[:FLOAT_FIELDS]] + list(gathered[FLOAT_FIELDS:])
