@@ -471,8 +471,8 @@ class Engine:
         self._last_retired = now
         output.step, output.seconds = plan.step, seconds
         if plan.admitted:
-            given = flight.launched
-            output.admitted = [SlotGiven(s.request.request_id, s.request.choice, given) for s in plan.admitted]
+            requests = [sequence.request for sequence in plan.admitted]
+            output.admitted = [SlotGiven(r.request_id, r.choice, r.epoch, flight.launched) for r in requests]
         if self.trees is not None and plan.decodes:
             outcomes = zip((s.acceptance for s in plan.decodes), result.ids, strict=False)
             self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)

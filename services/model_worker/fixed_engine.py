@@ -209,7 +209,7 @@ class FixedEngine:
             sequence = heappop(self._waiting)
             name = sequence.request.request_id, sequence.request.choice
             self._running[name] = sequence
-            self._admitted.append(SlotGiven(*name, asyncio.get_running_loop().time()))
+            self._admitted.append(SlotGiven(*name, sequence.request.epoch, asyncio.get_running_loop().time()))
         if not self._running:
             return
         loop = asyncio.get_running_loop()

@@ -138,6 +138,7 @@ class SlotGiven:
 
     request_id: str
     choice: int
+    epoch: int
     when: float
 
 

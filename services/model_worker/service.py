@@ -405,7 +405,7 @@ class WorkerService(Service):
             self._step_sequences.observe(len(step.tokens))
         for slot in step.admitted:
             run = self._runs.get(slot.request_id)
-            if run is not None and not run.admitted:
+            if run is not None and run.epoch == slot.epoch and not run.admitted:
                 run.admitted = slot.when
                 self._queue_seconds.observe(max(0.0, slot.when - run.taken))
 

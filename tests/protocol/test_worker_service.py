@@ -708,7 +708,7 @@ async def test_the_phases_of_a_run_follow_one_another(late: float, took: float) 
     class AtOnce(ScriptedEngine):
         def submit(self, requests: Sequence[EngineRequest]) -> None:
             super().submit(requests)
-            self.slot = SlotGiven("t.a", 0, loop.time() + max(0.0, -took))
+            self.slot = SlotGiven("t.a", 0, 1, loop.time() + max(0.0, -took))
             loop._now += late
 
     world.worker = WorkerService(
@@ -724,7 +724,9 @@ async def test_the_phases_of_a_run_follow_one_another(late: float, took: float) 
     assert (await world.order(run)).accepted
     loop._now = max(loop.time(), engine.slot.when + took)
     tokens = TokenOutput("t.a", 0, 1, 0, [7], finish=FinishReason.LENGTH)
-    engine.on_steps([StepOutput(1, [tokens], admitted=[engine.slot])])
+    # What an earlier epoch of the request was given, is not this run's.
+    earlier = SlotGiven("t.a", 0, 0, engine.slot.when - 0.5)
+    engine.on_steps([StepOutput(1, [tokens], admitted=[earlier, engine.slot])])
     await world.idle()
     await world.worker.stop()
     generate, *phases = (recorder.times[name] for name in ("generate", "queue", "prefill", "decode"))
