@@ -137,7 +137,6 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     if arguments.device != "cpu" and torch.cuda.is_available():
         common["gpu_memory_fraction"] = 0.4
     plain = Client(EngineConfig(arguments.model, speculate=False, **common))
-    common["gpu_memory_fraction"] = 0.8
     drafted = Client(EngineConfig(arguments.model, heads=arguments.heads, **common))
     text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
     longest = min(4 * arguments.output, plain.engine.info.max_model_len - arguments.prompt - 1)

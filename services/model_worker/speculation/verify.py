@@ -106,7 +106,9 @@ class Verifier:
         state, tree = self._state, rows.tree
         count, nodes = rows.tokens.shape
         slots = rows.slots[:count]
-        roots = torch.arange(0, count * nodes, nodes, device=slots.device)
+        # Nothing but the chosen tokens decides, and nobody wants to know more.
+        plain = mode.logprobs < 0 and not (mode.penalties or mode.recent or (mode.random and self._typical is not None))
+        roots = None if plain else torch.arange(0, count * nodes, nodes, device=slots.device)
         plausible = logits
         if masks is not None and self._typical is not None:
             plausible = self._ops.apply_token_bitmask(logits.clone(), masks.masks, masks.mask_rows)
@@ -115,7 +117,7 @@ class Verifier:
         chosen = choose(
             self._ops, state, logits, of_nodes, rows.positions + 1, mode, counted=roots, masks=masks
         ).view(count, nodes)  # fmt: skip
-        if mode.logprobs < 0 and not (mode.penalties or mode.recent or (mode.random and self._typical is not None)):
+        if roots is None:
             kept = self._ops.accept_tree(
                 tree,
                 slots,
