@@ -57,6 +57,8 @@ def parts(out: Path, tokenizer: Path) -> list[Part]:
     found = [
         Part("kernels-correct", gpu_tests("test_kernels_gpu.py"), 150, 60, gate=True),
         Part("hopper-correct", gpu_tests("test_prefill_hopper_gpu.py"), 60, 30, gate=True),
+        Part("engine-correct", gpu_tests("test_engine_gpu.py"), 200, 90, gate=True),
+        Part("invariant-correct", gpu_tests("test_batch_invariant_gpu.py"), 120, 40, gate=True),
         Part("identity-f32", module("benchmarks.identity", *demo, *results), 120, 40, gate=True),
     ]
     for short, shape in SHAPES.items():
