@@ -93,7 +93,7 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
     if rows <= 16:
         return _by_weight(width, depth)
     # Of small weights the launch and the first bytes cost more than the product: what the measured ones have in common.
-    return _of_small_weight(width, depth) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
+    return _by_weight(width, depth, PROGRAMS // 2, 8) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
 
 
 def invariant(width: int, depth: int) -> GemmConfig:
@@ -102,13 +102,7 @@ def invariant(width: int, depth: int) -> GemmConfig:
     return replace(_by_weight(width, depth), block_m=64)
 
 
-def _by_weight(width: int, depth: int) -> GemmConfig:
+def _by_weight(width: int, depth: int, programs: int = PROGRAMS, most_splits: int = PROGRAMS) -> GemmConfig:
     tiles, steps = -(-width // 64), depth // 128
-    split = max(1, min(PROGRAMS // tiles, steps // 2))
+    split = max(1, min(programs // tiles, steps // 2, most_splits))
     return GemmConfig(64, 128, 4, split, 4, tma=True)
-
-
-def _of_small_weight(width: int, depth: int) -> GemmConfig:
-    """A program for each of an H200's processors."""
-    tiles, steps = -(-width // 64), depth // 128
-    return GemmConfig(64, 128, 4, max(1, min(PROGRAMS // 2 // tiles, steps // 2, 8)), 4, tma=True)

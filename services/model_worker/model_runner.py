@@ -366,6 +366,7 @@ class ModelRunner:
         writing nothing that matters; leaves the allocator's cache empty."""
         limits, device = self.limits, self.device
         rows, longest = limits.max_batched_tokens, limits.max_model_len
+        size, nodes = self.decode_shapes()[0]  # of all kinds of decode steps the one with the most rows
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -394,7 +395,6 @@ class ModelRunner:
 
         def verify() -> None:
             # Trees beside prompts, and where masks or log-probabilities are wanted, are checked outside graphs.
-            size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
             if nodes > 1:
                 rows = self._draft(nobody, size, nodes)
                 embedding = self.decoder.weights.embedding
@@ -402,8 +402,6 @@ class ModelRunner:
                 self._verify(hidden, rows, SamplingMode(True, True, True, MAX_LOGPROBS, edits=True), None)
 
         def decode() -> None:
-            # Of all kinds of decode steps the one with the most rows.
-            size, nodes = max(self.decode_shapes(), key=lambda shape: shape[0] * shape[1])
             rows = self._draft(nobody, size, nodes) if nodes > 1 else None
             self._sample_decode(self._decode(nobody, size, longest, rows), size, CAPTURED_MODES[-1])
 
