@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kernels.skinny_gemm import GEMV_ROWS, MAX_ROWS, GemmConfig
+from kernels.skinny_gemm import MAX_ROWS, GemmConfig
 
 SMALL_WEIGHT = 8 << 20  # parameters; above it cuBLAS is as good for more than 16 rows
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
@@ -88,7 +88,7 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
     key = bucket(rows), width, depth
     if key in MEASURED:
         return MEASURED[key]
-    if rows <= GEMV_ROWS:
+    if rows <= 2:
         return GemmConfig(4, 1024, 4)
     if rows <= 16:
         return _by_weight(width, depth)

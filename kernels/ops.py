@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,24 @@ class AttentionBatch:
     max_query: int
     max_context: int
     tree_mask: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Sums:
+    """A product [T, out] whose spans along K are still to be added up: parts f32 [spans, T, out]; the sum counts rounded to dtype."""
+
+    parts: Tensor
+    dtype: torch.dtype
+
+    def total(self) -> Tensor:
+        return self.parts.sum(0).to(self.dtype)
+
+
+Product = Tensor | Sums
+
+
+def whole(product: Product) -> Tensor:
+    return product.total() if isinstance(product, Sums) else product
 
 
 @dataclass(slots=True)
@@ -134,18 +153,21 @@ class Ops(Protocol):
         """x [T, in] · weight [out, in]ᵀ (+ bias [out]) → [T, out]; sums in f32. The weight may be read before the kernels ahead
         have finished: nothing may write it while steps run."""
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product:
+        """As `linear`, for an operation that takes a Product: adding up where it is read saves a launch."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]; statistics in f32, the normalised row is cast to x.dtype, then scaled (Llama's order)."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x in place (rounded to its dtype); returns rms_norm(residual)."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Product) -> Tensor:
         """[T, 2I] → silu(first half) × second half, [T, I]."""
 
     def rope_and_cache(
         self,
-        qkv: Tensor,
+        qkv: Product,
         cos_sin: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -249,7 +271,7 @@ class Ops(Protocol):
         chosen: Tensor,
         kv_slots: Tensor,
         hidden: Tensor,
-        before: Tensor,
+        context_len: Tensor,
         context: Tensor,
         last_token: Tensor,
         kept_hidden: Tensor,
@@ -257,7 +279,32 @@ class Ops(Protocol):
         """From the root on, follows the child that holds the token chosen at its parent; of siblings with the same token the first.
 
         tokens, chosen int64 [R, n]: the nodes' and what the model chose after each; kv_slots int32 [R, n], hidden [R × n, H];
-        before int32 [R]: the sequences' contexts without the nodes. Written at slots int64 [≥ R]: context int32 [slots], with what was
-        accepted; last_token int64 [slots] and kept_hidden [slots, H], of the last accepted node. The last slot is nobody's; its context
-        stays 0.
+        context_len int32 [R]: the sequences' contexts with all nodes. Written at slots int64 [≥ R]: context int32 [slots], with what
+        was accepted; last_token int64 [slots] and kept_hidden [slots, H], of the last accepted node. The last slot is nobody's; its
+        context stays 0.
+        """
+
+    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+        """x + SiLU(weight x + bias) of each Medusa head (Cai et al. 2024): weight [heads, H, H], bias [heads, H].
+
+        x [heads, R, H], or [1, R, H] for all heads; with slots int64 [R] its rows are x[:, slots]. Returns [heads, R, H].
+        """
+
+    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [heads, R, K] · weight [heads, N, K]ᵀ → [heads, R, N]."""
+
+    def guess_tokens(
+        self,
+        logits: Tensor,
+        token_map: Tensor | None,
+        slots: Tensor,
+        last_token: Tensor,
+        sources: Tensor,
+        width: int,
+    ) -> Tensor:
+        """The tokens of a tree's nodes: int64 [R, n]. The root's is last_token[slots], that of node i the one at sources[i - 1] of the
+        `width` likeliest tokens of each head, head-major [d, width].
+
+        logits [d, R, V'] of d heads, of equals the lowest id first; token_map int64 [V']: their tokens' ids, None: the ids themselves;
+        slots int64 [R]; last_token int64 [slots]; sources int64 [n - 1].
         """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, RowLayout, SamplingBatch, TreeTables
+from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables, whole
 from kernels.philox import gumbel_noise
 
 
@@ -21,21 +21,24 @@ class ReferenceOps:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product:
+        return F.linear(x, weight, bias)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight * normalised.to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.rms_norm(residual.add_(x), weight, eps)
+    def add_rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(residual.add_(whole(x)), weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
+    def silu_mul(self, gate_up: Product) -> Tensor:
+        gate, up = whole(gate_up).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def rope_and_cache(
         self,
-        qkv: Tensor,
+        qkv: Product,
         cos_sin: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -49,6 +52,7 @@ class ReferenceOps:
         out: Tensor | None = None,
     ) -> Tensor:
         head_dim = k_cache.shape[-1]
+        qkv = whole(qkv)
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
         if q_norm is not None:
@@ -193,7 +197,7 @@ class ReferenceOps:
         chosen: Tensor,
         kv_slots: Tensor,
         hidden: Tensor,
-        before: Tensor,
+        context_len: Tensor,
         context: Tensor,
         last_token: Tensor,
         kept_hidden: Tensor,
@@ -213,12 +217,34 @@ class ReferenceOps:
         target = torch.where((path >= 0) & (path != order), kv_slots[:, :width], -1)[:, 1:]
         ids = torch.where(path >= 0, chosen.gather(1, onward), -1)
         slots = slots[:count]
-        grown = before + lengths.index_select(0, last)
+        grown = context_len - nodes + lengths.index_select(0, last)
         context.index_copy_(0, slots, torch.where(slots < len(context) - 1, grown, 0).int())
         last_token.index_copy_(0, slots, chosen.gather(1, last[:, None]).squeeze(1))
         rows = torch.arange(0, count * nodes, nodes, device=tokens.device) + last
         kept_hidden.index_copy_(0, slots, hidden.index_select(0, rows))
         return AcceptedTree(ids, source.flatten(), target.flatten())
+
+    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+        x = (x if slots is None else x.index_select(1, slots)).expand(len(weight), -1, -1)
+        return x + F.silu(torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)))
+
+    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    def guess_tokens(
+        self,
+        logits: Tensor,
+        token_map: Tensor | None,
+        slots: Tensor,
+        last_token: Tensor,
+        sources: Tensor,
+        width: int,
+    ) -> Tensor:
+        candidates = logits.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+        if token_map is not None:
+            candidates = token_map[candidates]
+        by_sequence = candidates.transpose(0, 1).flatten(1)
+        return torch.cat((last_token.index_select(0, slots)[:, None], by_sequence.index_select(1, sources)), dim=1)
 
 
 def filter_scores(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _inspect(name: str, binary: Any) -> Resources:
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
     from kernels.gemm_choice import choose, invariant
-    from kernels.ops import AttentionBatch, LogitEdits, SamplingBatch
+    from kernels.ops import AttentionBatch, LogitEdits, Product, SamplingBatch, Sums
     from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
@@ -187,7 +187,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         q = torch.zeros(2 * rows, q_heads, head_dim, dtype=bf16)
         return ops.attention(q, cache(page), cache(page), batch, 0.1, window)
 
-    def rope(norm: torch.Tensor | None) -> object:
+    def rope(norm: torch.Tensor | None, qkv: Product = qkv) -> object:
         k = cache(64)
         table = torch.zeros(8, head_dim)
         return ops.rope_and_cache(qkv, table, ints[:2], ints[:2], k, k, q_heads, kv_heads, norm, norm, 1e-6)
@@ -200,6 +200,9 @@ def production_calls() -> dict[str, Callable[[], object]]:
         x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
         return skinny_linear(x, weight, None, invariant(*weight.shape))
 
+    def sums(width: int) -> Sums:
+        return Sums(torch.zeros(8, 2, width), bf16)
+
     def accept(nodes: int, depth: int) -> object:
         def ints64(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64)
@@ -209,6 +212,10 @@ def production_calls() -> dict[str, Callable[[], object]]:
         rows = torch.zeros(2, nodes, dtype=torch.int32)
         return ops.accept_tree(tree, long, tokens, tokens, rows, states, ints[:2], ints, ints64(8), states)
 
+    def heads(rows: int) -> object:
+        weight, slots = torch.zeros(4, hidden, hidden, dtype=bf16), torch.zeros(rows, dtype=torch.int64)
+        return ops.residual_block(x[None], weight, weight[:, 0], slots)
+
     table = torch.zeros(8, 264, dtype=torch.int32)
     return {
         "linear, 1 row": lambda: product(1),
@@ -217,6 +224,9 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "linear, 128 rows": lambda: product(128),
         "rms_norm": lambda: ops.rms_norm(x, x[0], 1e-6),
         "add_rms_norm": lambda: ops.add_rms_norm(x, x, x[0], 1e-6),
+        "add_rms_norm of sums": lambda: ops.add_rms_norm(sums(hidden), x, x[0], 1e-6),
+        "silu_mul of sums": lambda: ops.silu_mul(sums(2 * intermediate)),
+        "rope_and_cache of sums": lambda: rope(qkv[0, :head_dim].clone(), sums(qkv.shape[1])),
         "silu_mul": lambda: ops.silu_mul(torch.zeros(2, 2 * intermediate, dtype=bf16)),
         "rope_and_cache": lambda: rope(None),
         "rope_and_cache, qk-norm": lambda: rope(qkv[0, :head_dim].clone()),
@@ -245,6 +255,16 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "lay_out, tree of 64": lambda: ops.lay_out(long, torch.zeros(64, dtype=torch.int32), ints, table, 64),
         "accept_tree of 8": lambda: accept(8, 3),
         "accept_tree of 64": lambda: accept(64, 5),
+        "residual_block, 1 row": lambda: heads(1),
+        "residual_block, 64 rows": lambda: heads(64),
+        "guess_tokens of 64": lambda: ops.guess_tokens(
+            torch.zeros(4, 2, vocabulary, dtype=bf16),
+            None,
+            long,
+            torch.zeros(8, dtype=torch.int64),
+            long[:1].expand(63),
+            10,
+        ),
         "move_kv": lambda: ops.move_kv(cache(64)[None], cache(64)[None], ints, ints),
     }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+from kernels.ops import Product
+from kernels.products import load_product, spans_of
 
 HEADS_PER_PROGRAM = 16
 
@@ -34,6 +37,8 @@ def _rope_cache_kernel(
     k_cache_ptr,
     v_cache_ptr,
     eps,
+    span_stride,
+    SPANS: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -54,8 +59,8 @@ def _rope_cache_kernel(
     dtype = q_ptr.dtype.element_ty
 
     source = qkv_ptr + row * (HQ + 2 * HKV) * D + head * D + column
-    first = tl.load(source, mask=tile, other=0.0).to(tl.float32)
-    second = tl.load(source + D // 2, mask=tile, other=0.0).to(tl.float32)
+    first = load_product(source, tile, span_stride, SPANS, dtype)
+    second = load_product(source + D // 2, tile, span_stride, SPANS, dtype)
     is_q = head < HQ
     is_k = (head >= HQ) & (head < HQ + HKV)
     raw_first, raw_second = first, second
@@ -86,7 +91,7 @@ def _rope_cache_kernel(
 
 
 def rope_and_cache(
-    qkv: Tensor,
+    qkv: Product,
     cos_sin: Tensor,
     positions: Tensor,
     slots: Tensor,
@@ -100,13 +105,13 @@ def rope_and_cache(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `Ops.rope_and_cache`. One program for a row and 16 of its heads."""
-    qkv = qkv.contiguous()
-    rows, head_dim = qkv.shape[0], k_cache.shape[-1]
-    q = qkv.new_empty(rows, num_q_heads, head_dim) if out is None else out
+    values, spans, span_stride = spans_of(qkv)
+    rows, head_dim = values.shape[-2], k_cache.shape[-1]
+    q = torch.empty(rows, num_q_heads, head_dim, dtype=qkv.dtype, device=values.device) if out is None else out
     if rows:
         heads = num_q_heads + 2 * num_kv_heads
         _rope_cache_kernel[(rows, triton.cdiv(heads, HEADS_PER_PROGRAM))](
-            qkv,
+            values,
             cos_sin,
             positions,
             slots,
@@ -116,6 +121,8 @@ def rope_and_cache(
             k_cache,
             v_cache,
             eps,
+            span_stride,
+            SPANS=spans,
             HQ=num_q_heads,
             HKV=num_kv_heads,
             D=head_dim,
@@ -124,6 +131,6 @@ def rope_and_cache(
             HEADS=HEADS_PER_PROGRAM,
             HALF=triton.next_power_of_2(head_dim // 2),
             num_warps=4,
-            **launch_options(qkv.device),
+            **launch_options(values.device),
         )
     return q

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+from kernels.ops import Product, Sums
 
 MAX_ROWS = 128
 GEMV_ROWS = 4
@@ -88,7 +89,7 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _prefetch(pointers, size):
+def prefetch(pointers, size):
     """Asks for `size` bytes (a multiple of 16) at each pointer to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
@@ -107,12 +108,10 @@ def _dot_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
-    partial_ptr,
     M,
     N,
     K,
     BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +120,7 @@ def _dot_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of outputs, or with PARTIAL its sum over a span of K, in f32."""
+    """One tile of outputs' sum over a span of K: out [spans, M, N]. The bias belongs to the first span."""
     start_next(PDL)
     first_n = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -135,7 +134,7 @@ def _dot_kernel(
     row = n.to(tl.int64) * K
     if PDL and PREFETCH:
         first = tl.minimum(n, N - 1).to(tl.int64) * K + begin
-        _prefetch(weight_ptr + first, tl.minimum(tl.maximum(end - begin, 0) * 2, PREFETCH))
+        prefetch(weight_ptr + first, tl.minimum(tl.maximum(end - begin, 0) * 2, PREFETCH))
     wait_for_inputs(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
@@ -148,22 +147,17 @@ def _dot_kernel(
         acc = tl.dot(tile, x.T, acc)
     inside = (n < N)[:, None] & (m < M)[None, :]
     offset = m.to(tl.int64)[None, :] * N + n[:, None]
-    if PARTIAL:
-        tl.store(partial_ptr + split.to(tl.int64) * M * N + offset, acc, mask=inside)
-    else:
-        if BIAS:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if BIAS:
+        shift = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc += tl.where(split == 0, shift, 0.0)
+    tl.store(out_ptr + split.to(tl.int64) * M * N + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _reduce_kernel(
     partial_ptr,
-    bias_ptr,
     out_ptr,
     SIZE,
-    N,
-    BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -176,8 +170,6 @@ def _reduce_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLIT):
         total += tl.load(partial_ptr + split * SIZE + index, mask=inside, other=0.0)
-    if BIAS:
-        total += tl.load(bias_ptr + index % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -197,10 +189,30 @@ def invariant_fits(weight: Tensor) -> bool:
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
     """x [M, K], weight [N, K], bias [N] → [M, N]; any M, at a cost that grows with it beyond 128 rows (4 without tensor cores)."""
+    product = skinny_product(x, weight, bias, config)
+    if not isinstance(product, Sums):
+        return product
+    spans, rows, width = product.parts.shape
+    out = x.new_empty(rows, width)
+    _reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
+        product.parts,
+        out,
+        out.numel(),
+        SPLIT=spans,
+        BLOCK=REDUCE_BLOCK,
+        num_warps=4,
+        **launch_options(x.device),
+    )
+    return out
+
+
+def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Product:
+    """As `skinny_linear`, without adding up what `config.split` has cut."""
     x = x.contiguous()
     rows, depth = x.shape
     width = weight.shape[0]
-    out = x.new_empty(rows, width)
+    split = config.split > 1 and rows > 0
+    out = torch.empty(config.split, rows, width, device=x.device) if split else x.new_empty(rows, width)
     if rows == 0:
         return out
     options = launch_options(x.device)
@@ -222,9 +234,6 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmCo
         )
         return out
     block_m = config.block_m or min(128, max(16, triton.next_power_of_2(rows)))
-    partial = out
-    if config.split > 1:
-        partial = torch.empty(config.split, rows, width, dtype=torch.float32, device=x.device)
     tile = [config.block_n, config.block_k]
     _dot_kernel[(triton.cdiv(width, config.block_n), config.split, triton.cdiv(rows, block_m))](
         x,
@@ -232,12 +241,10 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmCo
         weight,
         bias_or_any,
         out,
-        partial,
         rows,
         width,
         depth,
         BIAS=bias is not None,
-        PARTIAL=config.split > 1,
         TMA=config.tma,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -247,18 +254,4 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmCo
         num_warps=config.num_warps,
         **options,
     )
-    if config.split > 1:
-        size = rows * width
-        _reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](
-            partial,
-            bias_or_any,
-            out,
-            size,
-            width,
-            BIAS=bias is not None,
-            SPLIT=config.split,
-            BLOCK=REDUCE_BLOCK,
-            num_warps=4,
-            **options,
-        )
-    return out
+    return Sums(out, x.dtype) if split else out

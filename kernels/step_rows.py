@@ -97,7 +97,7 @@ def _accept_kernel(
     words_ptr,
     paths_ptr,
     hidden_ptr,
-    before_ptr,
+    context_len_ptr,
     context_ptr,
     last_token_ptr,
     kept_ptr,
@@ -154,7 +154,7 @@ def _accept_kernel(
     tl.store(source_ptr + out, source, mask=written)
     tl.store(target_ptr + out, target, mask=written)
 
-    before = tl.load(before_ptr + sequence)
+    before = tl.load(context_len_ptr + sequence) - NODES
     tl.store(context_ptr + slot, tl.where(slot < null_slot, before + count, 0))
     tl.store(last_token_ptr + slot, tl.load(chosen_ptr + row + last))
     for start in range(0, HIDDEN, HIDDEN_BLOCK):
@@ -170,7 +170,7 @@ def accept_tree(
     chosen: Tensor,
     kv_slots: Tensor,
     hidden: Tensor,
-    before: Tensor,
+    context_len: Tensor,
     context: Tensor,
     last_token: Tensor,
     kept_hidden: Tensor,
@@ -190,7 +190,7 @@ def accept_tree(
             tree.words,
             tree.paths,
             hidden.contiguous(),
-            before,
+            context_len,
             context,
             last_token,
             kept_hidden,

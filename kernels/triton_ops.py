@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import activation, kv_move, logit_edits, norm, rope_cache, sampling, step_rows, token_bitmask
+from kernels import activation, draft, kv_move, logit_edits, norm, rope_cache, sampling, step_rows, token_bitmask
 from kernels.attention_decode import decode_attention
 from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
-from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, RowLayout, SamplingBatch, TreeTables
-from kernels.skinny_gemm import fits, skinny_linear
+from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables
+from kernels.skinny_gemm import fits, skinny_linear, skinny_product
 
 INVARIANT_ROWS = 1024  # of one product in the batch-invariant mode
 
@@ -41,6 +41,13 @@ class TritonOps:
                 return skinny_linear(x, weight, bias, config)
         return torch.nn.functional.linear(x, weight, bias)
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product:
+        if self.fixed_split is None and fits(x, weight):
+            (rows, depth), width = x.shape, weight.shape[0]
+            if (config := choose(rows, width, depth)) is not None:
+                return skinny_product(x, weight, bias, config)
+        return self.linear(x, weight, bias)
+
     def _invariant_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Many rows are taken in turn: the spans' sums of all of a long prefill would take gigabytes."""
         config = invariant(*weight.shape)
@@ -54,15 +61,15 @@ class TritonOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps, residual)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Product) -> Tensor:
         return activation.silu_mul(gate_up)
 
     def rope_and_cache(
         self,
-        qkv: Tensor,
+        qkv: Product,
         cos_sin: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -154,11 +161,28 @@ class TritonOps:
         chosen: Tensor,
         kv_slots: Tensor,
         hidden: Tensor,
-        before: Tensor,
+        context_len: Tensor,
         context: Tensor,
         last_token: Tensor,
         kept_hidden: Tensor,
     ) -> AcceptedTree:
         return step_rows.accept_tree(
-            tree, slots, tokens, chosen, kv_slots, hidden, before, context, last_token, kept_hidden
+            tree, slots, tokens, chosen, kv_slots, hidden, context_len, context, last_token, kept_hidden
         )
+
+    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+        return draft.residual_block(x, weight, bias, slots)
+
+    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+        return draft.linear_each(x, weight)
+
+    def guess_tokens(
+        self,
+        logits: Tensor,
+        token_map: Tensor | None,
+        slots: Tensor,
+        last_token: Tensor,
+        sources: Tensor,
+        width: int,
+    ) -> Tensor:
+        return draft.guess_tokens(logits, token_map, slots, last_token, sources, width)

@@ -121,7 +121,7 @@ def build(
         else:
             weights = load_weights(config.model, model, dtype, device, lambda part, text: report(0.8 * part, text))
         ops = _ops(config, device, weights)
-        speculation = _speculation(config, model, weights)
+        speculation = _speculation(config, model, weights, ops)
         overshoot = 0 if speculation is None else speculation.depth + speculation.trees[-1].size
         if config.memories:
             overshoot = max(overshoot, MAX_CONTRASTIVE)
@@ -212,11 +212,11 @@ def _products(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     yield "head", weights.head
 
 
-def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights) -> Speculation | None:
+def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights, ops: Ops) -> Speculation | None:
     folder = config.heads or config.model / "medusa"
     if not config.speculate or config.batch_invariant or (config.heads is None and not folder.is_dir()):
         return None
-    drafter, trees = load_drafter(folder, model, weights.head)
+    drafter, trees = load_drafter(folder, model, weights.head, ops)
     # Prompts must get on beside sequences with trees.
     max_rows = min(config.max_tree_rows, max(config.max_batched_tokens, config.max_seqs) // 2)
     usable = [tree for tree in trees.trees if tree.size <= max_rows]

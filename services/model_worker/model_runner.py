@@ -31,6 +31,8 @@ from services.model_worker.token_masks import TokenMasks
 from shared.sampling import MAX_LOGPROBS
 
 STEPS_IN_FLIGHT = 2  # the one that the device works on and the one behind it
+# Steps of at most so many sequences are a graph each, from the guesses to the choice: between graphs a small step's device waits.
+WHOLE_STEPS = 8
 
 
 @dataclass(slots=True)
@@ -109,7 +111,6 @@ class ModelRunner:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with self.context():
             self.state = StepState(limits, decoder.config.vocab_size, self.device)
-            self._row_starts = torch.arange(limits.max_seqs + 1, dtype=torch.int32, device=self.device)
             # Five arrays of rows, some of sequences, and at worst a block table, edits and half a block for each new sequence.
             words = 5 * limits.max_batched_tokens + 512
             words += limits.max_seqs * (64 + 2 * self.state.max_blocks + ROW_WORDS + 2 * limits.block_size)
@@ -117,6 +118,9 @@ class ModelRunner:
             self.verifier: Verifier | None = None
             if speculation is not None:
                 self.verifier = Verifier(speculation, self.state, ops, decoder)
+            starts = torch.arange(limits.max_seqs + 1, dtype=torch.int32, device=self.device)
+            # By the rows of a sequence.
+            self._row_starts = {n: starts * n for n in (1, *(self.verifier.trees if self.verifier is not None else ()))}
             self.search = SearchRunner(decoder, ops, limits, self.state, STEPS_IN_FLIGHT, amateur, memories)
             tokens = limits.max_seqs * (1 if speculation is None else speculation.depth + 1)
             self._readbacks = [
@@ -179,6 +183,10 @@ class ModelRunner:
         staged = self._staging.put(slots)
         self._upload_changes(plan)
         graphs, guesses, tree_rows = self.graphs, None, None
+        unmasked = all(sequence.matcher is None for sequence in plan.decodes)
+        if graphs is not None and size <= WHOLE_STEPS and mode.capturable and unmasked:
+            whole: Sampled = graphs.replay(("step", mode, size, nodes))
+            return Forward(plan, lambda masks: ([whole], []), None)
         if nodes > 1:
             tree_rows = (
                 graphs.replay(("draft", size, nodes)) if graphs is not None else self._draft(staged, size, nodes)
@@ -305,14 +313,18 @@ class ModelRunner:
             for cache in [self.cache] if self.search.amateur is None else [self.cache, self.search.amateur.cache]:
                 self.ops.move_kv(cache.data[0], cache.data[1], sources, targets)
 
+    def _whole_step(self, staged_slots: Tensor, size: int, nodes: int, max_context: int, mode: SamplingMode) -> Sampled:
+        rows = self._draft(staged_slots, size, nodes) if nodes > 1 else None
+        return self._sample_decode(self._decode(staged_slots, size, max_context, rows), size, mode)
+
     def _decode(self, staged_slots: Tensor, size: int, max_context: int, tree_rows: TreeRows | None) -> DecodeStep:
         """The forward pass of `size` sequences, with a row each or their trees' rows."""
-        padded = staged_slots.long()
+        padded = staged_slots.long() if tree_rows is None else tree_rows.slots
         slots = padded[:size]
         nodes = 1 if tree_rows is None else tree_rows.tree.tree.size
         inputs = self.state.decode_inputs(slots, self.ops) if tree_rows is None else tree_rows.inputs()
         batch = AttentionBatch(
-            query_start=self._row_starts[: size + 1] * nodes if nodes > 1 else self._row_starts[: size + 1],
+            query_start=self._row_starts[nodes][: size + 1],
             context_len=inputs.context_len,
             block_table=inputs.block_table,
             decode_seqs=size,
@@ -386,7 +398,7 @@ class ModelRunner:
             table = zeros(len(lengths), self.state.max_blocks)
             batch = AttentionBatch(starts, lengths, table, 0, 1, min(rows, longest), min(rows, longest))
             positions = torch.arange(rows, dtype=torch.int32, device=device) % longest
-            wanted = self._row_starts[: limits.max_seqs]
+            wanted = self._row_starts[1][: limits.max_seqs]
             hidden = self.decoder.forward(
                 positions.long() * 0, positions, zeros(rows) - 1, batch, self.cache.layers, wanted
             )
@@ -438,6 +450,9 @@ class ModelRunner:
                 step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, rows))
                 for mode in CAPTURED_MODES:
                     graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
+                    if size <= WHOLE_STEPS:
+                        whole = partial(self._whole_step, padded, size, nodes, longest, mode)
+                        graphs.capture(("step", mode, size, nodes), whole)
             if sizes := self.prompt_sizes():
                 self.prompts = PromptGraphs(self.decoder, self.cache.layers, sizes)
                 self.prompts.capture(graphs, lambda part: progress(0.5 + 0.5 * part))
@@ -457,10 +472,13 @@ class ModelRunner:
         for _ in range(times + 1):
             torch.cuda.synchronize(self.device)
             start = time.perf_counter()
-            if nodes > 1:
-                self.graphs.replay(("draft", size, nodes))
-            self.graphs.replay(("decode", size, nodes))
-            self.graphs.replay((CAPTURED_MODES[0], size, nodes))
+            if size <= WHOLE_STEPS:
+                self.graphs.replay(("step", CAPTURED_MODES[0], size, nodes))
+            else:
+                if nodes > 1:
+                    self.graphs.replay(("draft", size, nodes))
+                self.graphs.replay(("decode", size, nodes))
+                self.graphs.replay((CAPTURED_MODES[0], size, nodes))
             torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
         return seconds[1:]

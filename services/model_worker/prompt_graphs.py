@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch
+from kernels.ops import AttentionBatch, Product, whole
 from services.model_worker.cuda_graphs import Graphs, padded_size
 from services.model_worker.models.decoder import Decoder
 
@@ -105,11 +105,11 @@ class PromptGraphs:
         self._query(size, index, self._after_attention(size, index - 1))
 
     def _end(self, size: int) -> None:
-        self._added[:size].copy_(self._after_attention(size, len(self._caches) - 1))
+        self._added[:size].copy_(whole(self._after_attention(size, len(self._caches) - 1)))
 
-    def _after_attention(self, size: int, index: int) -> Tensor:
+    def _after_attention(self, size: int, index: int) -> Product:
         return self._decoder.after_attention(index, self._attended[:size], self._residual[:size])
 
-    def _query(self, size: int, index: int, x: Tensor | None) -> None:
+    def _query(self, size: int, index: int, x: Product | None) -> None:
         residual, positions, slots = self._residual[:size], self._positions[:size], self._slots[:size]
         self._decoder.queries(index, x, residual, positions, slots, self._caches[index], self._queries[:size])

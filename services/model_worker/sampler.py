@@ -107,8 +107,8 @@ def choose(
     """The token after each row, int64 [R], counted towards its sequence's penalties.
 
     logits [R, V], overwritten unless log-probabilities are wanted of them; slots int64 [≥ R], padded to a multiple of four so that the
-    gathered rows stay aligned (not looked at where `mode.logits_alone`); context_len int32 [R]: tokens of each row's sequence, its own
-    included; counted int64: the rows whose tokens count (None: all); masks: of the R rows, None: every token is allowed.
+    gathered rows stay aligned; context_len int32 [R]: tokens of each row's sequence, its own included (neither is looked at where
+    `mode.logits_alone`); counted int64: the rows whose tokens count (None: all); masks: of the R rows, None: every token is allowed.
     """
     if mode.logits_alone:
         scores = _masked(ops, logits, logits, mode, masks)

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from kernels import dependent_launch
-from kernels.ops import AttentionBatch, LogitEdits
+from kernels.ops import AttentionBatch, LogitEdits, Sums
 from kernels.philox import gumbel_noise
 from kernels.reference import ReferenceOps, filter_scores, keep_typical
-from kernels.skinny_gemm import GemmConfig, skinny_linear
+from kernels.skinny_gemm import GemmConfig, skinny_linear, skinny_product
 from kernels.triton_ops import TritonOps
+from services.model_worker.speculation.acceptance import DeviceTree
+from services.model_worker.speculation.tree import default_trees
 from tests.kernels.cases import attention_batch, random_cache, sampling_batch
 
 pytestmark = [
@@ -87,6 +89,51 @@ def test_linear(config, width, depth, biased):
         assert_as_exact_as_torch(skinny_linear(x, weight, bias, config), F.linear(x, weight, bias), exact)
 
 
+def test_a_product_is_added_up_where_it_is_read(ops):
+    """The same bits as with the whole product."""
+    weight, x, residual, norm = bf16(6144, 4096), bf16(33, 4096), bf16(33, 6144), bf16(6144)
+    config = GemmConfig(64, 128, 4, 6, 4, True)
+    parts, product = skinny_product(x, weight, None, config), skinny_linear(x, weight, None, config)
+    assert isinstance(parts, Sums)
+    torch.testing.assert_close(parts.total(), product)  # torch adds in another order
+    norms = [ops.add_rms_norm(form, residual.clone(), norm, 1e-6) for form in (parts, product)]
+    assert torch.equal(*norms)
+    assert torch.equal(ops.silu_mul(parts), ops.silu_mul(product))
+    table, places = torch.randn(64, HEAD_DIM, device="cuda"), torch.arange(33, dtype=torch.int32, device="cuda")
+    results = []
+    for form in (parts, product):
+        cache = torch.zeros(2, 2, 64, KV_HEADS, HEAD_DIM, dtype=BF16, device="cuda")
+        q = ops.rope_and_cache(form, table, places, places, *cache, Q_HEADS, KV_HEADS, norm[:128], norm[:128], 1e-6)
+        results.append(torch.cat((q.flatten(), cache.flatten())))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_residual_blocks_of_heads(ops, rows):
+    weight, bias, table = bf16(4, 4096, 4096) / 64, bf16(4, 4096), bf16(1, 90, 4096)
+    slots = torch.randperm(90, device="cuda")[:rows]
+    exact = REFERENCE.residual_block(table.double(), weight.double(), bias.double(), slots)
+    got = ops.residual_block(table, weight, bias, slots)
+    theirs = REFERENCE.residual_block(table, weight, bias, slots)
+    assert_as_exact_as_torch(got.flatten(0, 1), theirs.flatten(0, 1), exact.flatten(0, 1))
+    exact = REFERENCE.linear_each(got.double(), weight[:, :1000].double())
+    wide = weight[:, :1000].contiguous()
+    theirs = REFERENCE.linear_each(got, wide)
+    assert_as_exact_as_torch(ops.linear_each(got, wide).flatten(0, 1), theirs.flatten(0, 1), exact.flatten(0, 1))
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_guesses_of_heads(ops, size, mapped):
+    tree = next(tree for tree in default_trees(4).trees if tree.size == size)
+    tables = DeviceTree(tree, torch.device("cuda"))
+    logits = bf16(tree.depth, 40, VOCABULARY)
+    token_map = torch.randperm(VOCABULARY, device="cuda") if mapped else None
+    slots, last = torch.randperm(50, device="cuda")[:40], torch.randint(0, 1000, (50,), device="cuda")
+    given = (logits, token_map, slots, last, tables.sources, tree.width)
+    assert torch.equal(ops.guess_tokens(*given), REFERENCE.guess_tokens(*given))
+
+
 def test_a_linear_of_fixed_split_has_the_same_bits_in_every_batch():
     invariant, weight, x = TritonOps(fixed_split=256), bf16(1024, 4096), bf16(130, 4096)
     together = invariant.linear(x, weight)
@@ -104,7 +151,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(ops, rows, monkeypatch
         residual, y = x.clone(), x
         for weight in weights:
             y = ops.linear(ops.add_rms_norm(y, residual, norm, 1e-6), weight)
-            y = ops.linear(ops.silu_mul(torch.cat((y, y), 1)), weight)
+            y = ops.product(ops.silu_mul(torch.cat((y, y), 1)), weight)
         return ops.add_rms_norm(y, residual, norm, 1e-6)
 
     with monkeypatch.context() as patch:

@@ -79,7 +79,7 @@ def test_accept_tree(name: str) -> None:
             context = torch.arange(100, 107, dtype=torch.int32)
             last_token, kept = torch.arange(7), torch.zeros(7, hidden_size)
             out = ops.accept_tree(
-                device_tree, SLOTS, tokens, chosen, kv_slots, hidden, before, context, last_token, kept
+                device_tree, SLOTS, tokens, chosen, kv_slots, hidden, before + nodes, context, last_token, kept
             )
             results.append(
                 (out.ids, out.target, torch.where(out.target >= 0, out.source, -1), context, last_token, kept)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.ops import LogitEdits
+from kernels.ops import LogitEdits, Sums
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import attention_batch, naive_attention, random_cache, sampling_batch
 
@@ -67,6 +67,27 @@ def test_rope_and_cache(q_heads, kv_heads, head_dim, normed):
         q = ops.rope_and_cache(qkv, table, positions, slots, k_cache, v_cache, q_heads, kv_heads, q_norm, k_norm, 1e-5)
         results.append((q, k_cache, v_cache))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("spans", [1, 3])
+def test_products_that_are_added_up_where_they_are_read(spans):
+    torch.manual_seed(15)
+    sums = Sums(torch.randn(spans, 3, 96), torch.float16)
+    half = [torch.rand(n).half() for n in (96, 12)]
+    residuals = torch.randn(1, 3, 96).half().expand(2, -1, -1).clone()
+    cache, table, ints = torch.zeros(2, 2, 3, 16, 2, 12).half(), torch.randn(50, 12), torch.tensor([4, 9, -1]).int()
+    for product in (sums, sums.total()):
+        norms, activations, queries = [], [], []
+        for ops, residual, (keys, values) in zip(BOTH, residuals.clone(), cache, strict=True):
+            norms += [ops.add_rms_norm(product, residual, half[0], 1e-5), residual]
+            activations.append(ops.silu_mul(product))
+            q = ops.rope_and_cache(product, table, ints, ints, keys, values, 4, 2, half[1], half[1], 1e-5)
+            queries += [q, keys.clone(), values.clone()]
+        for results in (norms, activations, queries):
+            count = len(results) // 2
+            for expected, got in zip(results[:count], results[count:], strict=True):
+                assert got.dtype == torch.float16
+                torch.testing.assert_close(got, expected, atol=4e-3, rtol=2e-3)
 
 
 CHAIN, SHARED_TREE = None, torch.tensor([0b0001, 0b0011, 0b0101, 0b1011])

@@ -147,7 +147,7 @@ def test_replayed_steps(model: Path, alone: dict[str, Collected]) -> None:
             for kind in ("greedy", "plain", "filtered"):
                 (output,) = started.run([sampled(f"{kind} alone {round_}", PROMPT, **KINDS[kind])])
                 assert output.ids == alone[kind].ids
-        decodes = {key[1:] for key in graphs.replayed if key[0] == "decode"}  # type: ignore[index]
+        decodes = {key[-2:] for key in graphs.replayed if key[0] in ("decode", "step")}  # type: ignore[index]
         assert {nodes for _, nodes in decodes} == {1, 2, 4, 8, 16, 32, 64}
         assert all(size * nodes <= 512 for size, nodes in decodes)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kernels.reference import ReferenceOps
 from services.model_worker import train_heads
 from services.model_worker.engine import EngineRequest
 from services.model_worker.models.config import ModelConfig, ModelError, load_config
@@ -107,10 +108,11 @@ def test_a_truncated_vocabulary(tmp_path: Path, model: ModelConfig) -> None:
     token_map = torch.arange(3, VOCABULARY, 4)
     save_file({**vllm_names(heads), "token_map": token_map}, tmp_path / "model.safetensors")
     model_head, hidden = torch.randn(VOCABULARY, HIDDEN), torch.randn(4, HIDDEN)
-    drafter, _ = load_drafter(tmp_path, model, model_head)
+    drafter, _ = load_drafter(tmp_path, model, model_head, ReferenceOps())
     tree = Tree.of([(0,), (1,), (0, 0)])
     last = torch.tensor([1, 2, 3, 4])
-    tokens = drafter.draft(DraftInputs(last, last.int(), last, hidden), DeviceTree(tree, torch.device("cpu")))
+    inputs = DraftInputs(torch.arange(4), last.int(), last, hidden)
+    tokens = drafter.draft(inputs, DeviceTree(tree, torch.device("cpu")))
     with torch.no_grad():
         best = [head(hidden)[:, token_map].topk(2).indices for head in heads]
     assert torch.equal(tokens, torch.stack([last, *token_map[best[0]].T, token_map[best[1][:, 0]]], dim=1))
@@ -119,11 +121,12 @@ def test_a_truncated_vocabulary(tmp_path: Path, model: ModelConfig) -> None:
 def test_node_tokens(model: ModelConfig) -> None:
     heads = MedusaHeads(torch.randn(1, 2, HIDDEN, HIDDEN), torch.randn(1, 2, HIDDEN))
     model_head, hidden, last = torch.randn(VOCABULARY, HIDDEN), torch.randn(5, HIDDEN), torch.arange(5)
-    drafter = MedusaDrafter(heads, model_head)
+    drafter = MedusaDrafter(heads, model_head, ReferenceOps())
     tree = Tree.of([(2,), (0,), (0, 1), (2, 3)])
-    tokens = drafter.draft(DraftInputs(last, last.int(), last, hidden), DeviceTree(tree, torch.device("cpu")))
-    top = heads.logits(heads.states(hidden), model_head).topk(4).indices
-    wanted = [last, top[0, :, 0], top[0, :, 2], top[1, :, 1], top[1, :, 3]]
+    slots = torch.tensor([3, 0, 4])
+    tokens = drafter.draft(DraftInputs(slots, last.int(), last, hidden), DeviceTree(tree, torch.device("cpu")))
+    top = heads.logits(heads.states(hidden[slots]), model_head).topk(4).indices
+    wanted = [slots, top[0, :, 0], top[0, :, 2], top[1, :, 1], top[1, :, 3]]
     assert torch.equal(tokens, torch.stack(wanted, dim=1))
 
 
@@ -136,7 +139,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: ModelConfig) -> None:
         elif named is not None:
             save_file(named, tmp_path / file)
         with pytest.raises(ModelError) as caught:
-            load_drafter(tmp_path, model, torch.zeros(VOCABULARY, HIDDEN))
+            load_drafter(tmp_path, model, torch.zeros(VOCABULARY, HIDDEN), ReferenceOps())
         return caught.value.code
 
     good = vllm_names(published(True))
@@ -153,7 +156,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: ModelConfig) -> None:
     save_file(good, tmp_path / "medusa_lm_head.safetensors")
     (tmp_path / "trees.json").write_text("{}")
     with pytest.raises(ModelError, match="trees_invalid"):
-        load_drafter(tmp_path, model, torch.zeros(VOCABULARY, HIDDEN))
+        load_drafter(tmp_path, model, torch.zeros(VOCABULARY, HIDDEN), ReferenceOps())
 
 
 def test_targets_and_ranks() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, Ops
+from kernels.ops import AttentionBatch, Ops, Product, whole
 from services.model_worker.models.config import ModelConfig
 from services.model_worker.models.rope import rope_table
 
@@ -103,7 +103,8 @@ class Decoder:
     ) -> Tensor:
         """ids int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the final
         hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows)."""
-        residual, x = self.embed(ids), None
+        residual = self.embed(ids)
+        x: Product | None = None
         for index, cache in enumerate(caches):
             q = self.queries(index, x, residual, positions, slots, cache)
             attended = self.ops.attention(q, *cache, batch, self.scale, self.config.windows[index])
@@ -120,7 +121,7 @@ class Decoder:
     def queries(
         self,
         index: int,
-        x: Tensor | None,
+        x: Product | None,
         residual: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -135,22 +136,22 @@ class Decoder:
         else:
             normed = ops.add_rms_norm(x, residual, layer.input_norm, eps)
         return ops.rope_and_cache(
-            ops.linear(normed, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, *cache,
+            ops.product(normed, layer.qkv, layer.qkv_bias), self.cos_sin, positions, slots, *cache,
             config.num_heads, config.num_kv_heads, layer.q_norm, layer.k_norm, eps, out,
         )  # fmt: skip
 
-    def after_attention(self, index: int, attended: Tensor, residual: Tensor) -> Tensor:
+    def after_attention(self, index: int, attended: Tensor, residual: Tensor) -> Product:
         """A layer from its attention's result [T, Hq, D] on → what it adds to the residual, [T, H]."""
         ops, layer = self.ops, self.weights.layers[index]
-        x = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
-        x = ops.add_rms_norm(x, residual, layer.post_norm, self.config.norm_eps)
-        x = ops.silu_mul(ops.linear(x, layer.gate_up, layer.gate_up_bias))
-        return ops.linear(x, layer.down, layer.down_bias)
+        added = ops.product(attended.flatten(1), layer.o, layer.o_bias)
+        x = ops.add_rms_norm(added, residual, layer.post_norm, self.config.norm_eps)
+        x = ops.silu_mul(ops.product(x, layer.gate_up, layer.gate_up_bias))
+        return ops.product(x, layer.down, layer.down_bias)
 
-    def hidden(self, x: Tensor, residual: Tensor, wanted: Tensor | None) -> Tensor:
+    def hidden(self, x: Product, residual: Tensor, wanted: Tensor | None) -> Tensor:
         """The final hidden states of the rows `wanted`."""
         if wanted is not None:
-            x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
+            x, residual = whole(x).index_select(0, wanted), residual.index_select(0, wanted)
         return self.ops.add_rms_norm(x, residual, self.weights.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from kernels.ops import Ops
 from services.model_worker.models.config import ModelConfig, ModelError
 from services.model_worker.speculation.acceptance import DeviceTree
 from services.model_worker.speculation.medusa import MedusaHeads, load_heads, tied_output
@@ -21,10 +21,10 @@ TREES_FILE = "trees.json"
 class DraftInputs:
     """What is known of R sequences after their last step; all on the device.
 
-    slots       int64 [R]: rows of the step state (a drafter with a cache of its own finds it by them)
-    context     int32 [R]: tokens in the cache
-    last_token  int64 [R]: the newest token, which stands at position `context`
-    hidden      [R, H]: the target's final hidden state that chose it, of position context - 1
+    slots       int64 [R]: their rows of the others (a drafter with a cache of its own finds it by them)
+    context     int32 [slots]: tokens in the cache
+    last_token  int64 [slots]: the newest token, which stands at position `context`
+    hidden      [slots, H]: the target's final hidden state that chose it, of position context - 1
     """
 
     slots: Tensor
@@ -39,14 +39,15 @@ class Drafter(Protocol):
         """The most tokens that it guesses ahead."""
 
     def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
-        """The tokens of all nodes, int64 [R, n]; node 0 is last_token. Siblings are distinct. No synchronisation with the host: it is
-        captured in CUDA graphs."""
+        """The tokens of all nodes, int64 [R, n]; node 0 is the newest token. Siblings are distinct. No synchronisation with the
+        host: it is captured in CUDA graphs."""
 
 
 class MedusaDrafter:
     """See Drafter. model_head [V, H]: the target's output matrix."""
 
-    def __init__(self, heads: MedusaHeads, model_head: Tensor) -> None:
+    def __init__(self, heads: MedusaHeads, model_head: Tensor, ops: Ops) -> None:
+        self._ops = ops
         self._heads = heads.to(model_head.device, model_head.dtype)
         self._output = tied_output(self._heads, model_head)
 
@@ -60,16 +61,19 @@ class MedusaDrafter:
         return self._heads.num_heads
 
     def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
-        heads = self._heads
-        logits = heads.logits(heads.states(inputs.hidden, tree.tree.depth), self._output)
-        candidates = logits.topk(tree.tree.width, dim=-1).indices  # [depth, R, width]
-        if heads.token_map is not None:
-            candidates = heads.token_map[candidates]
-        by_sequence = candidates.transpose(0, 1).flatten(1)
-        return torch.cat((inputs.last_token[:, None], by_sequence.index_select(1, tree.sources)), dim=1)
+        heads, ops, depth, slots = self._heads, self._ops, tree.tree.depth, inputs.slots
+        blocks = zip(heads.weights[:, :depth], heads.biases[:, :depth], strict=True)
+        states = ops.residual_block(inputs.hidden[None], *next(blocks), slots)
+        for block in blocks:
+            states = ops.residual_block(states, *block)
+        if heads.outputs is None:
+            logits = ops.linear(states.flatten(0, 1), self._output).unflatten(0, (depth, len(slots)))
+        else:
+            logits = ops.linear_each(states, heads.outputs[:depth])
+        return ops.guess_tokens(logits, heads.token_map, slots, inputs.last_token, tree.sources, tree.tree.width)
 
 
-def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor) -> tuple[Drafter, TreeSet]:
+def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor, ops: Ops) -> tuple[Drafter, TreeSet]:
     """The drafter in `folder` and its trees (those of trees.json, or a default). Raises ModelError."""
     heads = load_heads(folder, model)
     trees = default_trees(heads.num_heads)
@@ -78,7 +82,7 @@ def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor) -> tuple[
             trees = TreeSet.load(folder / TREES_FILE).limited(heads.num_heads)
         except (ValueError, OSError) as error:
             raise ModelError("trees_invalid", str(error)) from None
-    drafter = MedusaDrafter(heads, model_head)
+    drafter = MedusaDrafter(heads, model_head, ops)
     if any(tree.width > drafter.vocabulary for tree in trees.trees):
         raise ModelError("trees_invalid", "a tree wants more candidates than there are tokens")
     return drafter, trees

@@ -170,6 +170,8 @@ def assemble_published(named: Mapping[str, Tensor], shared_output: bool = False)
 def _check(heads: MedusaHeads, model: ModelConfig) -> None:
     hidden, vocabulary, token_map = model.hidden_size, model.vocab_size, heads.token_map
     layers, number = heads.weights.shape[:2]
+    if not layers * number:
+        raise ModelError("heads_wrong_shape", f"{number} heads of {layers} blocks")
     if token_map is not None:
         if token_map.dim() != 1 or not len(token_map) or token_map.min() < 0 or token_map.max() >= vocabulary:
             raise ModelError("heads_wrong_shape", f"token_map does not hold ids below {vocabulary}")

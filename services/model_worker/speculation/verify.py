@@ -25,7 +25,6 @@ class TreeRows:
     """The rows of R sequences with n nodes each.
 
     slots        int64 [≥ R], the sequences', padded as `sampler.choose` wants it
-    context      int32 [R]: tokens in the cache before the step
     tokens       int64 [R, n] · positions int32 [R × n] · kv_slots int32 [R, n], -1 for padded sequences
     context_len  int32 [R]: with all nodes; 0 for padded sequences
     block_table  int32 [R, max_blocks]
@@ -33,7 +32,6 @@ class TreeRows:
 
     tree: DeviceTree
     slots: Tensor
-    context: Tensor
     tokens: Tensor
     positions: Tensor
     kv_slots: Tensor
@@ -50,7 +48,7 @@ class TreeRows:
         """Of the first `rows` sequences only."""
         nodes = self.tokens.shape[1]
         return TreeRows(
-            self.tree, self.slots, self.context[:rows], self.tokens[:rows], self.positions[: rows * nodes],
+            self.tree, self.slots, self.tokens[:rows], self.positions[: rows * nodes],
             self.kv_slots[:rows], self.context_len[:rows], self.block_table[:rows],
         )  # fmt: skip
 
@@ -89,13 +87,9 @@ class Verifier:
     def rows(self, padded: Tensor, count: int, tree: DeviceTree) -> TreeRows:
         """padded int64 [≥ count]: the slots of `count` sequences."""
         state, slots = self._state, padded[:count]
-        context = state.context.index_select(0, slots)
-        last = state.last_token.index_select(0, slots)
-        tokens = self._drafter.draft(DraftInputs(slots, context, last, self.hidden.index_select(0, slots)), tree)
+        tokens = self._drafter.draft(DraftInputs(slots, state.context, state.last_token, self.hidden), tree)
         laid = self._ops.lay_out(slots, tree.depths, state.context, state.block_table, state.block_size)
-        return TreeRows(
-            tree, padded, context, tokens, laid.positions, laid.kv_slots, laid.context_len, laid.block_table
-        )
+        return TreeRows(tree, padded, tokens, laid.positions, laid.kv_slots, laid.context_len, laid.block_table)
 
     def accept(
         self, rows: TreeRows, hidden: Tensor, logits: Tensor, mode: SamplingMode, cache: Tensor,
@@ -113,9 +107,11 @@ class Verifier:
         if masks is not None and self._typical is not None:
             plausible = self._ops.apply_token_bitmask(logits.clone(), masks.masks, masks.mask_rows)
         # A node's choice has the noise of the position after the node's own, as it would have in a step without a tree.
-        of_nodes = rows.slots if mode.logits_alone else rows.slots.repeat_interleave(nodes)
+        of_nodes, lengths = rows.slots, rows.positions
+        if not mode.logits_alone:
+            of_nodes, lengths = rows.slots.repeat_interleave(nodes), rows.positions + 1
         chosen = choose(
-            self._ops, state, logits, of_nodes, rows.positions + 1, mode, counted=roots, masks=masks
+            self._ops, state, logits, of_nodes, lengths, mode, counted=roots, masks=masks
         ).view(count, nodes)  # fmt: skip
         if roots is None:
             kept = self._ops.accept_tree(
@@ -125,7 +121,7 @@ class Verifier:
                 chosen,
                 rows.kv_slots,
                 hidden,
-                rows.context,
+                rows.context_len,
                 state.context,
                 state.last_token,
                 self.hidden,
@@ -137,7 +133,7 @@ class Verifier:
         source, target = moves(accepted.path, rows.kv_slots)
         self._ops.move_kv(cache[0], cache[1], source, target)
         real = slots < state.null_slot
-        state.context.index_copy_(0, slots, torch.where(real, rows.context + accepted.count, 0))
+        state.context.index_copy_(0, slots, torch.where(real, rows.context_len - nodes + accepted.count, 0))
         state.last_token.index_copy_(0, slots, chosen.gather(1, accepted.last[:, None]).squeeze(1))
         self.hidden.index_copy_(0, slots, hidden.index_select(0, roots + accepted.last))
         if mode.logprobs < 0:
