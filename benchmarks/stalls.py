@@ -30,7 +30,7 @@ import msgpack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from services.supervisor import STAGES, Plan, Supervisor  # noqa: E402
+from services.supervisor import HEALTHY_AFTER, STAGES, Plan, Supervisor  # noqa: E402
 from shared import presence, subjects  # noqa: E402
 from shared.broker import free_port  # noqa: E402
 from shared.bus import Message  # noqa: E402
@@ -103,7 +103,8 @@ class Bench:
         stalls: list[float] = []
         for number in range(self._args.rounds):
             await presence.wait_for_stages(self._bus, dict.fromkeys(STAGES, 2), MODEL, START_TIMEOUT)
-            await asyncio.sleep(SETTLE)
+            # A server that dies again and again is started ever later: that would be measured.
+            await asyncio.sleep(HEALTHY_AFTER if fault == "nats kill" else SETTLE)
             name = "nats" if stage == "nats" else f"{stage}-{number % 2 + 1}"
             concerned = await self._concerned(stage, name)
             since = asyncio.get_running_loop().time()

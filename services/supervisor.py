@@ -26,6 +26,9 @@ IN_ORDER = (GATEWAY, *STAGES)
 BACKOFF = (0.05, 5.0)  # seconds before a restart: after a first death, and at most
 HEALTHY_AFTER = 10.0  # seconds of life after which a death counts as a first one again
 STOP_TIMEOUT = 15.0
+# glibc raises its own threshold as soon as a large buffer is freed, and the next ones come from the heap, which does not shrink again.
+# Not for workers: what torch allocates on a CPU is large and short-lived.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def _die_with_parent() -> None:
@@ -200,7 +203,8 @@ class Supervisor:
                     command += ["--metrics-port", str(port)]
                     command += ["--metrics-host", "127.0.0.1"]
                 own = {f"GORGON_{key.upper()}": value for key, value in plan.connection(stage).items()}
-                self.stages[name] = Child(name, command, logs / f"{name}.log", env | own)
+                allocator = {} if stage == "model_worker" else ALLOCATOR
+                self.stages[name] = Child(name, command, logs / f"{name}.log", allocator | env | own)
 
     async def start(self) -> None:
         from shared.broker import wait_until_ready

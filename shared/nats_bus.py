@@ -358,6 +358,8 @@ class NatsBus:
         finally:
             timer.cancel()
             del self._waiting[token], self._asked[token]
+            # An exception holds this frame: were it to hold the exception in turn, all that waited here would be left to the collector.
+            del future, timer
         if answer.headers and answer.headers.get("Status") == "503":
             raise NoResponders(subject)
         return answer

@@ -86,9 +86,9 @@ class Partition:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for subscription in self._subscriptions:
+        while self._subscriptions:  # each holds this partition by its handler
             with contextlib.suppress(BusError):
-                await subscription.unsubscribe()
+                await self._subscriptions.pop().unsubscribe()
         if was_serving:
             with contextlib.suppress(BusError):
                 await self._save()

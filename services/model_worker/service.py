@@ -43,6 +43,8 @@ MAX_BYTES = 1 << 20
 LOGPROBS_BYTES = 300  # of a token with the most alternatives
 # A stage must be gone within a second of SIGTERM; what the log has not taken by then is generated again elsewhere.
 FLUSH_TIMEOUT = 0.7
+# Seconds for which a run's end is remembered. An order that comes later is run in vain: the fold drops what it gives.
+REMEMBER_ENDED = 120.0
 # The worker gives itself up when a step has taken this many times its bound.
 STALL_FACTOR = 3.0
 
@@ -80,24 +82,26 @@ class ActiveRun:
 
 
 class EndedRuns:
-    """Remembers, for the latest `limit` requests that ended here, the highest epoch and whether it was run to its end."""
+    """Remembers, for REMEMBER_ENDED seconds and the latest `limit` requests that ended here, the highest epoch and whether it was run
+    to its end."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._epochs: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+        self._runs: OrderedDict[str, tuple[int, bool, float]] = OrderedDict()  # oldest end first
 
-    def add(self, key: str, epoch: int, completed: bool) -> None:
-        if epoch >= self._epochs.get(key, (0, False))[0]:
-            self._epochs[key] = (epoch, completed)
-            self._epochs.move_to_end(key)
-        if len(self._epochs) > self._limit:
-            self._epochs.popitem(last=False)
+    def add(self, key: str, epoch: int, completed: bool, now: float) -> None:
+        runs = self._runs
+        if epoch >= self.epoch(key):
+            runs[key] = (epoch, completed, now)
+            runs.move_to_end(key)
+        while runs and (len(runs) > self._limit or now - next(iter(runs.values()))[2] > REMEMBER_ENDED):
+            runs.popitem(last=False)
 
     def epoch(self, key: str) -> int:
-        return self._epochs.get(key, (0, False))[0]
+        return self._runs[key][0] if key in self._runs else 0
 
     def completed(self, key: str, epoch: int) -> bool:
-        return self._epochs.get(key) == (epoch, True)
+        return key in self._runs and self._runs[key][:2] == (epoch, True)
 
 
 class StallWatch:
@@ -337,7 +341,7 @@ class WorkerService(Service):
             self.log.info("aborted", request_id=run.key, epoch=run.epoch, generated=sum(run.lengths))
             self.engine.abort(run.key, abort.epoch)
             self._end(run, completed=False)
-        self._ended.add(abort.key, abort.epoch, completed=False)
+        self._ended.add(abort.key, abort.epoch, completed=False, now=asyncio.get_running_loop().time())
         return None
 
     def _end(self, run: ActiveRun, completed: bool) -> None:
@@ -345,7 +349,7 @@ class WorkerService(Service):
         if self._runs.get(run.key) is run:
             del self._runs[run.key]
             self._trace(run, "" if completed else "not completed here")
-            self._ended.add(run.key, run.epoch, completed)
+            self._ended.add(run.key, run.epoch, completed, asyncio.get_running_loop().time())
             if completed:
                 self._lately[run.key] = run.epoch, self._beat + 1
 

@@ -83,5 +83,5 @@ class WorkerSettings(StageSettings):
     outbox_limit: int = Field(
         256, ge=1, description="token messages not yet acknowledged by NATS; beyond, the engine pauses"
     )
-    remember_ended: int = Field(8192, ge=1, description="ended requests whose epochs are remembered")
+    remember_ended: int = Field(8192, ge=1, description="at most so many ended requests' epochs are remembered")
     fixed: FixedEngineSettings = FixedEngineSettings.model_validate({})

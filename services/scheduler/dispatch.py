@@ -39,7 +39,7 @@ class Waiting:
     need: Need
     turn: asyncio.Future[Worker]
     expires: float | None = None
-    chunks: list[bytes] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
     passed: int = 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shared.messages import Assignment, Tombstone
 from shared.subjects import split_request_key
 
-REMEMBER_ENDED = 8192
+REMEMBER_ENDED = 4096
 
 
 @dataclass(slots=True)

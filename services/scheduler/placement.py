@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -15,7 +15,7 @@ from shared.capabilities import Fields
 
 CHUNK_BYTES = 4 * 64  # 64 token ids: a multiple of every block size in use
 MAX_CHUNKS = 64
-CHUNKS_PER_WORKER = 1 << 16
+CHUNKS_PER_WORKER = 1 << 16  # 4 M tokens
 # A worker's own queue may hold this share of its slots, so that a slot that becomes free is filled within the step.
 BACKLOG = 0.125
 # What a tenant that has its share already leaves free of a worker's slots while others are about, so that they need not wait for one.
@@ -24,37 +24,39 @@ MIN_OVERLAP = 0.25  # of the prompt: less is not worth an imbalance
 MAX_IMBALANCE = 0.25  # of the slots
 
 
-def prefix_chunks(prompt_ids: bytes) -> list[bytes]:
+def prefix_chunks(prompt_ids: bytes) -> list[int]:
     """Chained hashes of the prompt's beginning: two prompts share the first n exactly if they share their first n × 64 tokens."""
     chunks, parent = [], b""
     whole = len(prompt_ids) // CHUNK_BYTES
     for i in range(min(whole, MAX_CHUNKS)):
         parent = blake2b(parent + prompt_ids[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES], digest_size=8).digest()
-        chunks.append(parent)
+        chunks.append(int.from_bytes(parent))
     return chunks
 
 
 class PrefixIndex:
-    """What each worker has lately been given, as a guess at what its prefix cache holds."""
+    """What each worker has lately been given, as a guess at what its prefix cache holds: a direct-mapped table of hashes, in which a
+    new chunk takes the place of an older one. It has its full size, half a megabyte, from the first chunk on."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, OrderedDict[bytes, None]] = {}
+        self._seen: dict[str, array[int]] = {}
 
-    def placed(self, worker: str, chunks: list[bytes]) -> None:
-        seen = self._seen.setdefault(worker, OrderedDict())
+    def placed(self, worker: str, chunks: list[int]) -> None:
+        seen = self._seen.get(worker)
+        if seen is None:
+            seen = self._seen[worker] = array("Q", bytes(8 * CHUNKS_PER_WORKER))
         for chunk in chunks:
-            seen[chunk] = None
-            seen.move_to_end(chunk)
-        while len(seen) > CHUNKS_PER_WORKER:
-            seen.popitem(last=False)
+            seen[chunk % CHUNKS_PER_WORKER] = chunk
 
-    def overlap(self, worker: str, chunks: list[bytes]) -> int:
-        """Leading chunks that the worker has been given before."""
-        seen = self._seen.get(worker, OrderedDict())
-        for count, chunk in enumerate(chunks):
-            if chunk not in seen:
-                return count
-        return len(chunks)
+    def overlap(self, worker: str, chunks: list[int]) -> int:
+        """Leading chunks that the worker has been given before. The last one that is known stands for all before it, as the hashes
+        are chained; some of those may have lost their place to others."""
+        seen = self._seen.get(worker)
+        if seen is not None:
+            for count in range(len(chunks), 0, -1):
+                if seen[chunks[count - 1] % CHUNKS_PER_WORKER] == chunks[count - 1]:
+                    return count
+        return 0
 
     def forget(self, worker: str) -> None:
         self._seen.pop(worker, None)
@@ -104,7 +106,7 @@ def choose(
     ledger: Ledger,
     index: PrefixIndex,
     need: Need,
-    chunks: list[bytes],
+    chunks: list[int],
     keep_free: bool = False,
 ) -> Worker | None:
     """The worker for a request, None if all are full; `keep_free`: up to the places that are for others."""

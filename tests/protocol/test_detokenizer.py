@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +13,16 @@ import msgpack
 import pytest
 
 from services.detokenizer.answer import Answer
+from services.detokenizer.service import DetokenizerService
+from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
 from shared import messages as m
+from shared.broker import Broker
 from shared.bus import Message
 from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults
+from shared.nats_bus import NatsBus
+from shared.streams import ensure_streams
 from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Letters, Plan, World, until, virtual
 
 LOSSY = dict(drop=0.03, duplicate=0.03, delay=0.05, max_delay=0.3, lose_append=0.02, lose_ack=0.02, late_append=0.01)
@@ -711,3 +718,22 @@ async def test_events_of_one_step_share_a_message_for_batched_clients():
         await asyncio.sleep(1.0)
         assert sum(len(json.loads(data)) for data in messages) == 10 * 21
         assert len(messages) == 20
+
+
+async def test_a_partition_that_is_given_up_is_not_left_to_the_collector(nats_server: Broker):
+    """With all that its requests were: it changes hands at each restart of another detokenizer."""
+    settings = DetokenizerSettings(nats_url=nats_server.url, model=MODEL, partitions=1)
+    bus = await NatsBus.connect(settings)
+    await ensure_streams(bus, settings)
+    service = DetokenizerService(bus, settings, Letters)
+    await service.start()
+    try:
+        await until(lambda: 0 in service.partitions and service.partitions[0].serving)
+        kept = weakref.ref(service.partitions[0])
+        gc.disable()
+        await service._give_up(0)
+        await until(lambda: kept() is None, 2.0)
+    finally:
+        gc.enable()
+        await service.stop()
+        await bus.close()

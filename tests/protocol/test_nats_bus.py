@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -87,6 +89,28 @@ async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: Nat
     await until(lambda: 0 < reader.connected_for < 2)
     assert not reconnects
     await reader.close()
+
+
+async def test_whoever_waited_for_an_answer_in_vain_is_not_left_to_the_collector(bus: NatsBus) -> None:
+    """A detokenizer asks its clients all the time, who do not answer: their texts were kept until a full collection."""
+
+    async def ask(text: set[int]) -> None:
+        with pytest.raises(BusTimeout):
+            await bus.request("x", b"%d" % len(text), 0.01)
+
+    await bus.subscribe("x", lambda message: None)
+    gc.disable()
+    try:
+        text = {1, 2, 3}
+        kept = weakref.ref(text)
+        asking = asyncio.create_task(ask(text))
+        del text
+        await asking
+        del asking
+        await asyncio.sleep(0)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_late_pong_that_nobody_waits_for_harms_nothing(

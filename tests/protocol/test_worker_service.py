@@ -15,6 +15,7 @@ from services.model_worker.fixed_engine import expected_ids
 from services.model_worker.interface import EngineRequest, EngineStats, FinishReason, SlotGiven, StepOutput, TokenOutput
 from services.model_worker.service import (
     MAX_ENTRIES,
+    REMEMBER_ENDED,
     EndedRuns,
     EngineDied,
     StallWatch,
@@ -556,14 +557,19 @@ async def test_stopped_time_is_no_stall() -> None:
 
 def test_ended_runs_are_remembered_within_bounds() -> None:
     ended = EndedRuns(3)
-    ended.add("a", 2, True)
-    ended.add("a", 1, False)
+    ended.add("a", 2, True, 1.0)
+    ended.add("a", 1, False, 2.0)
     assert ended.completed("a", 2)
     assert ended.epoch("a") == 2
     for key in "bcd":
-        ended.add(key, 1, True)
+        ended.add(key, 1, True, 3.0)
     assert ended.epoch("a") == 0
     assert [ended.epoch(key) for key in "bcd"] == [1, 1, 1]
+    ended.add("d", 2, True, 4.0)
+    ended.add("d", 1, True, 3.5 + REMEMBER_ENDED)
+    assert [ended.epoch(key) for key in "bcd"] == [0, 0, 2], "the time is over for the first two"
+    ended.add("d", 1, True, 4.5 + REMEMBER_ENDED)
+    assert not ended.completed("d", 2)
 
 
 @virtual

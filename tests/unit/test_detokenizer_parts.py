@@ -15,6 +15,7 @@ from services.detokenizer.queries import parse_replay
 from shared import messages as m
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
+from shared.tokenlog import Terminal
 from tests.protocol.detokenizer_world import EOS, Letters, piece
 
 # ---------------------------------------------------------------- ownership
@@ -224,6 +225,21 @@ def test_an_archived_request_comes_back_whole_and_leaves_little():
     assert not core.answers and core.request("t.r").terminal.reason == "finished"
     core.apply(4, 4.0, m.Attach("t.r", m.ReplyTo("late")))
     assert core.recalled == [("t.r", m.ReplyTo("late"))]
+
+
+def test_archived_requests_share_what_is_left_of_them_also_after_a_snapshot():
+    core = PartitionCore(Letters)
+    for number in range(2):
+        key = f"t.r{number}"
+        core.apply(2 * number + 1, 1.0, m.Open(key, m.ReplyTo("x"), 9 + number, 5, 99))
+        entry = m.StepTokens("w", number, (m.Tokens(key, 0, 1, 0, pack_ids([1]), "length"),))
+        core.apply(2 * number + 2, 1.0, entry)
+    for answer in list(core.answers.values()):
+        core.archive(answer)
+    for fold in (core.fold, snapshot.unpack(core.snapshot(), Letters).fold):
+        first, second = fold.requests.values()
+        assert first.opened is second.opened and first.terminal is second.terminal
+        assert first.terminal == Terminal("finished")
 
 
 @pytest.mark.parametrize("data", [b"", b"r", b"znonsense", b"r\x93\x01\x02\x03", b"q123"])

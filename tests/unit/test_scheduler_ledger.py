@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from services.scheduler.ledger import Ledger
+from services.scheduler.ledger import REMEMBER_ENDED, Ledger
 from services.scheduler.recovery import diagnose, stale_runs
 from shared.messages import Assignment, Tombstone
 from tests.unit.test_scheduler_fleet import beat, ready
@@ -46,6 +46,13 @@ def test_an_end_is_told_once_and_only_of_what_lived() -> None:
     assert ledger.sequences_on("w") == 0 and ledger.on_worker("w") == []
     ledger.apply("t.x", None, 4, 0.0)
     assert ledger.ended_epoch("t.x") is None
+
+
+def test_what_ended_is_remembered_within_bounds() -> None:
+    ledger = Ledger()
+    for number in range(REMEMBER_ENDED + 1):
+        ledger.apply(f"t.{number}", tombstone(), number + 1, 0.0)
+    assert [ledger.ended_epoch(f"t.{number}") for number in (0, 1, REMEMBER_ENDED)] == [None, 1, 1]
 
 
 def test_the_oldest_prompt_that_is_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from array import array
 
 from services.scheduler.fleet import Worker
@@ -58,6 +59,28 @@ def test_a_cached_prefix_wins_unless_it_costs_balance() -> None:
     assert place(workers("a", "b"), ledger, index=index, ids=ids) == "b"
     index.forget("a")
     assert index.overlap("a", prefix_chunks(ids)) == 0
+
+
+def test_what_a_worker_was_given_takes_the_same_memory_however_much_it_is() -> None:
+    index = PrefixIndex()
+    index.placed("a", prefix_chunks(prompt(1, 2, 3)))
+    tracemalloc.start()
+    try:
+        for number in range(3000):
+            index.placed("a", [hash((number, i)) % 2**64 for i in range(64)])
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown < 10_000
+    assert index.overlap("a", prefix_chunks(prompt(1, 2, 3))) < 3, "old ones have lost their places"
+
+
+def test_the_last_chunk_that_is_known_stands_for_those_before_it() -> None:
+    index, chunks = PrefixIndex(), prefix_chunks(prompt(1, 2, 3, 4))
+    index.placed("a", chunks[:3])
+    index.placed("a", [chunks[0] ^ 1 << 40])
+    assert index.overlap("a", chunks) == 3
+    assert index.overlap("b", chunks) == 0
 
 
 def test_a_full_worker_gets_nothing() -> None:
