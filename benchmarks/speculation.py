@@ -10,6 +10,7 @@ Every row is printed as soon as it is measured; JSON goes to --out.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -230,6 +231,8 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"| {name} | {batch} | " + " | ".join(f"{value:.3f}" for value in medians) + " |", flush=True)
             client.engine.stop(timeout=30)
             del client, trees
+            gc.collect()  # they refer to each other, and the next engine needs the memory
+            torch.cuda.empty_cache()
     return results
 
 

@@ -9,8 +9,8 @@ from kernels.skinny_gemm import MAX_ROWS, GemmConfig
 SMALL_WEIGHT = 8 << 20  # parameters; above it cuBLAS is as good for more than 16 rows
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
 
-# Measured on one H200 by `benchmarks/kernels.py --only gemm`: (rows, N, K) → kernel, None for cuBLAS. Above 16 rows, what is
-# missing is cuBLAS's.
+# (rows, N, K) → kernel, None for cuBLAS. Above 16 rows, what is missing is cuBLAS's. Measured on one H200 by `benchmarks/kernels.py
+# --only gemm`; the layers' products of 8 to 64 rows on one H100, together with what reads them.
 MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (1, 1024, 2048): GemmConfig(2, 1024, 4),
     (1, 1024, 3072): GemmConfig(2, 1024, 4),
@@ -46,32 +46,37 @@ MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (8, 1024, 3072): GemmConfig(64, 256, 4, 6, 3, tma=True),
     (8, 4096, 1024): GemmConfig(64, 128, 4, 2, 4),
     (8, 4096, 4096): GemmConfig(64, 256, 4, 2, 3, tma=True),
-    (8, 4096, 14336): None,
+    (8, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (8, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (8, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
-    (8, 28672, 4096): None,
+    (8, 28672, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (8, 128256, 4096): GemmConfig(32, 128, 2, 1, 6),
     (8, 151936, 1024): None,
-    (16, 1024, 2048): GemmConfig(64, 256, 4, 4, 3, tma=True),
+    (16, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
     (16, 1024, 3072): GemmConfig(64, 256, 4, 6, 3, tma=True),
-    (16, 4096, 1024): GemmConfig(32, 128, 2, 1, 6),
-    (16, 4096, 4096): None,
-    (16, 4096, 14336): None,
+    (16, 4096, 1024): GemmConfig(64, 128, 4, 2, 4, tma=True),
+    (16, 4096, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (16, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (16, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (16, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
-    (16, 28672, 4096): None,
+    (16, 28672, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (16, 128256, 4096): GemmConfig(32, 128, 2, 1, 6),
     (16, 151936, 1024): None,
-    (32, 1024, 2048): GemmConfig(64, 128, 4, 8, 4, tma=True),
-    (32, 1024, 3072): GemmConfig(64, 128, 4, 8, 4, tma=True),
-    (32, 4096, 1024): GemmConfig(64, 128, 4, 2, 4, tma=True),
+    (32, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
+    (32, 1024, 3072): GemmConfig(64, 256, 4, 4, 3, tma=True),
+    (32, 4096, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
+    (32, 4096, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (32, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (32, 6144, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
+    (32, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (32, 28672, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (32, 128256, 4096): GemmConfig(64, 128, 4, 1, 4, tma=True),
-    (64, 1024, 2048): GemmConfig(64, 128, 4, 8, 4, tma=True),
-    (64, 1024, 3072): GemmConfig(64, 128, 4, 8, 4, tma=True),
-    (64, 4096, 1024): GemmConfig(64, 128, 4, 2, 4, tma=True),
+    (64, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
+    (64, 1024, 3072): GemmConfig(64, 128, 4, 4, 4, tma=True),
+    (64, 4096, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (64, 4096, 14336): GemmConfig(64, 128, 4, 2, 4, tma=True),
     (64, 6144, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
+    (64, 28672, 4096): GemmConfig(128, 64, 4, 1, 5, tma=True),
     (64, 128256, 4096): GemmConfig(64, 64, 4, 1, 6, tma=True),
 }
 
@@ -93,7 +98,7 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
     if rows <= 16:
         return _by_weight(width, depth)
     # Of small weights the launch and the first bytes cost more than the product: what the measured ones have in common.
-    return _by_weight(width, depth, PROGRAMS // 2, 8) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
+    return _by_weight(width, depth, PROGRAMS // 2, 4) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
 
 
 def invariant(width: int, depth: int) -> GemmConfig:
