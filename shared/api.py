@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -107,6 +108,12 @@ class Structured(Strict):
 
 class NamedTool(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+@cache
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """To compare with, not to change."""
+    return {name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}
 
 
 class GenerateRequest(Strict):
@@ -247,13 +254,9 @@ class GenerateRequest(Strict):
     @property
     def changed(self) -> dict[str, Any]:
         """The fields that were given with another value than their default."""
+        defaults = _defaults(type(self))
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        defaults = type(self).model_fields
-        return {
-            name: value
-            for name, value in given.items()
-            if value != defaults[name].get_default(call_default_factory=True)
-        }
+        return {name: value for name, value in given.items() if value != defaults[name]}
 
     @property
     def demands_call(self) -> bool:

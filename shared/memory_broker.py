@@ -284,9 +284,11 @@ class MemoryBroker:
         self.clients: list[MemoryBus] = []
         self.inboxes: dict[str, asyncio.Future[Message]] = {}
         self._ids = itertools.count(1)
+        self._numbers = itertools.count()  # of subscriptions
         self.context = copy_context()  # of what the broker does by itself, whoever caused it
-        self._subscriptions: list[MemorySubscription] = []
-        self._routes: dict[str, tuple[list[MemorySubscription], list[list[MemorySubscription]]]] = {}
+        # By pattern: those without wildcards, found by the subject alone, and the others.
+        self._exact: dict[str, dict[MemorySubscription, int]] = {}
+        self._wildcards: dict[str, dict[MemorySubscription, int]] = {}
 
     # ------------------------------------------------ faults
 
@@ -328,32 +330,31 @@ class MemoryBroker:
         return next(self._ids)
 
     def add(self, subscription: MemorySubscription) -> None:
-        self._subscriptions.append(subscription)
-        self._forget_routes(subscription.subject)
+        self._like(subscription.subject).setdefault(subscription.subject, {})[subscription] = next(self._numbers)
 
     def remove(self, subscription: MemorySubscription) -> None:
-        if subscription in self._subscriptions:
-            self._subscriptions.remove(subscription)
-            self._forget_routes(subscription.subject)
+        patterns = self._like(subscription.subject)
+        same = patterns.get(subscription.subject, {})
+        if same.pop(subscription, None) is not None and not same:
+            del patterns[subscription.subject]
 
-    def _forget_routes(self, pattern: str) -> None:
-        if "*" in pattern or ">" in pattern:
-            self._routes.clear()
-        else:
-            self._routes.pop(pattern, None)
+    def _like(self, pattern: str) -> dict[str, dict[MemorySubscription, int]]:
+        return self._wildcards if "*" in pattern or ">" in pattern else self._exact
 
     def _route(self, subject: str) -> tuple[list[MemorySubscription], list[list[MemorySubscription]]]:
-        if (route := self._routes.get(subject)) is None:
-            plain: list[MemorySubscription] = []
-            groups: dict[tuple[str, str], list[MemorySubscription]] = {}
-            for subscription in self._subscriptions:
-                if matches(subscription.subject, subject):
-                    if subscription.queue:
-                        groups.setdefault((subscription.subject, subscription.queue), []).append(subscription)
-                    else:
-                        plain.append(subscription)
-            route = self._routes[subject] = (plain, list(groups.values()))
-        return route
+        """Who a message goes to, in the order of subscription: (each of these, one of each of these)."""
+        found = dict(self._exact.get(subject, ()))
+        for pattern, same in self._wildcards.items():
+            if matches(pattern, subject):
+                found |= same
+        plain: list[MemorySubscription] = []
+        groups: dict[tuple[str, str], list[MemorySubscription]] = {}
+        for subscription in sorted(found, key=found.__getitem__):
+            if subscription.queue:
+                groups.setdefault((subscription.subject, subscription.queue), []).append(subscription)
+            else:
+                plain.append(subscription)
+        return plain, list(groups.values())
 
     def route(self, message: Message) -> int:
         """Sends a message on its way; returns how many it goes to."""

@@ -15,11 +15,13 @@ from typing import Any
 
 import nkeys
 import pytest
+from structlog.testing import capture_logs
 
 from services.secure_config import connection, write_config
 from shared.broker import free_port, server_command, wait_until_ready
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
+from tests.protocol.systems import until
 
 
 @asynccontextmanager
@@ -36,10 +38,13 @@ async def server(data: Path, config: Path) -> AsyncIterator[int]:
 
 
 async def enters(url: str, **settings: Any) -> bool:
-    """A stage waits for a server that does not let it in: so it does not come in within a moment."""
-    connecting = asyncio.ensure_future(NatsBus.connect(StageSettings(nats_url=url, **settings)))
-    done, _ = await asyncio.wait([connecting], timeout=3)
-    if not done:
+    """A stage waits for a server that does not let it in: it says so, and is refused again and again."""
+    with capture_logs() as logs:
+        connecting = asyncio.ensure_future(NatsBus.connect(StageSettings(nats_url=url, **settings)))
+        await until(lambda: connecting.done() or any(entry["event"] == "waiting_for_nats" for entry in logs))
+        if not connecting.done():
+            await asyncio.wait([connecting], timeout=0.5)  # ten more attempts
+    if not connecting.done():
         connecting.cancel()
         await asyncio.gather(connecting, return_exceptions=True)
         return False

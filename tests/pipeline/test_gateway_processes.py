@@ -109,17 +109,18 @@ async def test_a_client_that_does_not_read_is_cut_off_and_delays_nobody(deployme
 async def test_whoever_comes_back_elsewhere_is_not_cancelled_and_who_does_not_is(
     deployment: Deployment, port: int
 ) -> None:
-    async def begin(key: str) -> None:
-        answer = await call(port, TEXT, body(16, tokens=500), BLUE | {"Idempotency-Key": key})
+    async def begin(key: str, tokens: int) -> None:
+        answer = await call(port, TEXT, body(16, tokens), BLUE | {"Idempotency-Key": key})
         async for _ in answer.events():
             break
         answer.close()
 
-    await begin("back")
-    again = await call(port + 1, TEXT, body(16, tokens=500), BLUE | {"Idempotency-Key": "back"})
+    several = round(4 * GRACE / STEP)
+    await begin("back", several)
+    again = await call(port + 1, TEXT, body(16, several), BLUE | {"Idempotency-Key": "back"})
     events = [event async for event in again.events()]
     assert events[-1].data == "[DONE]", "it lasted for several graces of the gateway that its client has left"
-    await begin("gone")
+    await begin("gone", 500)
     async with asyncio.timeout(500 * STEP / 2):
         await deployment.until_idle()
     late = await call(port, TEXT, body(16, tokens=500, stream=False), BLUE | {"Idempotency-Key": "gone"})

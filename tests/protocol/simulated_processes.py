@@ -10,7 +10,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.virtual_time import VirtualTimeLoop
+from shared.virtual_time import Handle, VirtualTimeLoop
 
 # How long what dies may still run, cut off from the world: so that its tasks end and nothing is left to be destroyed.
 AFTERLIFE = 1.0
@@ -27,7 +27,7 @@ class Process:
         self.stopped = False
         self.over = False  # even the afterlife
         self.buried = False
-        self.parked: list[asyncio.Handle] = []
+        self.parked: list[Handle] = []
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self._context = copy_context()
         self._context.run(_current.set, self)
@@ -77,14 +77,15 @@ class Process:
 class SimulationLoop(VirtualTimeLoop):
     """Virtual time for processes."""
 
-    def _run(self, handle: asyncio.Handle) -> None:
-        process = handle._context.get(_current)  # type: ignore[attr-defined]
+    def _may_run(self, handle: Handle) -> bool:
+        process = handle._context.get(_current)
         if process is None or not (process.stopped or process.over):
-            super()._run(handle)
-        elif process.stopped:
+            return True
+        if process.stopped:
             process.parked.append(handle)
+        return False
 
-    def run_soon(self, handles: list[asyncio.Handle]) -> None:
+    def run_soon(self, handles: list[Handle]) -> None:
         self._ready.extend(handles)
 
     def create_task(self, coro: Any, *, name: str | None = None, context: Context | None = None) -> asyncio.Task[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -20,10 +21,14 @@ SEEDS = int(os.environ.get("GORGON_SIM_SEEDS", "300"))
 SINGLE = os.environ.get("GORGON_SIM_SEED")
 PROCESSES = min(os.cpu_count() or 1, 16)
 CHUNK = 20
+# Where the search ends at the first that breaks: what the other processes have begun by then is done in vain.
+SMALL_CHUNK = 4
 # Seeds that once broke a promise.
 FOUND = (7020,)
 # Enough for each rule to be missed; most are within the first hundred.
 MUTANT_SEEDS = 3000
+# Of rules that are missed late: a seed to begin with. The others follow, should it no longer be one.
+KNOWN = {"AnyFence": 65, "ForgetsAttach": 201}
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -44,15 +49,21 @@ def outcomes_of(seeds: range, rule: str = "") -> list[Outcome | str]:
     return found
 
 
-def chunks(count: int) -> list[range]:
-    return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+def chunks(count: int, size: int = CHUNK) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def test_no_seed_breaks_a_promise() -> None:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Its processes import the services once, for all rules that are taken away in them in turn."""
+    with ProcessPoolExecutor(PROCESSES, _SPAWN) as pool:
+        yield pool
+
+
+def test_no_seed_breaks_a_promise(pool: ProcessPoolExecutor) -> None:
     single = FOUND if SINGLE is None else (int(SINGLE),)
     seeds = [range(seed, seed + 1) for seed in single] + (chunks(SEEDS) if SINGLE is None else [])
-    with ProcessPoolExecutor(PROCESSES, _SPAWN) as pool:
-        found = [outcome for chunk in pool.map(outcomes_of, seeds) for outcome in chunk]
+    found = [outcome for chunk in pool.map(outcomes_of, seeds) for outcome in chunk]
     broken = [outcome for outcome in found if isinstance(outcome, str)]
     assert not broken, f"{len(broken)} of {len(found)}:\n" + "\n".join(broken[:10])
 
@@ -71,13 +82,14 @@ def test_a_seed_replays_exactly_in_any_process() -> None:
 
 
 @pytest.mark.parametrize("rule", [fold.__name__ for fold in RULES])
-def test_without_a_rule_of_the_fold_some_seed_breaks(rule: str) -> None:
-    with ProcessPoolExecutor(PROCESSES, _SPAWN) as pool:
-        pending = [pool.submit(outcomes_of, seeds, rule) for seeds in chunks(MUTANT_SEEDS)]
-        try:
-            for future in pending:
-                if any(isinstance(outcome, str) for outcome in future.result()):
-                    return
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def test_without_a_rule_of_the_fold_some_seed_breaks(pool: ProcessPoolExecutor, rule: str) -> None:
+    known_first = sorted(chunks(MUTANT_SEEDS, SMALL_CHUNK), key=lambda seeds: KNOWN.get(rule) not in seeds)
+    pending = [pool.submit(outcomes_of, seeds, rule) for seeds in known_first]
+    try:
+        for future in pending:
+            if any(isinstance(outcome, str) for outcome in future.result()):
+                return
+    finally:
+        for future in pending:
+            future.cancel()
     pytest.fail("no seed needs this rule")

@@ -120,7 +120,7 @@ def test_chunks_end_anywhere(model: Path, length: int) -> None:
 
 def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Collected]) -> None:
     """Everything that a graph holds fast on a GPU: addresses, padded sizes, the mode of sampling."""
-    with running(model, load_format="dummy", max_seqs=12) as started:
+    with running(model, load_format="dummy", max_seqs=12, max_batched_tokens=256) as started:
         graphs = RepeatedFunctions()
         started.engine.runner.capture_graphs(graphs, lambda fraction: None)
         outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])

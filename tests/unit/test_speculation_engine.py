@@ -138,7 +138,7 @@ def test_the_output_is_that_of_plain_decoding(
 
 def test_replayed_steps(model: Path, alone: dict[str, Collected]) -> None:
     """As in CUDA graphs: fixed addresses, padded sizes, several trees for each size."""
-    with speculating(model, plain=0.1, max_seqs=8) as started:
+    with speculating(model, plain=0.1, max_seqs=8, max_batched_tokens=1024) as started:
         graphs = RepeatedFunctions()
         started.engine.runner.capture_graphs(graphs, lambda fraction: None)
         for round_ in range(3):
