@@ -106,7 +106,7 @@ class Client:
     def _on_step(self, output: StepOutput) -> None:
         now = time.perf_counter()
         self.step_times.append(now)
-        for token in output.tokens:
+        for token in output.outputs:
             self.tokens += len(token.ids)
             if token.position == 0:
                 self.first_token.append(now)

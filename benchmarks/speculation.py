@@ -57,7 +57,7 @@ class Client:
 
     def _on_step(self, step: StepOutput) -> None:
         total = self.totals[-1] if self.totals else 0
-        for token in step.tokens:
+        for token in step.outputs:
             self.outputs[token.request_id] += token.ids
             total += len(token.ids)
             self._open -= token.finish is not None

@@ -155,7 +155,7 @@ class EngineAlone:
             self._loop.call_soon_threadsafe(self._take, run, step, run.now())
 
     def _take(self, run: Run, step: Any, now: float) -> None:
-        for output in step.tokens:
+        for output in step.outputs:
             name, number = output.request_id.split("-")
             if name == str(self._runs):
                 run.tokens(int(number), len(output.ids), now)

@@ -18,8 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.model_worker.block_pool import BlockPool
-from services.model_worker.interface import PROMPT, EngineRequest, TokenLogprobs, TokenOutput
+from services.model_worker.decode_table import DecodeTable, id_lists
+from services.model_worker.interface import PROMPT, EngineRequest, TokenLogprobs, TokenOutput, TokenRows
 from services.model_worker.search.beam import Candidates
 from services.model_worker.search.beam_group import BeamGroup
 from services.model_worker.search.strategy import Strategy
@@ -30,6 +34,8 @@ from services.model_worker.step_plan import Chunk, SchedulerLimits, StepPlan
 
 # Most rows of a chunk whose log-probabilities are wanted, so that a step need not read back more.
 REPORT_ROWS = 512
+# Steady sequences from which on arrays are faster than going through them one by one.
+STEADY_FROM = 16
 
 PickTree = Callable[[list[Sequence]], Tree | None]
 
@@ -43,7 +49,7 @@ def _decodes(sequence: Sequence) -> bool:
 
 
 class BatchScheduler:
-    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, steady_from: int = STEADY_FROM) -> None:
         if limits.blocks_of(limits.max_model_len) > pool.num_blocks:
             raise ValueError(f"{pool.num_blocks} blocks cannot hold a sequence of {limits.max_model_len} tokens")
         self.limits = limits
@@ -53,6 +59,8 @@ class BatchScheduler:
         self.prompt_tokens = 0
         self.prefix_hit_tokens = 0
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
+        self._table = DecodeTable(limits, pool.prefix_cache)
+        self._steady_from = steady_from
         self._waiting: list[Sequence] = []  # a heap; finished ones stay until they come up
         self._siblings = Siblings()
         # Waiting, too, for a sibling to have computed their prompt, or for a memory.
@@ -118,6 +126,7 @@ class BatchScheduler:
         """A running (or preempted, or waiting) sequence stops; what it holds goes back now or when its last step retires."""
         if sequence.status is Status.FINISHED:
             return
+        self._table.leave(sequence)
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         if status is Status.FINISHED:
@@ -160,7 +169,7 @@ class BatchScheduler:
         plan = StepPlan(self.steps)
         self._plan_decodes(plan, pick_tree)
         budget = self.limits.max_batched_tokens - plan.rows
-        for sequence in self.running:
+        for sequence in self._unsteady():
             # A last known token alone makes a row of a decode.
             if not sequence.pending and budget and sequence.computed < len(sequence.tokens) - sequence.lag:
                 budget -= self._plan_chunk(plan, sequence, budget)
@@ -190,21 +199,28 @@ class BatchScheduler:
         return all(sequence.request.request_id == alone for sequence in self._releasing)
 
     def _plan_decodes(self, plan: StepPlan, pick_tree: PickTree | None) -> None:
-        ready = [sequence for sequence in self.running if _decodes(sequence)]
+        self._update_table()
+        ready = [sequence for sequence in self._unsteady() if _decodes(sequence)]
+        steady = self._table.rows.sequences
         plain = [sequence for sequence in ready if sequence.plain]
         room = self.limits.max_batched_tokens
         if len(plain) < len(ready):
             room -= sum(sequence.step_rows for sequence in ready if not sequence.plain)
-        if pick_tree is not None and plain:
-            tree = pick_tree(plain)
+        if pick_tree is not None and (plain or steady):
+            tree = pick_tree(steady + plain)
             # Guesses are worth no preemption, and no search has to wait for them.
             if (
                 tree is not None
-                and sum(self._missing(sequence, tree.size) for sequence in plain) <= self.pool.free
-                and len(plain) * tree.size <= room
+                and self._all_missing(plain, tree.size) <= self.pool.free
+                and (len(steady) + len(plain)) * tree.size <= room
             ):
                 plan.tree = tree
         nodes, depth = plan.nodes, 0 if plan.tree is None else plan.tree.depth
+        if steady and self._all_missing(plain, nodes) <= self.pool.free:
+            self._plan_steady(plan, depth)
+        elif steady:  # who gives way is decided one by one
+            self._table.clear()
+            ready = [sequence for sequence in self.running if _decodes(sequence)]
         for sequence in ready:
             # Preemption takes sequences from the end of the list, never one that this loop has passed.
             if sequence.status is not Status.RUNNING:
@@ -219,6 +235,40 @@ class BatchScheduler:
             sequence.slack += depth
             sequence.inflight += 1
             plan.decodes.append(sequence)
+
+    def _unsteady(self) -> list[Sequence]:
+        """Running sequences that are gone through one by one."""
+        if not self._table:
+            return self.running
+        if len(self._table) == len(self.running):
+            return []
+        return [sequence for sequence in self.running if sequence not in self._table]
+
+    def _update_table(self) -> None:
+        """Who can be steady in the next step is in the table, if that is worth it."""
+        table = self._table
+        if not table and len(self.running) < self._steady_from:
+            return
+        table.drop_ending()
+        others = self._unsteady()
+        newcomers = [sequence for sequence in others if _decodes(sequence) and table.accepts(sequence)]
+        # A search may need the blocks of a sequence that has been planned already.
+        if len(table) + len(newcomers) < self._steady_from or not all(sequence.plain for sequence in others):
+            table.clear()
+        elif len(self.running) <= self.pool.free:  # when blocks are short, somebody would have to leave at once
+            for sequence in newcomers:
+                table.enter(sequence)
+
+    def _plan_steady(self, plan: StepPlan, depth: int) -> None:
+        for sequence, count in self._table.missing(plan.nodes):
+            self._grow(plan, sequence, count)
+            self._table.grown(sequence, count)
+        plan.steady = self._table.plan(depth)
+        plan.decodes = list(plan.steady.sequences)
+
+    def _all_missing(self, plain: list[Sequence], rows: int) -> int:
+        """Blocks that so many more rows each of the steady sequences and of `plain` need."""
+        return sum(count for _, count in self._table.missing(rows)) + sum(self._missing(s, rows) for s in plain)
 
     def _missing(self, sequence: Sequence, rows: int) -> int:
         """Blocks that so many more rows need, wherever the launched steps leave off."""
@@ -358,14 +408,19 @@ class BatchScheduler:
     def retire(
         self,
         plan: StepPlan,
+        decoded: NDArray[np.int64],
         ids: SequenceABC[SequenceABC[int]],
         logprobs: SequenceABC[list[TokenLogprobs] | None] | None = None,
         reports: SequenceABC[list[TokenLogprobs]] = (),
         candidates: SequenceABC[Candidates] = (),
-    ) -> list[TokenOutput]:
-        """Takes the new token ids of `plan.chosen` (at least one each, more only with a tree) and what may follow the beams of
-        `plan.beams`, and returns the tokens that belong to live sequences, after those of prompts. reports: of plan.chunks,
-        log-probabilities of the tokens reported."""
+    ) -> tuple[list[TokenOutput], TokenRows | None]:
+        """Takes the new token ids of `plan.chosen` and what may follow the beams of `plan.beams`, and returns the tokens that belong to
+        live sequences, after those of prompts; those of steady sequences apart.
+
+        decoded     of plan.decodes, [n, W]: at least one each, more only with a tree; then -1
+        ids         of the rest of plan.chosen
+        reports     of plan.chunks: log-probabilities of the tokens reported
+        """
         outputs: list[TokenOutput] = []
         for chunk in plan.contrasted_chunks:
             chunk.sequence.verified = chunk.start + chunk.rows
@@ -376,13 +431,20 @@ class BatchScheduler:
                 outputs += self._report(chunk, reports[index])
             if not chunk.final:
                 self._settle(chunk.sequence)
-        for row, sequence in enumerate(plan.decodes):
-            sequence.computed += len(ids[row]) - 1
-            sequence.slack -= 0 if plan.tree is None else plan.tree.depth
-        for row, sequence in enumerate(plan.chosen):
+        depth = 0 if plan.tree is None else plan.tree.depth
+        steady, left = self._retire_steady(plan, decoded, depth)
+        new_ids: dict[int, SequenceABC[int]] = dict(zip(left, id_lists(decoded[left]), strict=True)) if left else {}
+        new_ids.update(enumerate(ids, len(plan.decodes)))
+        chosen = plan.chosen
+        for row, new in new_ids.items():
+            sequence = chosen[row]
+            self._table.leave(sequence)
+            if row < len(plan.decodes):
+                sequence.computed += len(new) - 1
+                sequence.slack -= depth
             sequence.pending -= 1
             if sequence.status is not Status.FINISHED:
-                output = self._accept(sequence, ids[row])
+                output = self._accept(sequence, new)
                 if logprobs is not None and (of_row := logprobs[row]) is not None:
                     output.logprobs = of_row[: len(output.ids)]
                 outputs.append(output)
@@ -391,7 +453,22 @@ class BatchScheduler:
             if sequence.status is Status.RUNNING:  # one that was preempted begins anew
                 outputs += self._advance(sequence, of_beams)
             self._settle(sequence)
-        return outputs
+        return outputs, steady
+
+    def _retire_steady(
+        self, plan: StepPlan, decoded: NDArray[np.int64], depth: int
+    ) -> tuple[TokenRows | None, list[int]]:
+        """Tokens taken all at once, and the rows of `plan.decodes` that are left."""
+        if plan.steady is None:
+            return None, list(range(len(plan.decodes)))
+        count = plan.num_steady
+        steady, left, due = self._table.retire(plan.steady, decoded[:count], depth)
+        for sequence in due:
+            self._register(sequence)
+            if self.limits.window:
+                self._release_before_window(sequence)
+            self._table.set_due(sequence)
+        return steady, [*left, *range(count, len(plan.decodes))]
 
     def _advance(self, sequence: Sequence, candidates: Candidates) -> list[TokenOutput]:
         """Beams stay what they are to the search alone until the last step, which gives out what it has found."""
@@ -438,6 +515,7 @@ class BatchScheduler:
 
     def _settle(self, sequence: Sequence) -> None:
         """A step with this sequence has retired."""
+        self._table.leave(sequence)
         sequence.inflight -= 1
         if sequence.status is not Status.FINISHED:
             self._register(sequence)

@@ -441,7 +441,7 @@ class Engine:
         flight = _InFlight(plan, None, launched, prompt_rows, self._bound.declare(prompt_rows))
         self._in_flight.append(flight)
         self._launching = None
-        constrained = [sequence for sequence in plan.sampled if sequence.matcher is not None]
+        constrained = [sequence for sequence in plan.unsteady if sequence.matcher is not None]
         if not constrained:
             flight.ticket = self.runner.choose(forward, None)
             return
@@ -474,13 +474,20 @@ class Engine:
             requests = [sequence.request for sequence in plan.admitted]
             output.admitted = [SlotGiven(r.request_id, r.choice, r.epoch, flight.launched) for r in requests]
         if self.trees is not None and plan.decodes:
-            outcomes = zip((s.acceptance for s in plan.decodes), result.ids, strict=False)
-            self.trees.observe([(acceptance, len(ids) - 1) for acceptance, ids in outcomes], plan.tree)
+            accepted = (result.decoded >= 0).sum(axis=1) - 1
+            self.trees.observe(zip([s.acceptance for s in plan.decodes], accepted.tolist(), strict=True), plan.tree)
             if not plan.chunks:
                 self.trees.observe_time(len(plan.decodes), plan.tree, seconds)
-        tokens = self.scheduler.retire(plan, result.ids, result.logprobs, result.reports, result.candidates)
+        tokens, rows = self.scheduler.retire(
+            plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates
+        )
         self._in_flight.popleft()
         self._tokens_generated += sum(len(token.ids) for token in tokens if token.choice != PROMPT)
+        if output.rows is not None:  # of a step before, retired in the same turn
+            output.tokens += output.rows
+        output.rows = rows
+        if rows is not None:
+            self._tokens_generated += sum(map(len, rows.ids))
         output.tokens += tokens
         for token in tokens:
             # Of the choices of a beam search only one stands for the sequence.
@@ -489,7 +496,7 @@ class Engine:
                 token.speculation = sequence.acceptance.summary() if self.trees is not None else None
                 self._forget(sequence.request)
         # A token that its mask forbids is chosen only where every other one is forbidden, too.
-        self._end_broken(plan.sampled, output, "bad_words or min_tokens forbid all that the grammar allows")
+        self._end_broken(plan.unsteady, output, "bad_words or min_tokens forbid all that the grammar allows")
 
     def _drop_all(self) -> None:
         for sequence in list(self._sequences.values()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 
 from shared.messages import PROMPT
 from shared.sampling import SamplingParams
@@ -21,6 +23,7 @@ __all__ = [
     "StepOutput",
     "TokenLogprobs",
     "TokenOutput",
+    "TokenRows",
 ]
 
 
@@ -120,6 +123,25 @@ class TokenOutput:
     score: float | None = None
 
 
+@dataclass(slots=True)
+class TokenRows:
+    """New tokens of many sequences that go on, in parallel lists; iterating gives them as TokenOutputs.
+
+    requests   the same list again as long as the batch stays the same
+    """
+
+    requests: list[EngineRequest]
+    positions: list[int]
+    ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        for request, position, ids in zip(self.requests, self.positions, self.ids, strict=True):
+            yield TokenOutput(request.request_id, request.choice, request.epoch, position, ids)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestError:
     """One sequence failed; nothing else did. `code` is stable, `retryable` says whether another worker may succeed."""
@@ -145,13 +167,22 @@ class SlotGiven:
 @dataclass(slots=True)
 class StepOutput:
     """What a step brought; `seconds` is the time that it took, None where no step retired. Steps that only compute a part of a prompt
-    have neither tokens nor errors."""
+    have neither tokens nor errors.
+
+    rows   further tokens: those of sequences that just go on. If one of them is in `tokens`, too, then with earlier ones
+    """
 
     step: int
     tokens: list[TokenOutput] = field(default_factory=list)
     errors: list[RequestError] = field(default_factory=list)
     admitted: list[SlotGiven] = field(default_factory=list)
     seconds: float | None = None
+    rows: TokenRows | None = None
+
+    @property
+    def outputs(self) -> Iterable[TokenOutput]:
+        """All tokens."""
+        return self.tokens if self.rows is None else chain(self.tokens, self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.search.runner import SearchRunner
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
-from services.model_worker.step_plan import SchedulerLimits, StepPlan
+from services.model_worker.step_plan import SchedulerLimits, SteadyRows, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
 from services.model_worker.token_masks import TokenMasks
 from shared.sampling import MAX_LOGPROBS
@@ -130,6 +130,9 @@ class ModelRunner:
         self._sizes = padded_sizes(limits.max_seqs)
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
         self._launched = 0
+        # What was worked out for the last steady rows.
+        self._steady: SteadyRows | None = None
+        self._steady_mode = SamplingMode()
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -155,7 +158,7 @@ class ModelRunner:
 
     def forward(self, plan: StepPlan) -> Forward:
         """The first half of `launch`, for whoever knows only later which tokens the step may choose."""
-        mode = SamplingMode.union(sequence.sampling_mode for sequence in plan.sampled)
+        mode = self._mode(plan)
         if plan.chunks:
             return self._forward_mixed(plan, mode)
         if plan.decodes:
@@ -163,6 +166,15 @@ class ModelRunner:
         self._staging.begin()
         self._upload_changes(plan)
         return Forward(plan, lambda masks: ([], []), None)
+
+    def _mode(self, plan: StepPlan) -> SamplingMode:
+        modes = [sequence.sampling_mode for sequence in plan.unsteady]
+        if plan.steady is not None:
+            if plan.steady is not self._steady:
+                self._steady = plan.steady
+                self._steady_mode = SamplingMode.union(s.sampling_mode for s in plan.steady.sequences)
+            modes.append(self._steady_mode)
+        return SamplingMode.union(modes)
 
     def choose(self, forward: Forward, masks: RowMasks | None) -> Ticket:
         """The second half. masks: of all rows that are sampled, the trees' nodes among them; None: every token is allowed."""
@@ -177,8 +189,8 @@ class ModelRunner:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
         rows, nodes = len(plan.decodes), plan.nodes
         size = padded_size(self._sizes, rows) if self.graphs is not None else rows
-        slots = [sequence.slot for sequence in plan.decodes]
-        slots += [self.state.null_slot] * (round_up(size, 4) - rows)
+        slots = np.full(round_up(size, 4), self.state.null_slot, dtype=np.int32)
+        slots[:rows] = plan.decode_slots
         self._staging.begin()
         staged = self._staging.put(slots)
         self._upload_changes(plan)
@@ -483,7 +495,6 @@ class ModelRunner:
             seconds.append(time.perf_counter() - start)
         return seconds[1:]
 
-    @staticmethod
-    def _longest(plan: StepPlan) -> int:
+    def _longest(self, plan: StepPlan) -> int:
         """An upper bound of the decodes' context lengths with this step's rows."""
-        return max((s.computed + s.slack + plan.nodes for s in plan.decodes), default=0)
+        return self.limits.block_size * max((len(sequence.blocks) for sequence in plan.decodes), default=0)

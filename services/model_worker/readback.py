@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from services.model_worker.decode_table import id_lists
 from services.model_worker.interface import TokenLogprobs
 from services.model_worker.prompt_logprobs import Logprobs, PromptBuffers, prompt_reports
 from services.model_worker.sampler import Sampled
@@ -16,9 +19,14 @@ from services.model_worker.step_plan import StepPlan
 
 @dataclass(slots=True)
 class StepResult:
-    """For each of plan.chosen: its new token ids (one, or more with speculation), and their log-probabilities if wanted. For each of
-    plan.chunks: the log-probabilities of the prompt's tokens that it reports. For each of plan.beams: what may follow its beams."""
+    """decoded      the new token ids of plan.decodes, [n, W]: one each, or more with speculation, then -1
+    ids          of the rest of plan.chosen
+    logprobs     of plan.chosen, where they are wanted; None: nowhere
+    reports      of plan.chunks: the log-probabilities of the prompt's tokens that they report
+    candidates   of plan.beams: what may follow their beams
+    """
 
+    decoded: NDArray[np.int64]
     ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None] | None
     reports: list[list[TokenLogprobs]] = field(default_factory=list)
@@ -51,25 +59,29 @@ class Ticket:
     def result(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
-        ids: list[list[int]] = []
+        parts: list[NDArray[np.int64]] = [part.ids.numpy() for part in self._parts]
+        decodes = len(self.plan.decodes)
+        decoded = parts[0][:decodes] if decodes else np.empty((0, 1), np.int64)
+        ids = [new for part in [parts[0][decodes:], *parts[1:]] for new in id_lists(part)] if parts else []
+        return StepResult(decoded, ids, self._logprobs(), prompt_reports(self.plan, self._prompts), self._candidates())
+
+    def _logprobs(self) -> list[list[TokenLogprobs] | None] | None:
+        if all(part.logprobs is None for part in self._parts):
+            return None
         logprobs: list[list[TokenLogprobs] | None] = []
+        sequences = iter(self.plan.chosen)
         for part in self._parts:
-            rows = part.ids.numpy().tolist()
-            ids += rows if part.ids.shape[1] == 1 else [[token for token in row if token >= 0] for row in rows]
-            if part.logprobs is None:
-                logprobs += [None] * len(rows)
-                continue
-            width = part.ids.shape[1]
-            chosen, top, top_ids = (tensor.tolist() for tensor in part.logprobs)
-            for row, sequence in enumerate(self.plan.chosen[len(logprobs) : len(ids)]):
+            ids, width = id_lists(part.ids.numpy()), part.ids.shape[1]
+            chosen, top, top_ids = ([], [], []) if part.logprobs is None else (t.tolist() for t in part.logprobs)
+            for row, (new, sequence) in enumerate(zip(ids, sequences, strict=False)):
                 wanted = sequence.request.params.worker_logprobs
-                entries = range(row * width, row * width + len(ids[len(logprobs)]))
+                entries = range(row * width, row * width + len(new))
                 logprobs.append(
                     None
-                    if wanted is None
+                    if wanted is None or part.logprobs is None
                     else [TokenLogprobs(chosen[i], top_ids[i][:wanted], top[i][:wanted]) for i in entries]
                 )
-        return StepResult(ids, logprobs, prompt_reports(self.plan, self._prompts), self._candidates())
+        return logprobs
 
     def _candidates(self) -> list[Candidates]:
         candidates: list[Candidates] = []

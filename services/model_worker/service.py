@@ -386,7 +386,7 @@ class WorkerService(Service):
         finished: dict[int, list[ActiveRun]] = {}
         for step in steps:
             self._measure(step)
-            for output in step.tokens:
+            for output in step.outputs:
                 if (run := self._run_of(output)) is None:
                     continue
                 if not output.ids and output.finish is None:
@@ -406,7 +406,7 @@ class WorkerService(Service):
     def _measure(self, step: StepOutput) -> None:
         if step.seconds is not None:
             self._step_seconds.observe(step.seconds)
-            self._step_sequences.observe(len(step.tokens))
+            self._step_sequences.observe(len(step.tokens) + len(step.rows or ()))
         for slot in step.admitted:
             run = self._runs.get(slot.request_id)
             if run is not None and run.epoch == slot.epoch and not run.admitted:

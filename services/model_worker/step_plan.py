@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from services.model_worker.interface import EngineRequest
 from services.model_worker.search.beam_group import TableDiff
 from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence
@@ -58,6 +62,20 @@ class Chunk:
         return range(max(first, 1) - 1, max(end, 1) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class SteadyRows:
+    """Sequences that do nothing but decode (see DecodeTable). Plans share it as long as they are the same.
+
+    most    [n]: generated tokens of each at which it ends;  stops [n, S]: ids at which it does, padded with an id that does not exist
+    """
+
+    sequences: list[Sequence]
+    requests: list[EngineRequest]
+    slots: NDArray[np.int32]
+    most: NDArray[np.int64]
+    stops: NDArray[np.int64]
+
+
 @dataclass(slots=True)
 class StepPlan:
     """One step: a row (or a tree's rows) for each of `decodes`, whose last token the device knows and perhaps the host does not, then
@@ -65,6 +83,7 @@ class StepPlan:
 
     tree            what the decodes guess, None: nothing
     admitted        sequences that got a slot: their state must be written to the device first
+    steady          the first of `decodes`, if some are steady
     table_updates   (slot, column, block) entries of the block tables to be written first, as three parallel lists
     copies          (block, new block, rows): the beginning of a block that a sequence (or beam) shares with another and is about to
                     write to, to be copied first
@@ -78,6 +97,7 @@ class StepPlan:
     tree: Tree | None = None
     admitted: list[Sequence] = field(default_factory=list)
     decodes: list[Sequence] = field(default_factory=list)
+    steady: SteadyRows | None = None
     chunks: list[Chunk] = field(default_factory=list)
     table_slots: list[int] = field(default_factory=list)
     table_columns: list[int] = field(default_factory=list)
@@ -112,6 +132,20 @@ class StepPlan:
     def sampled(self) -> list[Sequence]:
         """The sequences of `decodes` and `chunks` that get new tokens, in the order of the sampler's rows."""
         return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.final]
+
+    @property
+    def num_steady(self) -> int:
+        return 0 if self.steady is None else len(self.steady.sequences)
+
+    @property
+    def unsteady(self) -> list[Sequence]:
+        """The rest of `sampled`."""
+        return self.sampled[self.num_steady :]
+
+    @property
+    def decode_slots(self) -> NDArray[np.int32]:
+        slots = np.array([sequence.slot for sequence in self.decodes[self.num_steady :]], dtype=np.int32)
+        return slots if self.steady is None else np.concatenate((self.steady.slots, slots))
 
     @property
     def chosen(self) -> list[Sequence]:

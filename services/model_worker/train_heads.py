@@ -173,10 +173,10 @@ def generate_rows(
 
         def on_step(step: StepOutput) -> None:
             nonlocal left
-            for output in step.tokens:
+            for output in step.outputs:
                 rows[int(output.request_id)] += output.ids
                 left -= output.finish is not None
-            bar.advance(task, sum(len(output.ids) for output in step.tokens))
+            bar.advance(task, sum(len(output.ids) for output in step.outputs))
             if not left:
                 ended.set()
 

@@ -61,7 +61,7 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         if plan is None:
             return False
         result = runner.launch(plan).result()
-        scheduler.retire(plan, result.ids, result.logprobs, result.reports, result.candidates)
+        scheduler.retire(plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates)
         return True
 
     with runner.context():

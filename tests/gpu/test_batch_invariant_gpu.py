@@ -44,7 +44,7 @@ class Collector:
         self.engine.start()
 
     def _on_step(self, step) -> None:
-        for output in step.tokens:
+        for output in step.outputs:
             self.ids.setdefault(output.request_id, []).extend(output.ids)
             self._left -= output.finish is not None
         if self._left == 0:

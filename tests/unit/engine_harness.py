@@ -82,7 +82,7 @@ class Harness:
     def _on_step(self, step: StepOutput) -> None:
         with self._changed:
             self.steps.append(step)
-            for token in step.tokens:
+            for token in step.outputs:
                 if token.choice == PROMPT:
                     name = token.request_id, token.epoch
                     self.prompts.setdefault(name, Collected(token.position)).add(token)
@@ -91,7 +91,7 @@ class Harness:
             for error in step.errors:
                 self.outputs[error.request_id, error.choice, error.epoch].error = error
             if self._pause_after is not None:
-                self._pause_after -= sum(len(token.ids) for token in step.tokens)
+                self._pause_after -= sum(len(token.ids) for token in step.outputs)
                 if self._pause_after <= 0:
                     self._pause_after = None
                     self.engine.pause_output(True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,11 +89,23 @@ class Device:
         return token
 
 
+def retire(scheduler: BatchScheduler, plan: StepPlan, ids: list[list[int]], *rest: Any) -> list[TokenOutput]:
+    """Gives the scheduler the new tokens of plan.chosen. All that it gives out, tokens of steady sequences as well."""
+    count = len(plan.decodes)
+    decoded = np.full((count, max(map(len, ids[:count]), default=1)), -1)
+    for row, new in enumerate(ids[:count]):
+        decoded[row, : len(new)] = new
+    tokens, rows = scheduler.retire(plan, decoded, ids[count:], *rest)
+    return [*tokens, *(rows or ())]
+
+
 class World:
     """Scheduler and device, with steps in flight, as the engine drives them."""
 
-    def __init__(self, limits: SchedulerLimits, num_blocks: int, prefix_cache: bool, depth: int) -> None:
-        self.scheduler = BatchScheduler(limits, BlockPool(num_blocks, prefix_cache))
+    def __init__(
+        self, limits: SchedulerLimits, num_blocks: int, prefix_cache: bool, depth: int, steady_from: int = 1
+    ) -> None:
+        self.scheduler = BatchScheduler(limits, BlockPool(num_blocks, prefix_cache), steady_from)
         self.device = Device(limits, num_blocks)
         self.depth = depth
         self.in_flight: deque[tuple[StepPlan, list[list[int]]]] = deque()
@@ -103,7 +117,7 @@ class World:
             self.in_flight.append((plan, self.device.run(plan)))
         idle = plan is None and not self.in_flight
         if len(self.in_flight) > (self.depth if plan is not None else 0):
-            for output in self.scheduler.retire(*self.in_flight.popleft()):
+            for output in retire(self.scheduler, *self.in_flight.popleft()):
                 self.outputs.setdefault(output.request_id, []).append(output)
         assert self.scheduler.pool.check() == []
         return not idle
@@ -194,7 +208,7 @@ def test_decodes_come_first_then_prompts_begun_then_the_waiting_by_priority() ->
     assert plan is not None
     assert [s.request.request_id for s in plan.decodes] == ["decoding"]
     assert [(c.sequence.request.request_id, c.rows) for c in plan.chunks] == [("urgent", 4), ("long", 7)]
-    world.scheduler.retire(plan, world.device.run(plan))
+    retire(world.scheduler, plan, world.device.run(plan))
     plan = world.scheduler.schedule()
     assert plan is not None
     assert [(c.sequence.request.request_id, c.rows) for c in plan.chunks] == [("long", 10)]
@@ -264,7 +278,7 @@ def test_why_it_ended() -> None:
         world.scheduler.add(ask(name, [1], max_tokens=3, **params))
     plan = world.scheduler.schedule()
     assert plan is not None
-    outputs = {o.request_id: (o.finish, o.stop_token) for o in world.scheduler.retire(plan, [[5]] * 4)}
+    outputs = {o.request_id: (o.finish, o.stop_token) for o in retire(world.scheduler, plan, [[5]] * 4)}
     assert outputs == {
         "eos": (FinishReason.STOP, 5),
         "ignored": (None, None),
@@ -278,7 +292,7 @@ def test_several_tokens_a_step_end_at_the_first_stop() -> None:
     world.scheduler.add(ask("a", [1], max_tokens=10))
     plan = world.scheduler.schedule()
     assert plan is not None
-    (output,) = world.scheduler.retire(plan, [[3, 5, 7]])
+    (output,) = retire(world.scheduler, plan, [[3, 5, 7]])
     assert (output.ids, output.finish, output.stop_token) == ([3, 5], FinishReason.STOP, 5)
     assert world.scheduler.check_idle() == []
 

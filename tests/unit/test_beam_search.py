@@ -18,6 +18,7 @@ from services.model_worker.search.beam_group import blocks_needed
 from services.model_worker.sequence import Sequence
 from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
+from tests.unit.test_batch_scheduler import retire
 
 EOS = 5
 VOCABULARY = 23
@@ -181,7 +182,7 @@ class World:
         idle = plan is None and not self.in_flight
         if len(self.in_flight) > (self.depth if plan is not None else 0):
             plan, (ids, candidates) = self.in_flight.popleft()
-            for output in self.scheduler.retire(plan, ids, None, [[] for _ in plan.chunks], candidates):
+            for output in retire(self.scheduler, plan, ids, None, [[] for _ in plan.chunks], candidates):
                 self.outputs.setdefault(output.request_id, []).append(output)
         assert self.scheduler.pool.check() == []
         return not idle

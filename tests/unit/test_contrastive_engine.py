@@ -148,9 +148,9 @@ def test_a_search_without_memory_waits_and_others_pass(searched: list[list[int]]
         harness.wait([*waiting, other])
         assert [output.ids for output in waiting[:3]] == searched[:3]
         assert waiting[3].finish is FinishReason.ABORTED
-        first = next(step.step for step in harness.steps if any(t.request_id == "c1" and t.ids for t in step.tokens))
+        first = next(step.step for step in harness.steps if any(t.request_id == "c1" and t.ids for t in step.outputs))
         ended = next(
-            step.step for step in harness.steps if any(t.request_id == "other" and t.finish for t in step.tokens)
+            step.step for step in harness.steps if any(t.request_id == "other" and t.finish for t in step.outputs)
         )
         assert ended < first
 

@@ -374,7 +374,7 @@ def test_priority(model: Path) -> None:
         low, high = (started.submit(greedy(name, PROMPT, 5, priority=p)) for name, p in (("low", 0), ("high", 5)))
         started.engine.pause_output(False)
         started.wait([low, high])
-        order = [token.request_id for step in started.steps for token in step.tokens]
+        order = [token.request_id for step in started.steps for token in step.outputs]
         assert order == ["high"] * 5 + ["low"] * 5
 
 

@@ -12,6 +12,7 @@ from services.model_worker.block_pool import BlockPool
 from services.model_worker.interface import EngineRequest
 from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
+from tests.unit.test_batch_scheduler import retire
 
 
 def request(name: str, choice: int = 0, *, isolated: bool = False, tokens: int = 6, prompt: int = 5) -> EngineRequest:
@@ -34,7 +35,7 @@ def run(batches: BatchScheduler, depth: int, in_flight: deque[StepPlan], limit: 
             steps.append({s.request.request_id for s in plan.sequences})
         if in_flight and (plan is None or len(in_flight) > depth):
             retiring = in_flight.popleft()
-            batches.retire(retiring, [[7]] * len(retiring.sampled))
+            retire(batches, retiring, [[7]] * len(retiring.sampled))
         elif plan is None:
             return steps
     raise AssertionError("it does not come to an end")
@@ -50,7 +51,7 @@ def test_an_isolated_request_shares_no_step(depth: int, slots: int, blocks: int)
     for _ in range(2):
         plan = batches.schedule()
         assert plan is not None
-        batches.retire(plan, [[7]] * len(plan.sampled))
+        retire(batches, plan, [[7]] * len(plan.sampled))
     suspects = [batches.add(request("suspect", choice, isolated=True)) for choice in range(2)]
     other = batches.add(request("other suspect", isolated=True))
     batches.add(request("c"))
@@ -76,6 +77,6 @@ def test_others_go_on_when_the_isolated_request_is_aborted() -> None:
     assert plan is not None
     assert [s.request.request_id for s in plan.sequences] == ["suspect"]
     batches.finish(suspect)
-    batches.retire(plan, [[7]])
+    retire(batches, plan, [[7]])
     assert run(batches, 0, deque())[0] == {"a"}
     assert batches.check_idle() == []

@@ -225,7 +225,7 @@ def test_statistics(model: Path) -> None:
         stats = started.engine.stats().speculation
         assert stats is not None and len(stats.accepted) == 4
         assert stats.accepted == sorted(stats.accepted, reverse=True)
-        last = {token.request_id: token for step in started.steps for token in step.tokens if token.finish}
+        last = {token.request_id: token for step in started.steps for token in step.outputs if token.finish}
         told, untold = last["a"].speculation, last["b"].speculation
         assert told is not None and untold is not None
         assert told.drafted > 0 and told.accepted[0] > 0 and told.nodes >= 2 * told.drafted

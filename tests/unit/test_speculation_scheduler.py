@@ -23,7 +23,7 @@ OVERSHOOT = max(tree.depth + tree.size for tree in TREES)
 class TreeDevice(Device):
     """Writes all nodes of a tree behind the context, accepts some, and moves those."""
 
-    rng: random.Random
+    seed: int
 
     def run(self, plan: StepPlan) -> list[list[int]]:
         before = {sequence.slot: self.context.get(sequence.slot) for sequence in plan.decodes}
@@ -37,7 +37,8 @@ class TreeDevice(Device):
             assert start is not None
             for position in range(start + 1, start + plan.tree.size):
                 self.cells[self.tables[slot][position // size], position % size] = []  # a guess
-            for _ in range(self.rng.randrange(plan.tree.depth + 1)):
+            # The same, whatever the slot and in whatever order the rows come.
+            for _ in range(hash((self.seed, *self.history[slot])) % (plan.tree.depth + 1)):
                 self._write(slot, self.history[slot], self.context[slot])
                 self.context[slot] += 1
                 ids[row].append(self._sample(slot))
@@ -45,11 +46,19 @@ class TreeDevice(Device):
 
 
 class TreeWorld(World):
-    def __init__(self, limits: SchedulerLimits, num_blocks: int, prefix_cache: bool, depth: int, seed: int) -> None:
-        super().__init__(limits, num_blocks, prefix_cache, depth)
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        num_blocks: int,
+        prefix_cache: bool,
+        depth: int,
+        seed: int,
+        steady_from: int = 1,
+    ) -> None:
+        super().__init__(limits, num_blocks, prefix_cache, depth, steady_from)
         self.rng = random.Random(seed)
         self.device = TreeDevice(limits, num_blocks)
-        self.device.rng = self.rng
+        self.device.seed = seed
         self.with_tree = 0
         schedule = self.scheduler.schedule
 
@@ -112,6 +121,55 @@ def test_every_sequence_gets_its_own_tokens(
         else:
             assert got == expected[: len(got)]
         assert sequence.slack == sequence.pending == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    wanted=requests_strategy,
+    num_blocks=st.integers(12, 60),
+    max_seqs=st.integers(1, 6),
+    budget=st.integers(6, 60),
+    prefix_cache=st.booleans(),
+    depth=st.integers(0, 1),
+    window=st.sampled_from([0, 0, 5]),
+    seed=st.integers(0, 2**32),
+    steady_from=st.integers(1, 3),
+)
+def test_steady_sequences_fare_like_those_gone_through_one_by_one(
+    wanted: list[tuple[int, int, int, int, int | None, bool, int]], num_blocks: int, max_seqs: int, budget: int,
+    prefix_cache: bool, depth: int, window: int, seed: int, steady_from: int,
+) -> None:  # fmt: skip
+    """Turn by turn: the same tokens, the same rows planned, as many blocks free."""
+    limits = SchedulerLimits(4, 40, max_seqs, budget, frozenset({EOS}), window, OVERSHOOT)
+    worlds = [TreeWorld(limits, num_blocks, prefix_cache, depth, seed, start) for start in (steady_from, 99)]
+    ends: dict[int, list[list[Sequence]]] = {}
+    for turn in range(400):
+        for index, (length, max_tokens, priority, come, abort, ignore_eos, beginning) in enumerate(wanted):
+            if come == turn:
+                prompt = [(beginning * 7 + position) % 11 + 1 for position in range(length)]
+                request = ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
+                added = [world.scheduler.add(request) for world in worlds]
+                ends.setdefault(turn + abort if abort is not None else -1, []).append(added)
+        for pair in ends.pop(turn, []):
+            for world, sequence in zip(worlds, pair, strict=True):
+                world.scheduler.finish(sequence)
+        busy = [world.turn() for world in worlds]
+        states = [
+            (
+                busy[i], world.scheduler.pool.free, world.scheduler.preemptions,
+                [
+                    (plan.step, plan.tree, sorted(s.request.request_id for s in plan.decodes), [(c.start, c.rows) for c in plan.chunks])
+                    for plan, _ in world.in_flight
+                ],
+            )
+            for i, world in enumerate(worlds)
+        ]  # fmt: skip
+        assert states[0] == states[1]
+        if turn > 12 and not busy[0] and not ends.keys() - {-1}:
+            break
+    for world in worlds:
+        world.finish()
+    assert worlds[0].outputs == worlds[1].outputs
 
 
 @pytest.mark.parametrize("depth", [0, 1])
