@@ -193,7 +193,11 @@ async def kill(
         now = loop.time()
         stalls += [run.watched.longest_gap(since, now) for run in victims]
         if kills % 10 == 0:
-            print(f"{kills} kills, {len(load.runs)} streams", flush=True)
+            broken = sum(bool(run.broken) for run in load.runs)
+            print(
+                f"{kills} kills, {len(load.runs)} streams, {broken} broken, longest stall {max(stalls):.2f} s",
+                flush=True,
+            )
     return kills, stalls
 
 

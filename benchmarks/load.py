@@ -268,21 +268,28 @@ async def count_tokens(start: Start, url: str, load: LogLoad, client: int) -> di
     nc = await connect(url)
     mine = len(range(client, load.streams, load.clients))
     done = asyncio.get_running_loop().create_future()
-    tokens = finished = received = 0
+    tokens = repeated = received = 0
     first = 0.0
     inbox = load.inbox(client)
+    lengths: dict[str, int] = {}
+    finished: set[str] = set()
 
     async def on_message(msg: Msg) -> None:
-        nonlocal tokens, finished, first, received
+        nonlocal tokens, repeated, first, received
         first = first or time.monotonic()
         received += 1
         events = msgpack.unpackb(msg.data) if load.batched else [json.loads(msg.data)]
         for event in events:
             if event["event"] == "tokens":
-                tokens += len(event["ids"])
+                # A new owner of a partition says again what its predecessor may not have said.
+                known, end = lengths.get(event["id"], 0), event["position"] + len(event["ids"])
+                new = max(0, end - known)
+                tokens += new
+                repeated += len(event["ids"]) - new
+                lengths[event["id"]] = max(known, end)
             elif event["event"] == "finished":
-                finished += 1
-                if finished == mine:
+                finished.add(event["id"])
+                if len(finished) == mine and not done.done():
                     done.set_result(None)
 
     await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=-1, pending_bytes_limit=-1)
@@ -292,7 +299,7 @@ async def count_tokens(start: Start, url: str, load: LogLoad, client: int) -> di
     await done
     ended = time.monotonic()
     await nc.close()
-    return dict(tokens=tokens, first=first, ended=ended, messages=received)
+    return dict(tokens=tokens, repeated=repeated, first=first, ended=ended, messages=received)
 
 
 # ---------------------------------------------------------------- the tokenizer alone

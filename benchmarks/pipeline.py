@@ -60,8 +60,10 @@ async def deployment(
             await supervisor.start()
             bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
             await presence.wait_for_stages(bus, copies, MODEL, START_TIMEOUT)
+            await asyncio.sleep(1.0)  # schedulers hear of the workers
+            if "detokenizer" in copies:
+                await partitions_settled(bus)
             await bus.close()
-            await asyncio.sleep(1.0)  # partitions settle, schedulers hear of the workers
             yield supervisor
         except BaseException:
             for child in supervisor.children():
@@ -70,6 +72,19 @@ async def deployment(
             raise
         finally:
             await supervisor.stop()
+
+
+async def partitions_settled(bus: NatsBus) -> None:
+    """Returns once each partition has one owner, and stayed with it for a second. Raises TimeoutError."""
+    before: dict[str, int] = {}
+    async with asyncio.timeout(START_TIMEOUT):
+        while True:
+            beats = map(presence.base_of, await presence.gather(bus, 0.3))
+            owned = {beat.instance: beat.detail["serving"] for beat in beats if beat.stage == "detokenizer"}
+            if owned == before and sum(owned.values()) == PARTITIONS:
+                return
+            before = owned
+            await asyncio.sleep(1.0)
 
 
 def cpu_seconds(supervisor: Supervisor) -> dict[str, float]:
@@ -147,6 +162,7 @@ async def measure_detokenizer(
             cpu = meter.used()
             results = dict(
                 tokens=total,
+                repeated=sum(c["repeated"] for c in counts),
                 tokens_per_second=round(total / seconds),
                 tokens_per_cpu_second=round(total / cpu["detokenizer"]),
                 written_tokens_per_second=round(

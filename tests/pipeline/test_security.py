@@ -500,6 +500,8 @@ async def test_no_stage_was_refused_anything(deployment: Deployment, folder: Pat
         if "not_permitted" in line and "stream.create" not in line  # what each tries until the scheduler has done it
     ]
     assert not refusals
+    async with user(deployment.url, folder, "tokenizer") as attacker:
+        assert not await attacker.may_publish("llm.v1.worker.nobody.run")
     server = deployment.supervisor.brokers[0].log_path.read_text()
     assert "Violation" in server, "the server's log is where refusals are seen"
 
