@@ -130,7 +130,7 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
             started.run([greedy(f"lengths {len(kinds)} {n}", PROMPT[:3], 4 + n) for n in range(11)])
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
         replayed: list[tuple[Any, ...]] = [*graphs.replayed]  # type: ignore[list-item]
-        assert {key[1:] for key in replayed if key[0] == "decode"} == {(12, 1)}
+        assert (12, 1) in {key[1:] for key in replayed if key[0] == "decode"}
         assert {key[2:] for key in replayed if key[0] == "step"} == {(1, 1), (2, 1), (4, 1), (8, 1)}
         assert {key[1] for key in replayed if key[0] == "step"} == set(CAPTURED_MODES)
         assert any(key[0] == "prompt" for key in replayed)
