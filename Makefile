@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 VENV_ARGS ?=
 PROMPT ?= It was a dark night, and the old captain
-# Each process takes a run of neighbouring files, so that what a module's tests share is made once; whoever is done helps the others.
+# A file's tests stay in one process: what they share is made once, and some look back at those before them.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
 .PHONY: run up test test-ci simulation mutations chaos chaos-short compose-test lint bench clean

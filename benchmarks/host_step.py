@@ -179,7 +179,7 @@ async def service_steps(batch: int, steps: list[StepOutput]) -> dict[str, float]
     worker = WorkerService(MemoryBus(broker), WorkerSettings(engine="fixed", model="m", name="w"), NoEngine)
     await worker.start()
     for request in requests(batch):
-        worker._accept(m.Run("t." + request.request_id[2:], 1, codec.pack_ids(request.prompt_ids), request.params, 1))
+        worker._accept(m.Run(request.request_id, 1, codec.pack_ids(request.prompt_ids), request.params, 1))
     encode, publish = [], []
     for step in steps:
         start = time.perf_counter()

@@ -79,7 +79,7 @@ def _each_head(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | N
         _heads_kernel[(triton.cdiv(width, BLOCK_N), triton.cdiv(rows, block_m), heads)](
             x,
             x if slots is None else slots,
-            weight,
+            weight.contiguous(),
             weight if bias is None else bias,
             out,
             rows,
@@ -100,12 +100,12 @@ def _each_head(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | N
 
 def residual_block(x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None) -> Tensor:
     """See `Ops.residual_block`."""
-    return _each_head(x, weight.contiguous(), bias, slots)
+    return _each_head(x, weight, bias, slots)
 
 
 def linear_each(x: Tensor, weight: Tensor) -> Tensor:
     """See `Ops.linear_each`."""
-    return _each_head(x, weight.contiguous(), None, None)
+    return _each_head(x, weight, None, None)
 
 
 @triton.jit

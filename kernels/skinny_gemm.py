@@ -189,11 +189,15 @@ def invariant_fits(weight: Tensor) -> bool:
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
     """x [M, K], weight [N, K], bias [N] → [M, N]; any M, at a cost that grows with it beyond 128 rows (4 without tensor cores)."""
-    product = skinny_product(x, weight, bias, config)
+    return add_up(skinny_product(x, weight, bias, config))
+
+
+def add_up(product: Product) -> Tensor:
+    """[M, N], from the first span to the last."""
     if not isinstance(product, Sums):
         return product
     spans, rows, width = product.parts.shape
-    out = x.new_empty(rows, width)
+    out = torch.empty(rows, width, dtype=product.dtype, device=product.parts.device)
     _reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
         product.parts,
         out,
@@ -201,7 +205,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmCo
         SPLIT=spans,
         BLOCK=REDUCE_BLOCK,
         num_warps=4,
-        **launch_options(x.device),
+        **launch_options(out.device),
     )
     return out
 

@@ -11,7 +11,7 @@ from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
 from kernels.gemm_choice import choose, invariant
 from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables
-from kernels.skinny_gemm import fits, skinny_linear, skinny_product
+from kernels.skinny_gemm import add_up, fits, skinny_linear, skinny_product
 
 INVARIANT_ROWS = 1024  # of one product in the batch-invariant mode
 
@@ -33,20 +33,15 @@ class TritonOps:
         self.hopper_prefill = hopper_prefill
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if fits(x, weight):
-            (rows, depth), width = x.shape, weight.shape[0]
-            if self.fixed_split is not None:
-                return self._invariant_linear(x, weight, bias)
-            if (config := choose(rows, width, depth)) is not None:
-                return skinny_linear(x, weight, bias, config)
-        return torch.nn.functional.linear(x, weight, bias)
+        return add_up(self.product(x, weight, bias))
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product:
-        if self.fixed_split is None and fits(x, weight):
-            (rows, depth), width = x.shape, weight.shape[0]
-            if (config := choose(rows, width, depth)) is not None:
+        if fits(x, weight):
+            if self.fixed_split is not None:
+                return self._invariant_linear(x, weight, bias)
+            if (config := choose(x.shape[0], *weight.shape)) is not None:
                 return skinny_product(x, weight, bias, config)
-        return self.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias)
 
     def _invariant_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Many rows are taken in turn: the spans' sums of all of a long prefill would take gigabytes."""

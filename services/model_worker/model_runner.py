@@ -425,14 +425,10 @@ class ModelRunner:
                 hidden = embedding.new_zeros(size * nodes, embedding.shape[1])
                 self._verify(hidden, rows, SamplingMode(True, True, True, MAX_LOGPROBS, edits=True), None)
 
-        def decode() -> None:
-            rows = self._draft(nobody, size, nodes) if nodes > 1 else None
-            self._sample_decode(self._decode(nobody, size, longest, rows), size, CAPTURED_MODES[-1])
-
         with self.context():
             nobody = zeros(round_up(limits.max_seqs, 4)).long() + self.state.null_slot
             largest = max(peak(prefill), peak(verify), peak(lambda: self.search.rehearse(nobody, self.cache)))
-            captured = peak(decode)
+            captured = peak(lambda: self._whole_step(nobody, size, nodes, longest, CAPTURED_MODES[-1]))
             graphs = len(self.decode_shapes()) * (8 << 20)
             if sizes := self.prompt_sizes():
                 captured += peak(lambda: PromptGraphs(self.decoder, self.cache.layers, sizes).rehearse())
@@ -461,10 +457,11 @@ class ModelRunner:
                     rows = graphs.capture(("draft", size, nodes), partial(self._draft, padded, size, nodes))
                 step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, rows))
                 for mode in CAPTURED_MODES:
-                    graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
-                    if size <= WHOLE_STEPS:
+                    if size <= WHOLE_STEPS:  # its parts are for steps with masks, whose choice is no graph
                         whole = partial(self._whole_step, padded, size, nodes, longest, mode)
                         graphs.capture(("step", mode, size, nodes), whole)
+                    else:
+                        graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
             if sizes := self.prompt_sizes():
                 self.prompts = PromptGraphs(self.decoder, self.cache.layers, sizes)
                 self.prompts.capture(graphs, lambda part: progress(0.5 + 0.5 * part))

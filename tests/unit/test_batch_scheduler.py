@@ -135,6 +135,8 @@ def ask(name: str, prompt: list[int], priority: int = 0, **params: object) -> En
     return EngineRequest(name, 0, 1, prompt, SamplingParams(**params), priority=priority)  # type: ignore[arg-type]
 
 
+# What a request of `requests_strategy` is like.
+Wanted = tuple[int, int, int, int, int | None, bool, int]
 requests_strategy = st.lists(
     st.tuples(
         st.integers(1, 30),  # prompt length
@@ -150,6 +152,31 @@ requests_strategy = st.lists(
 )
 
 
+def wish(index: int, wanted: Wanted) -> EngineRequest:
+    """The request that is wanted. Those of one beginning share it as far as both go."""
+    length, max_tokens, priority, _, _, ignore_eos, beginning = wanted
+    prompt = [(beginning * 7 + position) % 11 + 1 for position in range(length)]
+    return ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
+
+
+def run_all(world: World, wanted: list[Wanted]) -> dict[str, tuple[Sequence, int | None]]:
+    """Until nothing is left. By name: the sequence, and the turns after which it was aborted."""
+    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][3]))
+    sequences: dict[str, tuple[Sequence, int, int | None]] = {}
+    turn = 0
+    while pending or turn < 25:
+        while pending and pending[0][1][3] <= turn:
+            index, one = pending.popleft()
+            sequences[str(index)] = world.scheduler.add(wish(index, one)), turn, one[4]
+        for sequence, since, abort in sequences.values():
+            if abort is not None and turn == since + abort:
+                world.scheduler.finish(sequence)
+        world.turn()
+        turn += 1
+    world.finish()
+    return {name: (sequence, abort) for name, (sequence, _, abort) in sequences.items()}
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     wanted=requests_strategy,
@@ -161,27 +188,12 @@ requests_strategy = st.lists(
     window=st.sampled_from([0, 0, 5]),
 )
 def test_every_sequence_gets_its_own_tokens(
-    wanted: list[tuple[int, int, int, int, int | None, bool, int]], num_blocks: int, max_seqs: int, budget: int,
+    wanted: list[Wanted], num_blocks: int, max_seqs: int, budget: int,
     prefix_cache: bool, depth: int, window: int,
 ) -> None:  # fmt: skip
     limits = SchedulerLimits(4, 40, max_seqs, budget, frozenset({EOS}), window)
     world = World(limits, num_blocks, prefix_cache, depth)
-    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][3]))
-    sequences: dict[str, tuple[Sequence, int, int | None]] = {}
-    turn = 0
-    while pending or turn < 25:
-        while pending and pending[0][1][3] <= turn:
-            index, (length, max_tokens, priority, _, abort, ignore_eos, beginning) = pending.popleft()
-            prompt = [(beginning * 7 + position) % 11 + 1 for position in range(length)]
-            request = ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
-            sequences[str(index)] = world.scheduler.add(request), turn, abort
-        for sequence, since, abort in sequences.values():
-            if abort is not None and turn == since + abort:
-                world.scheduler.finish(sequence)
-        world.turn()
-        turn += 1
-    world.finish()
-    for name, (sequence, _, abort) in sequences.items():
+    for name, (sequence, abort) in run_all(world, wanted).items():
         outputs = world.outputs.get(name, [])
         got = [token for output in outputs for token in output.ids]
         expected = continuation(list(sequence.request.prompt_ids), sequence.request.params, limits.max_model_len)

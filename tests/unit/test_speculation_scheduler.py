@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,17 @@ from services.model_worker.block_pool import BlockPool
 from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.tree import Tree, default_trees
 from services.model_worker.step_plan import SchedulerLimits, StepPlan
-from tests.unit.test_batch_scheduler import EOS, Device, World, ask, continuation, requests_strategy
+from tests.unit.test_batch_scheduler import (
+    EOS,
+    Device,
+    Wanted,
+    World,
+    ask,
+    continuation,
+    requests_strategy,
+    run_all,
+    wish,
+)
 
 TREES = default_trees(3).trees[:4]
 OVERSHOOT = max(tree.depth + tree.size for tree in TREES)
@@ -78,8 +88,7 @@ class TreeWorld(World):
         return self.rng.choice([None, *usable])
 
 
-@settings(max_examples=200, deadline=None)
-@given(
+WORLDS: dict[str, st.SearchStrategy[Any]] = dict(
     wanted=requests_strategy,
     num_blocks=st.integers(12, 60),
     max_seqs=st.integers(1, 6),
@@ -89,28 +98,17 @@ class TreeWorld(World):
     window=st.sampled_from([0, 0, 5]),
     seed=st.integers(0, 2**32),
 )
+
+
+@settings(max_examples=200, deadline=None)
+@given(**WORLDS)
 def test_every_sequence_gets_its_own_tokens(
-    wanted: list[tuple[int, int, int, int, int | None, bool, int]], num_blocks: int, max_seqs: int, budget: int,
+    wanted: list[Wanted], num_blocks: int, max_seqs: int, budget: int,
     prefix_cache: bool, depth: int, window: int, seed: int,
 ) -> None:  # fmt: skip
     limits = SchedulerLimits(4, 40, max_seqs, budget, frozenset({EOS}), window, OVERSHOOT)
     world = TreeWorld(limits, num_blocks, prefix_cache, depth, seed)
-    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][3]))
-    sequences: dict[str, tuple[Sequence, int, int | None]] = {}
-    turn = 0
-    while pending or turn < 25:
-        while pending and pending[0][1][3] <= turn:
-            index, (length, max_tokens, priority, _, abort, ignore_eos, beginning) = pending.popleft()
-            prompt = [(beginning * 7 + position) % 11 + 1 for position in range(length)]
-            request = ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
-            sequences[str(index)] = world.scheduler.add(request), turn, abort
-        for sequence, since, abort in sequences.values():
-            if abort is not None and turn == since + abort:
-                world.scheduler.finish(sequence)
-        world.turn()
-        turn += 1
-    world.finish()
-    for name, (sequence, _, abort) in sequences.items():
+    for name, (sequence, abort) in run_all(world, wanted).items():
         outputs = world.outputs.get(name, [])
         got = [token for output in outputs for token in output.ids]
         expected = continuation(list(sequence.request.prompt_ids), sequence.request.params, limits.max_model_len)
@@ -124,19 +122,9 @@ def test_every_sequence_gets_its_own_tokens(
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    wanted=requests_strategy,
-    num_blocks=st.integers(12, 60),
-    max_seqs=st.integers(1, 6),
-    budget=st.integers(6, 60),
-    prefix_cache=st.booleans(),
-    depth=st.integers(0, 1),
-    window=st.sampled_from([0, 0, 5]),
-    seed=st.integers(0, 2**32),
-    steady_from=st.integers(1, 3),
-)
+@given(**WORLDS, steady_from=st.integers(1, 3))
 def test_steady_sequences_fare_like_those_gone_through_one_by_one(
-    wanted: list[tuple[int, int, int, int, int | None, bool, int]], num_blocks: int, max_seqs: int, budget: int,
+    wanted: list[Wanted], num_blocks: int, max_seqs: int, budget: int,
     prefix_cache: bool, depth: int, window: int, seed: int, steady_from: int,
 ) -> None:  # fmt: skip
     """Turn by turn: the same tokens, the same rows planned, as many blocks free."""
@@ -144,10 +132,10 @@ def test_steady_sequences_fare_like_those_gone_through_one_by_one(
     worlds = [TreeWorld(limits, num_blocks, prefix_cache, depth, seed, start) for start in (steady_from, 99)]
     ends: dict[int, list[list[Sequence]]] = {}
     for turn in range(400):
-        for index, (length, max_tokens, priority, come, abort, ignore_eos, beginning) in enumerate(wanted):
+        for index, one in enumerate(wanted):
+            come, abort = one[3:5]
             if come == turn:
-                prompt = [(beginning * 7 + position) % 11 + 1 for position in range(length)]
-                request = ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
+                request = wish(index, one)
                 added = [world.scheduler.add(request) for world in worlds]
                 ends.setdefault(turn + abort if abort is not None else -1, []).append(added)
         for pair in ends.pop(turn, []):

@@ -61,15 +61,8 @@ class MedusaDrafter:
         return self._heads.num_heads
 
     def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
-        heads, ops, depth, slots = self._heads, self._ops, tree.tree.depth, inputs.slots
-        blocks = zip(heads.weights[:, :depth], heads.biases[:, :depth], strict=True)
-        states = ops.residual_block(inputs.hidden[None], *next(blocks), slots)
-        for block in blocks:
-            states = ops.residual_block(states, *block)
-        if heads.outputs is None:
-            logits = ops.linear(states.flatten(0, 1), self._output).unflatten(0, (depth, len(slots)))
-        else:
-            logits = ops.linear_each(states, heads.outputs[:depth])
+        heads, ops, slots = self._heads, self._ops, inputs.slots
+        logits = heads.logits(heads.states(inputs.hidden, tree.tree.depth, slots, ops), self._output, ops)
         return ops.guess_tokens(logits, heads.token_map, slots, inputs.last_token, tree.sources, tree.tree.width)
 
 

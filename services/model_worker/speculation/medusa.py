@@ -15,14 +15,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.ops import Ops
+from kernels.reference import ReferenceOps
 from services.model_worker.models.config import ModelConfig, ModelError, read_json
 
 HEADS_FILE = "heads.safetensors"
+_TORCH: Ops = ReferenceOps()  # gradients go through it
 # What others publish: the paper's authors (torch pickle, later safetensors), then vLLM.
 _PUBLISHED_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
 
@@ -54,19 +56,21 @@ class MedusaHeads:
         outputs = None if output is None else output.float().expand(heads, *output.shape).clone()
         return cls(torch.zeros(*shape, hidden), torch.zeros(shape), outputs)
 
-    def states(self, hidden: Tensor, heads: int | None = None) -> Tensor:
-        """hidden [R, H] → the first `heads` heads' states [heads, R, H]."""
+    def states(
+        self, hidden: Tensor, heads: int | None = None, slots: Tensor | None = None, ops: Ops = _TORCH
+    ) -> Tensor:
+        """hidden [R, H] → the first `heads` heads' states [heads, R, H]. slots int64 [R]: hidden's rows, None: all."""
         heads = self.num_heads if heads is None else heads
-        x = hidden.expand(heads, *hidden.shape)
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = x + F.silu(torch.baddbmm(bias[:heads, None], x, weight[:heads].transpose(1, 2)))
+        x = hidden[None]
+        for weight, bias in zip(self.weights[:, :heads], self.biases[:, :heads], strict=True):
+            x, slots = ops.residual_block(x, weight, bias, slots), None
         return x
 
-    def logits(self, states: Tensor, model_head: Tensor) -> Tensor:
+    def logits(self, states: Tensor, model_head: Tensor, ops: Ops = _TORCH) -> Tensor:
         """states [heads, R, H] → [heads, R, V']. model_head: the matrix that tied heads share, [V', H]."""
         if self.outputs is None:
-            return F.linear(states, model_head)
-        return torch.bmm(states, self.outputs[: len(states)].transpose(1, 2))
+            return ops.linear(states.flatten(0, 1), model_head).view(*states.shape[:2], -1)
+        return ops.linear_each(states, self.outputs[: len(states)])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MedusaHeads:
         def move(tensor: Tensor | None) -> Tensor | None:
