@@ -61,7 +61,7 @@ class ActiveRun:
 
     lengths    number of generated tokens of each choice
     open       choices that go on
-    unproven   choices of an isolated request that have not come one token further yet
+    unproven   choices of an isolated request that have not come one token further yet, in the log
     taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
     trace      traceparent of the order;  prefix: tokens generated elsewhere before
     """
@@ -278,6 +278,9 @@ class WorkerService(Service):
             self._end(present, completed=False)
         if self._paused:
             return m.RunReply(False, ErrorCode.OVERLOADED.value, "the token log does not take messages")
+        # Two schedulers may send one each at the same moment. Whoever waits behind poison would die with it, again and again.
+        if run.isolated and any(other.unproven for other in self._runs.values()):
+            return m.RunReply(False, ErrorCode.OVERLOADED.value, "another suspect runs apart")
         requests = self._engine_requests(run)
         # Not after `submit`, which may give the slots at once.
         taken = asyncio.get_running_loop().time()
@@ -384,6 +387,7 @@ class WorkerService(Service):
     def _on_steps(self, steps: list[StepOutput]) -> None:
         by_partition: dict[int, list[m.Tokens]] = {}
         finished: dict[int, list[ActiveRun]] = {}
+        proven: dict[int, list[tuple[ActiveRun, int]]] = {}
         for step in steps:
             self._measure(step)
             for output in step.outputs:
@@ -393,6 +397,8 @@ class WorkerService(Service):
                     run.unproven.clear()  # a search that has survived a step
                 else:
                     by_partition.setdefault(run.partition, []).append(self._entry(run, output))
+                    if run.unproven:
+                        proven.setdefault(run.partition, []).append((run, output.choice))
                     if not run.open:
                         run.last = max(asyncio.get_running_loop().time(), run.first)
                         finished.setdefault(run.partition, []).append(run)
@@ -401,7 +407,7 @@ class WorkerService(Service):
                     by_partition.setdefault(run.partition, []).append(self._failed(run, error))
                     finished.setdefault(run.partition, []).append(run)
         for partition, entries in by_partition.items():
-            self._append(steps[-1].step, partition, entries, finished.get(partition, ()))
+            self._append(steps[-1].step, partition, entries, finished.get(partition, ()), proven.get(partition, ()))
 
     def _measure(self, step: StepOutput) -> None:
         if step.seconds is not None:
@@ -430,7 +436,6 @@ class WorkerService(Service):
                 if run.admitted:
                     self._prefill_seconds.observe(run.first - run.admitted)
             run.lengths[output.choice] = output.position + len(output.ids)
-            run.unproven.discard(output.choice)
         failure = logprobs = None
         finish = output.finish
         if finish is not None:
@@ -481,17 +486,29 @@ class WorkerService(Service):
             run.open.clear()
             self.engine.abort(run.key, run.epoch)
 
-    def _append(self, step: int, partition: int, entries: list[m.Tokens], finished: Sequence[ActiveRun]) -> None:
+    def _append(
+        self,
+        step: int,
+        partition: int,
+        entries: list[m.Tokens],
+        finished: Sequence[ActiveRun],
+        proven: Sequence[tuple[ActiveRun, int]],
+    ) -> None:
+        """`proven`: choices of suspects that come further with this, which counts once it is in the log."""
         subject = subjects.tok(self.settings.model, partition)
 
         def stored() -> None:
+            for run, choice in proven:
+                run.unproven.discard(choice)
             for run in finished:
                 self._end(run, completed=True)
 
         parts = _parts(entries)
         for part in parts:
             tokens = m.StepTokens(self.instance, step, tuple(part))
-            self.outbox.put(subject, codec.encode(tokens), stored if part is parts[-1] and finished else None)
+            self.outbox.put(
+                subject, codec.encode(tokens), stored if part is parts[-1] and (finished or proven) else None
+            )
 
     def _pause(self, full: bool) -> None:
         self._paused = full

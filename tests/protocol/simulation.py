@@ -197,7 +197,7 @@ class Scenario:
     def of(cls, seed: int) -> Scenario:
         r = random.Random(seed)
         chained = r.random() < 0.5
-        fault = r.choice(("raise", "kill", "error")) if r.random() < 0.04 else ""
+        fault = r.choice(("raise", "kill", "hang", "error")) if r.random() < 0.04 else ""
         faults = Faults(latency=LATENCY, max_delay=0.15, max_reconnect=0.2)
         for name in ("drop", "duplicate", "delay"):
             setattr(faults, name, r.choice((0.0, 0.0, 0.01, 0.05)))
