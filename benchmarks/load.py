@@ -20,9 +20,11 @@ import uvloop
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from benchmarks.wire import Frames, Wire
 from shared import codec, subjects
 from shared import messages as m
 
+FINISHED = b'"event":"finished"'
 PROMPT = "The captain looked at the sea for a long time, and then he said"
 TIMEOUT = 180.0
 
@@ -95,42 +97,43 @@ async def time_to_first_token(
 ) -> list[float]:
     """Seconds from publishing a request (by default a short one in JSON) until the first `tokens` event, `concurrency` requests at a
     time."""
-    nc = await connect(url)
     subject = subjects.generate(model)
     body = body or json.dumps(dict(prompt=PROMPT, max_tokens=4, temperature=0)).encode()
     decode = json.loads if body.startswith(b"{") else msgpack.unpackb
     left = requests
     times: list[float] = []
+    frames = Frames()
+    firsts: dict[str, float] = {}
+    ends: dict[str, asyncio.Future[None]] = {}
+
+    def on_bytes(when: float, data: bytes) -> None:
+        for inbox, payload in frames.feed(data):
+            event = decode(payload)
+            if event["event"] == "tokens":
+                firsts.setdefault(inbox, when)
+            elif event["event"] == "error":
+                ends[inbox].set_exception(RuntimeError(event["message"]))
+            elif event["event"] == "finished":
+                ends[inbox].set_result(None)
+
+    wire = await Wire.connect(url, on_bytes)
 
     async def worker() -> None:
         nonlocal left
         while left > 0:
             left -= 1
-            inbox = nc.new_inbox()
-            first: float | None = None
-            done = asyncio.get_running_loop().create_future()
-
-            async def on_event(msg: Msg, done: asyncio.Future[None] = done) -> None:
-                nonlocal first
-                event = decode(msg.data)
-                if event["event"] == "tokens" and first is None:
-                    first = time.monotonic()
-                elif event["event"] == "error":
-                    done.set_exception(RuntimeError(event["message"]))
-                elif event["event"] == "finished":
-                    done.set_result(None)
-
-            subscription = await nc.subscribe(inbox, cb=on_event)
+            inbox = wire.new_inbox()
+            ends[inbox] = asyncio.get_running_loop().create_future()
+            subscription = wire.subscribe(inbox)
             began = time.monotonic()
-            await nc.publish(subject, body, reply=inbox)
-            await done
-            assert first is not None
-            times.append(first - began)
-            await subscription.unsubscribe()
+            wire.publish(subject, body, inbox)
+            await ends.pop(inbox)
+            times.append(firsts.pop(inbox) - began)
+            wire.unsubscribe(subscription)
 
     await start.together()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
-    await nc.close()
+    wire.close()
     return times
 
 
@@ -141,39 +144,45 @@ async def steady_streams(
     start: Start, url: str, model: str, streams: int, connections: int, tokens: int
 ) -> list[list[float]]:
     """Arrival time of each token of each stream. Every stream has a reply subject of its own; nothing is decoded while it runs."""
-    clients = [await connect(url) for _ in range(connections)]
-    got: dict[str, list[tuple[float, bytes]]] = {}
     open_streams = streams
     done = asyncio.get_running_loop().create_future()
+    readings: list[list[tuple[float, bytes]]] = [[] for _ in range(connections)]
 
-    async def on_event(msg: Msg) -> None:
-        nonlocal open_streams
-        got[msg.subject].append((time.monotonic(), msg.data))
-        if not msg.data.startswith(b'{"event":"tokens"'):
-            if b'"event":"error"' in msg.data:
-                done.set_exception(RuntimeError(msg.data.decode()))
-            elif b'"event":"finished"' in msg.data:
-                open_streams -= 1
-                if open_streams == 0:
-                    done.set_result(None)
+    def reader(chunks: list[tuple[float, bytes]]) -> Callable[[float, bytes], None]:
+        def on_bytes(when: float, data: bytes) -> None:
+            nonlocal open_streams
+            seam = chunks[-1][1][1 - len(FINISHED) :] if chunks else b""
+            chunks.append((when, data))
+            open_streams -= data.count(FINISHED) + (seam + data[: len(FINISHED) - 1]).count(FINISHED)
+            if b'"event":"error"' in data and not done.done():
+                done.set_exception(RuntimeError(data.decode()))
+            if open_streams == 0 and not done.done():
+                done.set_result(None)
 
-    inboxes = [client.new_inbox() for client in clients]
-    for client, inbox in zip(clients, inboxes, strict=True):
-        await client.subscribe(f"{inbox}.*", cb=on_event, pending_msgs_limit=-1, pending_bytes_limit=-1)
-        await client.flush()
+        return on_bytes
+
+    wires = [await Wire.connect(url, reader(chunks)) for chunks in readings]
+    inboxes = [wire.new_inbox() for wire in wires]
+    for wire, inbox in zip(wires, inboxes, strict=True):
+        wire.subscribe(f"{inbox}.*")
     subject = subjects.generate(model)
     body = json.dumps(dict(prompt=PROMPT, max_tokens=tokens, temperature=0, ignore_eos=True)).encode()
     await start.together()
     for number in range(streams):
-        reply = f"{inboxes[number % connections]}.{number}"
-        got[reply] = []
-        await clients[number % connections].publish(subject, body, reply=reply)
+        wires[number % connections].publish(subject, body, f"{inboxes[number % connections]}.{number}")
         if number % 16 == 15:
             await asyncio.sleep(0.01)  # a fleet of clients does not start in one instant
     await done
-    for client in clients:
-        await client.close()
-    return [_arrivals(events, tokens) for events in got.values()]
+    for wire in wires:
+        wire.close()
+    events: dict[str, list[tuple[float, bytes]]] = {}
+    for chunks in readings:
+        frames = Frames()
+        for when, data in chunks:
+            for reply, payload in frames.feed(data):
+                events.setdefault(reply, []).append((when, payload))
+    assert len(events) == streams
+    return [_arrivals(of_stream, tokens) for of_stream in events.values()]
 
 
 def _arrivals(events: list[tuple[float, bytes]], tokens: int) -> list[float]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from services.model_worker.engine_api import Engine, OnFatal, OnSteps
 from services.model_worker.interface import (
@@ -26,6 +25,7 @@ from services.model_worker.interface import (
     StepOutput,
     TokenOutput,
 )
+from services.model_worker.log_entries import ActiveRun, Batch, SteadyEntries
 from services.model_worker.settings import WorkerSettings
 from shared import codec, subjects
 from shared import messages as m
@@ -36,11 +36,6 @@ from shared.outbox import Outbox
 from shared.service import Service
 from shared.tracing import SpanEvent, wall_clock
 
-# Entries of one log message. With the most log-probabilities and the longest keys this is about 1 MB.
-MAX_ENTRIES = 1000
-# Bytes of their token ids and log-probabilities, about.
-MAX_BYTES = 1 << 20
-LOGPROBS_BYTES = 300  # of a token with the most alternatives
 # A stage must be gone within a second of SIGTERM; what the log has not taken by then is generated again elsewhere.
 FLUSH_TIMEOUT = 0.7
 # Seconds for which a run's end is remembered. An order that comes later is run in vain: the fold drops what it gives.
@@ -53,32 +48,6 @@ MakeEngine = Callable[[WorkerSettings, OnSteps, OnFatal], Engine]
 
 class EngineDied(RuntimeError):
     """The engine cannot go on: the process must be started anew."""
-
-
-@dataclass(slots=True)
-class ActiveRun:
-    """A request that this worker holds.
-
-    lengths    number of generated tokens of each choice
-    open       choices that go on
-    unproven   choices of an isolated request that have not come one token further yet, in the log
-    taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
-    trace      traceparent of the order;  prefix: tokens generated elsewhere before
-    """
-
-    key: str
-    epoch: int
-    partition: int
-    lengths: list[int]
-    open: set[int]
-    unproven: set[int]
-    taken: float
-    prompt: int
-    prefix: int
-    trace: str
-    admitted: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
 
 
 class EndedRuns:
@@ -132,6 +101,7 @@ class WorkerService(Service):
         self.engine = make_engine(settings, self._on_steps, self._on_fatal)
         self.outbox = Outbox(bus, limit=settings.outbox_limit, on_full=self._pause)
         self._runs: dict[str, ActiveRun] = {}
+        self._steady = SteadyEntries(self._run_of)
         self._ended = EndedRuns(settings.remember_ended)
         self._lately: dict[
             str, tuple[int, int]
@@ -351,6 +321,7 @@ class WorkerService(Service):
         """The worker is through with a run, if it still is the one that it holds."""
         if self._runs.get(run.key) is run:
             del self._runs[run.key]
+            self._steady.forget()
             self._trace(run, "" if completed else "not completed here")
             self._ended.add(run.key, run.epoch, completed, asyncio.get_running_loop().time())
             if completed:
@@ -385,29 +356,35 @@ class WorkerService(Service):
     # ------------------------------------------------ what the engine generates
 
     def _on_steps(self, steps: list[StepOutput]) -> None:
-        by_partition: dict[int, list[m.Tokens]] = {}
-        finished: dict[int, list[ActiveRun]] = {}
-        proven: dict[int, list[tuple[ActiveRun, int]]] = {}
+        batches: dict[int, Batch] = {}
         for step in steps:
             self._measure(step)
-            for output in step.outputs:
-                if (run := self._run_of(output)) is None:
-                    continue
-                if not output.ids and output.finish is None:
-                    run.unproven.clear()  # a search that has survived a step
-                else:
-                    by_partition.setdefault(run.partition, []).append(self._entry(run, output))
-                    if run.unproven:
-                        proven.setdefault(run.partition, []).append((run, output.choice))
-                    if not run.open:
-                        run.last = max(asyncio.get_running_loop().time(), run.first)
-                        finished.setdefault(run.partition, []).append(run)
+            for output in step.tokens:
+                self._take(output, batches)
+            if step.rows is not None and not self._steady.add(step.rows, batches):
+                for output in step.rows:
+                    self._take(output, batches)
             for error in step.errors:
                 if (run := self._run_of(error)) is not None:
-                    by_partition.setdefault(run.partition, []).append(self._failed(run, error))
-                    finished.setdefault(run.partition, []).append(run)
-        for partition, entries in by_partition.items():
-            self._append(steps[-1].step, partition, entries, finished.get(partition, ()), proven.get(partition, ()))
+                    batch = batches.setdefault(run.partition, Batch())
+                    batch.add(self._failed(run, error))
+                    batch.finished.append(run)
+        for partition, batch in batches.items():
+            self._append(steps[-1].step, partition, batch)
+
+    def _take(self, output: TokenOutput, batches: dict[int, Batch]) -> None:
+        if output.finish is FinishReason.ABORTED or (run := self._run_of(output)) is None:
+            return
+        if not output.ids and output.finish is None:
+            run.unproven.clear()  # a search that has survived a step
+            return
+        batch = batches.setdefault(run.partition, Batch())
+        batch.add(self._entry(run, output))
+        if run.unproven:
+            batch.proven.append((run, output.choice))
+        if not run.open:
+            run.last = max(asyncio.get_running_loop().time(), run.first)
+            batch.finished.append(run)
 
     def _measure(self, step: StepOutput) -> None:
         if step.seconds is not None:
@@ -419,14 +396,12 @@ class WorkerService(Service):
                 run.admitted = slot.when
                 self._queue_seconds.observe(max(0.0, slot.when - run.taken))
 
-    def _run_of(self, output: TokenOutput | RequestError) -> ActiveRun | None:
+    def _run_of(self, output: TokenOutput | RequestError | EngineRequest) -> ActiveRun | None:
         """The run that an output belongs to; None if the run has been aborted or replaced, or if that choice has ended."""
         run = self._runs.get(output.request_id)
         if run is None or run.epoch != output.epoch:
             return None
-        if output.choice not in run.open and not (output.choice == PROMPT and run.open):
-            return None
-        return None if isinstance(output, TokenOutput) and output.finish is FinishReason.ABORTED else run
+        return run if output.choice in run.open or (output.choice == PROMPT and run.open) else None
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
         if output.choice != PROMPT:
@@ -484,31 +459,25 @@ class WorkerService(Service):
         """One choice failed, and with it the request: no use in going on with the others."""
         if run.open:
             run.open.clear()
+            self._steady.forget()
             self.engine.abort(run.key, run.epoch)
 
-    def _append(
-        self,
-        step: int,
-        partition: int,
-        entries: list[m.Tokens],
-        finished: Sequence[ActiveRun],
-        proven: Sequence[tuple[ActiveRun, int]],
-    ) -> None:
-        """`proven`: choices of suspects that come further with this, which counts once it is in the log."""
+    def _append(self, step: int, partition: int, batch: Batch) -> None:
         subject = subjects.tok(self.settings.model, partition)
 
         def stored() -> None:
-            for run, choice in proven:
+            for run, choice in batch.proven:
                 run.unproven.discard(choice)
-            for run in finished:
+            for run in batch.finished:
                 self._end(run, completed=True)
 
-        parts = _parts(entries)
+        *parts, last = (
+            codec.encode(m.StepTokens(self.instance, step, cast(tuple[m.Tokens, ...], part)))
+            for part in batch.messages()
+        )
         for part in parts:
-            tokens = m.StepTokens(self.instance, step, tuple(part))
-            self.outbox.put(
-                subject, codec.encode(tokens), stored if part is parts[-1] and (finished or proven) else None
-            )
+            self.outbox.put(subject, part)
+        self.outbox.put(subject, last, stored if batch.finished or batch.proven else None)
 
     def _pause(self, full: bool) -> None:
         self._paused = full
@@ -524,20 +493,6 @@ class WorkerService(Service):
         self.draining = True
         self.beat_now()
         self.fail(EngineDied(repr(error)))
-
-
-def _parts(entries: list[m.Tokens]) -> list[list[m.Tokens]]:
-    """Entries, in order, as they fit into log messages."""
-    parts: list[list[m.Tokens]] = []
-    size = 0
-    for entry in entries:
-        own = len(entry.ids) + LOGPROBS_BYTES * len(entry.logprobs or ())
-        size += own
-        if not parts or len(parts[-1]) == MAX_ENTRIES or size > MAX_BYTES:
-            parts.append([])
-            size = own
-        parts[-1].append(entry)
-    return parts
 
 
 def _speculation_detail(stats: EngineStats) -> dict[str, float]:

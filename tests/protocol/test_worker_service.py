@@ -13,19 +13,12 @@ from services.model_worker.__main__ import make_engine
 from services.model_worker.engine_api import EngineLimits, OnFatal, OnSteps, Progress
 from services.model_worker.fixed_engine import expected_ids
 from services.model_worker.interface import EngineRequest, EngineStats, FinishReason, SlotGiven, StepOutput, TokenOutput
-from services.model_worker.service import (
-    MAX_ENTRIES,
-    REMEMBER_ENDED,
-    EndedRuns,
-    EngineDied,
-    StallWatch,
-    WorkerService,
-    _parts,
-)
+from services.model_worker.log_entries import MAX_ENTRIES, Batch
+from services.model_worker.service import REMEMBER_ENDED, EndedRuns, EngineDied, StallWatch, WorkerService
 from services.model_worker.settings import Fault, FixedEngineSettings, WorkerSettings
 from shared import codec, subjects
 from shared import messages as m
-from shared.bus import MAX_PAYLOAD, Message, StreamSpec
+from shared.bus import Message, StreamSpec
 from shared.errors import ErrorCode
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.sampling import SamplingParams
@@ -258,10 +251,13 @@ def test_messages_are_cut_by_entries_and_by_bytes() -> None:
         return m.Tokens(key, m.PROMPT, 1, 0, codec.pack_ids(range(ids)), logprobs=(row,) * ids)
 
     sizes = [512] * 20 + [1] * 2500 + [512]
-    parts = _parts([entry(size) for size in sizes])
-    assert [len(t.ids) // 4 for part in parts for t in part] == sizes
+    batch = Batch()
+    for size in sizes:
+        batch.add(entry(size))
+    parts = batch.messages()
+    assert [len(t[4]) // 4 for part in parts for t in part] == sizes
     assert all(len(part) <= MAX_ENTRIES for part in parts)
-    assert max(len(codec.encode(m.StepTokens("w", 1, tuple(part)))) for part in parts) < MAX_PAYLOAD / 4
+    assert max(len(codec.encode(m.StepTokens("w", 1, part))) for part in parts)  # type: ignore[arg-type] < MAX_PAYLOAD / 4
 
 
 @virtual
