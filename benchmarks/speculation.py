@@ -137,8 +137,16 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     common: dict[str, Any] = {"device": arguments.device, "prefix_cache": False, "max_seqs": max(arguments.batches)}
     if arguments.device != "cpu" and torch.cuda.is_available():
         common["gpu_memory_fraction"] = 0.4
-    plain = Client(EngineConfig(arguments.model, speculate=False, **common))
-    drafted = Client(EngineConfig(arguments.model, heads=arguments.heads, **common))
+    clients = [Client(EngineConfig(arguments.model, speculate=False, **common))]
+    try:
+        clients.append(Client(EngineConfig(arguments.model, heads=arguments.heads, **common)))
+        yield from _rows(arguments, *clients)
+    finally:
+        for client in clients:
+            client.engine.stop(timeout=30)
+
+
+def _rows(arguments: argparse.Namespace, plain: Client, drafted: Client) -> Generator[dict[str, Any]]:
     text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
     longest = min(4 * arguments.output, plain.engine.info.max_model_len - arguments.prompt - 1)
     print(
@@ -173,12 +181,8 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
             "tokens_per_drafted_step": tokens, "shares": shares,
         }  # fmt: skip
 
-    try:
-        for batch in arguments.batches:
-            yield row_of(batch)
-    finally:
-        for client in (plain, drafted):
-            client.engine.stop(timeout=30)
+    for batch in arguments.batches:
+        yield row_of(batch)
 
 
 def speeds(arguments: argparse.Namespace) -> dict[str, Any]:

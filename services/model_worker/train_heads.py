@@ -474,6 +474,12 @@ def _train_jointly(config: TrainConfig, joint: dict[str, Any], console: Console)
     train_joint(JointConfig(config, joint[""], joint["_steps"], joint["_minutes"], joint["_learning_rate"]), console)
 
 
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def main(arguments: list[str]) -> int:
     """`gorgon train-heads …` or `gorgon tune-tree …`; the exit status."""
     parser = argparse.ArgumentParser(prog="gorgon", description="Medusa heads: training and tree design.")
@@ -484,11 +490,11 @@ def main(arguments: list[str]) -> int:
     training.add_argument("--init", type=Path, help="folder of heads to go on from")
     training.add_argument("--untied", dest="tied", action="store_false", help="each head trains an output matrix")
     for name, kind in (
-        ("heads", int),
-        ("layers", int),
-        ("rows", int),
-        ("length", int),
-        ("steps", int),
+        ("heads", _at_least_one),
+        ("layers", _at_least_one),
+        ("rows", _at_least_one),
+        ("length", _at_least_one),
+        ("steps", _at_least_one),
         ("seed", int),
         ("vocabulary", int),
     ):

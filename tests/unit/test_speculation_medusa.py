@@ -283,3 +283,7 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     for command, files in (("train-heads", "--data"), ("tune-tree", "--prompts")):
         assert train_heads.main([command, files, str(tmp_path / "no.txt"), "--model", *missing]) == 1
         assert "config_missing" in capsys.readouterr().err
+    for option in ("--heads", "--layers", "--rows", "--length", "--steps"):
+        with pytest.raises(SystemExit):
+            train_heads.main(["train-heads", "--data", "no.txt", "--model", *missing, option, "0"])
+        assert f"argument {option}: must be at least 1" in capsys.readouterr().err
