@@ -77,10 +77,26 @@ def _receive(pipe: Connection) -> Any:
 
 def _child(pipe: Connection, load: Load, args: tuple[Any, ...]) -> None:
     try:
-        result = uvloop.run(asyncio.wait_for(load(Start(pipe), *args), TIMEOUT))
+        result = uvloop.run(asyncio.wait_for(_watched(load(Start(pipe), *args)), TIMEOUT))
     except Exception as error:
         result = RuntimeError(f"{load.__name__}: {error!r}")
     pipe.send(result)
+
+
+async def _watched(load: Coroutine[Any, Any, Any]) -> Any:
+    """What the load returns; an error in a callback is its error, too."""
+    loop = asyncio.get_running_loop()
+    failed: asyncio.Future[Any] = loop.create_future()
+
+    def on_error(_: object, context: dict[str, Any]) -> None:
+        if not failed.done():
+            failed.set_exception(context.get("exception") or RuntimeError(context["message"]))
+
+    loop.set_exception_handler(on_error)
+    task = loop.create_task(load)
+    done, _ = await asyncio.wait((task, failed), return_when=asyncio.FIRST_COMPLETED)
+    task.cancel()
+    return done.pop().result()
 
 
 async def connect(url: str) -> Client:
@@ -127,8 +143,9 @@ async def time_to_first_token(
             subscription = wire.subscribe(inbox)
             began = time.monotonic()
             wire.publish(subject, body, inbox)
-            await ends.pop(inbox)
-            times.append(firsts.pop(inbox) - began)
+            await ends[inbox]
+            times.append(firsts[inbox] - began)
+            del ends[inbox], firsts[inbox]
             wire.unsubscribe(subscription)
 
     await start.together()

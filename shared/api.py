@@ -14,6 +14,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgpack
+import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -373,7 +374,7 @@ def _printable(text: str) -> str:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no infinities: a log-probability of -inf is sent as null."""
+    """JSON has no infinities: a log-probability of -inf is sent as null (as orjson does of itself)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -383,19 +384,17 @@ def _json_number(value: Any) -> Any:
     return value
 
 
-# json.dumps with options makes a new encoder each time, for every event of every token.
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-
-
 def encode_event(event: Mapping[str, Any] | list[Mapping[str, Any]], encoding: str) -> bytes:
     """An event, or for `batched` clients an array of them, as the client wants it."""
     if encoding == "msgpack":
         data: bytes = msgpack.packb(event)
         return data
     try:
-        return _to_json(event).encode()
-    except ValueError:
-        return json.dumps(_json_number(event), ensure_ascii=False, separators=(",", ":")).encode()
+        return orjson.dumps(event)
+    except (
+        TypeError
+    ):  # a client's metadata may hold what only the slower one can say: lone surrogates, integers beyond 64 bits
+        return json.dumps(_json_number(event), separators=(",", ":")).encode()
 
 
 def encode_for(reply: ReplyTo, events: Iterable[Mapping[str, Any]]) -> list[bytes]:

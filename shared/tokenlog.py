@@ -169,7 +169,8 @@ class PartitionFold:
                 if known is None:
                     known = self.requests[tokens.key] = RequestState(tokens.key)
                 known.touched = stamp
-                self._tokens(known, tokens, effects)
+                if not self._usual(known, tokens, effects):
+                    self._tokens(known, tokens, effects)
             return effects
         request = self.requests.get(entry.key)
         if request is None:
@@ -221,6 +222,28 @@ class PartitionFold:
                 self._finish_choice(request, entry.choice, "stop_string", entry.stop, entry.length, effects)
             return
         self._terminate(request, Terminal(entry.reason, entry.failure), effects)
+
+    @staticmethod
+    def _usual(request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> bool:
+        """What `_tokens` does with the next tokens of a choice that goes on, which nearly all entries are: without asking the rules,
+        as none of them has anything to say about such an entry. False, and nothing is done, for any other."""
+        key, index, epoch, position, data, finish, _, logprobs, _ = tokens
+        if (
+            finish is not None
+            or epoch != request.epoch
+            or request.held
+            or request.terminal is not None
+            or request.prompt is not None
+            or not 0 <= index < len(request.choices)  # there are none before OPEN
+        ):
+            return False
+        choice = request.choices[index]
+        if choice.finish is not None or position != len(choice.ids) or not data:
+            return False
+        ids = unpack_ids(data)
+        effects.append(Committed(key, index, position, ids, logprobs))
+        choice.ids += ids
+        return True
 
     def _tokens(self, request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> None:
         if not self.is_open_for_entries(request) or not self.is_current(request, tokens):

@@ -235,6 +235,10 @@ def test_events_in_both_encodings():
     event = api.tokens_event("r", 0, 0, [1], "ü", 0, [{"id": 1, "logprob": float("-inf"), "top": [[1, -0.5]]}])
     assert json.loads(api.encode_event(event, "json"))["logprobs"][0]["logprob"] is None
     assert msgpack.unpackb(api.encode_event(event, "msgpack")) == event
+    odd = event | {"metadata": {"big": 2**70, "half": "\ud800"}}
+    assert json.loads(api.encode_event(odd, "json")) == json.loads(api.encode_event(event, "json")) | {
+        "metadata": odd["metadata"]
+    }
     assert len(api.encode_for(ReplyTo("x"), [event, event])) == 2
     assert json.loads(api.encode_for(ReplyTo("x", batched=True), [event])[0])[0]["text"] == "ü"
     error = api.error_event("r", GorgonError(ErrorCode.OVERLOADED, "m", retry_after=1.5))
