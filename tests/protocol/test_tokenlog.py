@@ -8,7 +8,7 @@ import pytest
 
 from shared import codec
 from shared import messages as m
-from shared.tokenlog import Committed, Ended, PartitionFold
+from shared.tokenlog import Committed, Effect, Ended, PartitionFold, RequestState
 from tests.protocol.fold_simulation import Broken, Simulation
 
 SEEDS = int(os.environ.get("GORGON_FOLD_SEEDS", "1500"))
@@ -20,6 +20,23 @@ def test_no_seed_breaks_the_fold() -> None:
             Simulation(seed).simulate()
         except Broken as broken:
             pytest.fail(f"seed {seed}: {broken}")
+
+
+class AsksForEach(PartitionFold):
+    @staticmethod
+    def _usual(request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> bool:
+        return False
+
+
+def test_the_usual_entry_has_the_effects_that_the_rules_give_it() -> None:
+    for seed in range(200):
+        simulation = Simulation(seed)
+        simulation.simulate()
+        fold, asking = PartitionFold(), AsksForEach()
+        for stamp, data in enumerate(simulation.log):
+            entry = codec.decode(data)
+            assert fold.apply(entry, stamp) == asking.apply(entry, stamp), f"seed {seed}, entry {stamp}"
+        assert fold.snapshot() == asking.snapshot()
 
 
 class AnyEpoch(PartitionFold):
