@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 # The server's limit, and what a message keeps below it for headers: one byte over and the server closes the connection for good.
 MAX_PAYLOAD = 8 * 2**20
 HEADROOM = 64 * 2**10
+APPEND_TIMEOUT = 2.0  # seconds
 
 
 class BusError(Exception):
@@ -201,10 +202,16 @@ class Bus(Protocol):
         *,
         msg_id: str | None = None,
         expected_last_subject_seq: int | None = None,
-        timeout: float = 2.0,
+        timeout: float = APPEND_TIMEOUT,
     ) -> Appended:
         """Stores in the subject's stream, one attempt; returns only after the server's acknowledgement. Raises BusTimeout
         (outcome unknown), StorageFull, PayloadTooLarge, WrongRevision. `shared.outbox` retries until acknowledged."""
+
+    def append_soon(
+        self, subject: str, data: bytes, done: Callable[[Appended | BusError], None], *, msg_id: str | None = None
+    ) -> bool:
+        """`append` without a task, for those who append a lot: `done` is told later what it would have returned or raised. False, and
+        nothing is done, if the message cannot be sent at once: `append` says why, or waits until it can."""
 
     async def read(self, stream: str, seq: int) -> Stored | None: ...
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 
 from shared.bus import (
+    APPEND_TIMEOUT,
     HEADROOM,
     MAX_PAYLOAD,
     Appended,
@@ -324,6 +325,7 @@ class MemoryBus:
         self._connected = asyncio.Event()
         if broker.up:
             self._connected.set()
+        self._appending: set[asyncio.Task[None]] = set()
         self._lost: dict[asyncio.Future[Any], None] = {}  # what fails when the connection is lost
         self._waits: dict[asyncio.Future[None], None] = {}  # of followers
         self._subscriptions: list[MemorySubscription] = []
@@ -447,8 +449,11 @@ class MemoryBus:
         return answer
 
     async def write_to_broker(self, write: Callable[[], T], timeout: float) -> T:
-        """Does `write` on the broker at once, so that writes of one client keep their order; the answer takes its time."""
         timeout = await self._wait_for_connection(timeout)
+        return await self._answer(self._write(write, timeout), timeout)
+
+    def _write(self, write: Callable[[], T], timeout: float) -> asyncio.Future[T]:
+        """Does `write` on the broker at once, so that writes of one client keep their order; the answer takes its time."""
         broker, faults = self.broker, self.broker.faults
         future: asyncio.Future[T] = self._loop.create_future()
         if broker.chance(faults.late_append):
@@ -461,7 +466,7 @@ class MemoryBus:
                 broker.hop(lambda: _resolve(future, outcome.result), broker.context)
             else:
                 outcome.exception()  # nobody will ask for it
-        return await self._answer(future, timeout)
+        return future
 
     # ------------------------------------------------ core
 
@@ -506,12 +511,32 @@ class MemoryBus:
         *,
         msg_id: str | None = None,
         expected_last_subject_seq: int | None = None,
-        timeout: float = 2.0,
+        timeout: float = APPEND_TIMEOUT,
     ) -> Appended:
         self.check_size(data)
         return await self.write_to_broker(
             lambda: self.broker.append(subject, data, msg_id, expected_last_subject_seq), timeout
         )
+
+    def append_soon(
+        self, subject: str, data: bytes, done: Callable[[Appended | BusError], None], *, msg_id: str | None = None
+    ) -> bool:
+        if not self.connected or len(data) > MAX_PAYLOAD - HEADROOM:
+            return False
+
+        future = self._write(lambda: self.broker.append(subject, data, msg_id, None), APPEND_TIMEOUT)
+
+        async def answer() -> None:
+            try:
+                outcome: Appended | BusError = await self._answer(future, APPEND_TIMEOUT)
+            except BusError as error:
+                outcome = error
+            done(outcome)
+
+        task = self._loop.create_task(answer())
+        self._appending.add(task)
+        task.add_done_callback(self._appending.discard)
+        return True
 
     async def read(self, stream: str, seq: int) -> Stored | None:
         return await self.read_from_broker(lambda: self.broker.stream(stream).messages.get(seq))

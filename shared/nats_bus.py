@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import datetime
 from typing import Any
 
+import orjson
 import structlog
 from nats import errors
 from nats.aio.client import Client
@@ -25,6 +26,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
 from shared.bus import (
+    APPEND_TIMEOUT,
     HEADROOM,
     Appended,
     BucketSpec,
@@ -445,7 +447,7 @@ class NatsBus:
         *,
         msg_id: str | None = None,
         expected_last_subject_seq: int | None = None,
-        timeout: float = 2.0,
+        timeout: float = APPEND_TIMEOUT,
     ) -> Appended:
         headers: dict[str, str] | None = None
         if msg_id is not None:
@@ -454,6 +456,38 @@ class NatsBus:
             headers = headers or {}
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expected_last_subject_seq)
         return await self.store(subject, data, headers, timeout)
+
+    def append_soon(
+        self, subject: str, data: bytes, done: Callable[[Appended | BusError], None], *, msg_id: str | None = None
+    ) -> bool:
+        if len(data) > self._nc._max_payload - HEADROOM or not self.is_up():
+            return False
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token], self._asked[token] = future, subject
+        timer = self._loop.call_later(APPEND_TIMEOUT, _time_out, future)
+
+        def answered(future: asyncio.Future[Msg]) -> None:
+            timer.cancel()
+            del self._waiting[token], self._asked[token]
+            # Nothing is raised here: an exception would hold this frame, and the frame the exception.
+            if (lost := future.exception()) is not None:
+                done(lost if isinstance(lost, BusError) else BusTimeout(repr(lost)))
+                return
+            message = future.result()
+            if message.headers and message.headers.get("Status") == "503":
+                done(BusError(f"no stream takes {subject}"))
+                return
+            answer = orjson.loads(message.data)
+            refused = answer.get("error")
+            done(Appended(answer["seq"], answer.get("duplicate", False)) if refused is None else api_error(refused))
+
+        future.add_done_callback(answered)
+        try:
+            self._send(subject, data, self._inbox + token, None if msg_id is None else {"Nats-Msg-Id": msg_id})
+        except BusTimeout as error:
+            future.set_exception(error)
+        return True
 
     async def read(self, stream: str, seq: int) -> Stored | None:
         if seq < 1:

@@ -10,10 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 
-from shared.bus import Bus, BusError, PayloadTooLarge, StorageFull
+from shared.bus import Appended, Bus, BusError, PayloadTooLarge, StorageFull
 from shared.service import Service
 
 log = structlog.get_logger()
@@ -77,6 +78,10 @@ class Outbox:
         for subject, lane in self._lanes.items():
             self._advance(subject, lane)
 
+    def stop(self) -> None:
+        """Nothing more is sent."""
+        self._owner = None
+
     def put(
         self, subject: str, data: bytes, stored: Callable[[], None] | None = None, *, msg_id: str | None = None
     ) -> None:
@@ -97,24 +102,40 @@ class Outbox:
         if self._owner is None:
             return
         while lane.sent < min(WINDOW, len(lane.items)):
-            self._owner.spawn(self._send(subject, lane, lane.items[lane.sent]), "outbox")
+            item = lane.items[lane.sent]
             lane.sent += 1
+            done = partial(self._on_outcome, self._owner, subject, lane, item)
+            if not self._bus.append_soon(subject, item.data, done, msg_id=item.msg_id):
+                self._owner.spawn(self._send(subject, lane, item, 0.0), "outbox")
 
-    async def _send(self, subject: str, lane: _Lane, item: _Item) -> None:
-        delay = FIRST_DELAY
+    def _on_outcome(self, owner: Service, subject: str, lane: _Lane, item: _Item, outcome: Appended | BusError) -> None:
+        if isinstance(outcome, Appended):
+            self._on_stored(subject, lane, item)
+        elif self._owner is not None:
+            self._note(subject, outcome, FIRST_DELAY)
+            owner.spawn(self._send(subject, lane, item, FIRST_DELAY), "outbox")
+
+    async def _send(self, subject: str, lane: _Lane, item: _Item, delay: float) -> None:
+        """After `delay` seconds; and then, ever more slowly, until it is stored."""
         while True:
+            await asyncio.sleep(delay)
+            delay = min(max(2 * delay, FIRST_DELAY), LONGEST_DELAY)
             try:
                 await self._bus.append(subject, item.data, msg_id=item.msg_id)
                 break
             except PayloadTooLarge:
                 raise
             except BusError as error:
-                self.retries += 1
-                if isinstance(error, StorageFull):
-                    self._set_storage_full(True)
-                log.warning("append_again", subject=subject, error=repr(error), delay=delay)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, LONGEST_DELAY)
+                self._note(subject, error, delay)
+        self._on_stored(subject, lane, item)
+
+    def _note(self, subject: str, error: BusError, delay: float) -> None:
+        self.retries += 1
+        if isinstance(error, StorageFull):
+            self._set_storage_full(True)
+        log.warning("append_again", subject=subject, error=repr(error), delay=delay)
+
+    def _on_stored(self, subject: str, lane: _Lane, item: _Item) -> None:
         self._set_storage_full(False)
         item.acked = True
         while lane.items and lane.items[0].acked:

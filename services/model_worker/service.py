@@ -146,6 +146,7 @@ class WorkerService(Service):
         self.beat_now()
 
     async def on_stop(self) -> None:
+        self.outbox.stop()
         await self.engine.stop()
 
     def _on_progress(self, what: str, fraction: float) -> None:

@@ -13,8 +13,10 @@ import pytest_asyncio
 from shared import subjects
 from shared.broker import Broker
 from shared.bus import (
+    APPEND_TIMEOUT,
     HEADROOM,
     MAX_PAYLOAD,
+    Appended,
     BucketSpec,
     Bus,
     BusError,
@@ -195,6 +197,31 @@ async def test_append_read_last_and_trim(bus: Bus) -> None:
         await bus.append("no.stream", b"")
     with pytest.raises(BusError):
         await bus.read("NO_STREAM", 1)
+
+
+async def test_append_soon_says_later_what_came_of_it(system: System, bus: Bus) -> None:
+    await bus.ensure_stream(StreamSpec("F", "f", max_bytes=2000))
+    told: list[Appended | BusError] = []
+    for data in (b"0", b"1", b"2"):
+        assert bus.append_soon("s.a", data, told.append)
+    assert told == [], "not from within the call"
+    await until(lambda: len(told) == 3)
+    assert [outcome.seq for outcome in told if isinstance(outcome, Appended)] == [1, 2, 3]
+    assert [stored.data for seq in (1, 2, 3) if (stored := await bus.read("S", seq))] == [b"0", b"1", b"2"]
+    for _ in range(2):
+        assert bus.append_soon("s.b", b"once", told.append, msg_id="id")
+    assert bus.append_soon("f", bytes(3000), told.append)
+    assert bus.append_soon("nowhere", b"", told.append)
+    await until(lambda: len(told) == 7)
+    assert sorted(o.duplicate for o in told[3:] if isinstance(o, Appended)) == [False, True]
+    refused = [outcome for outcome in told if isinstance(outcome, BusError)]
+    assert len(refused) == 2 and sum(isinstance(error, StorageFull) for error in refused) == 1
+    assert not bus.append_soon("s.a", bytes(MAX_PAYLOAD), told.append), "append says why"
+    assert bus.append_soon("s.a", b"last", told.append)
+    await system.kill()
+    await until(lambda: len(told) == 8, timeout=APPEND_TIMEOUT - 0.5)
+    await until(lambda: not bus.connected_for)
+    assert not bus.append_soon("s.a", b"", told.append), "append waits"
 
 
 async def test_duplicates_and_expected_sequence(bus: Bus) -> None:
