@@ -52,8 +52,8 @@ class StageSettings(BaseSettings):
     )
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="server, or several separated by commas")
-    nats_user: str = ""
-    nats_password: str = ""
+    nats_user: str = Field("", description="user of a server that knows its users by passwords")
+    nats_password: str = Field("", description="that user's password")
     nats_nkey: str = Field("", description="file with the seed of this process's nkey")
     nats_credentials: str = Field("", description=".creds file with this process's JWT and seed")
     nats_tls_ca: str = Field("", description="file with the CA that the server's certificate must be of")
