@@ -6,8 +6,8 @@ Everything here is a client of NATS, except `up` and `run`, which start the supe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -18,16 +18,20 @@ from typing import Annotated, Any
 
 import structlog
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from services.bench.command import main as bench
 from services.supervisor import GATEWAY, IN_ORDER, STAGES, Plan, Supervisor
 from services.top import View
 from shared import codec, presence, subjects
-from shared.bus import Bus, Message
+from shared.api import DEFAULT_TENANT
+from shared.broker import BrokerError
+from shared.bus import Bus, BusError, Message
 from shared.client import Client
 from shared.client_stream import Stream
 from shared.config import StageSettings
@@ -36,14 +40,16 @@ from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.nats_bus import NatsBus
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-out = Console()
+# What is read by a program or a file has no width, so tables are not cut to that of some terminal.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
 err = Console(stderr=True)
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 START_TIMEOUT = 300.0
+MAX_PORT = 65535
 
-ModelName = Annotated[str, typer.Option(help="name of the model in subjects")]
 ModelPath = Annotated[Path, typer.Option("--model-path", help="Hugging Face folder")]
+Copies = Annotated[int, typer.Option(min=0, help="processes of this stage")]
 Url = Annotated[str, typer.Option("--nats", help="NATS server", envvar="GORGON_NATS_URL")]
 DEFAULT_URL = "nats://127.0.0.1:4222"
 
@@ -53,20 +59,45 @@ def _run(coroutine: Coroutine[Any, Any, int | None]) -> None:
     try:
         status = asyncio.run(coroutine)
     except GorgonError as error:
-        err.print(f"[red]{error.code}[/red]: {error.message}")
+        status = _say_error(error.code, error.message)
+    except BrokenPipeError:
+        # Whoever read the output has gone. Nobody is told, and Python's own flush at the end must not try again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (TimeoutError, OSError, FileNotFoundError) as error:
-        err.print(f"[red]error[/red]: {error}")
-        status = 1
+    except (OSError, BusError, BrokerError) as error:
+        status = _say_error("error", str(error))
     except KeyboardInterrupt:
         status = 130
     raise typer.Exit(status or 0)
 
 
+def _say_error(what: str, message: str) -> int:
+    """On one line, however narrow the terminal, and as it is: brackets in it are no markup."""
+    err.print(Text.assemble((what, "red"), f": {message}"), soft_wrap=True)
+    return 1
+
+
+def _token(value: str) -> str:
+    """Of a name that becomes part of a subject."""
+    if not subjects.is_token(value):
+        raise typer.BadParameter("1 to 64 of letters, digits, '_' and '-'")
+    return value
+
+
+ModelName = Annotated[str, typer.Option(help="name of the model in subjects", callback=_token)]
+Tenant = Annotated[str, typer.Option(help="whose request it is", callback=_token)]
+RequestId = Annotated[str, typer.Argument(help="as the last line of `gorgon generate` says", callback=_token)]
+
+
 async def _connect(url: str, **settings: Any) -> Bus:
     """By the GORGON_NATS_* variables, unless `settings` say otherwise."""
     try:
-        return await asyncio.wait_for(NatsBus.connect(StageSettings(nats_url=url, **settings)), 5)
+        given = StageSettings(nats_url=url, **settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise OSError(f"GORGON_{'_'.join(map(str, first['loc'])).upper()}: {first['msg']}") from None
+    try:
+        return await asyncio.wait_for(NatsBus.connect(given), 5)
     except TimeoutError:
         raise TimeoutError(f"no NATS server answers at {url}; is `gorgon up` running?") from None
 
@@ -76,7 +107,7 @@ async def _connect(url: str, **settings: Any) -> Bus:
 
 def _plan(data: Path, model: str, model_path: Path, port: int, copies: dict[str, int]) -> Plan:
     if not (model_path / "config.json").is_file():
-        raise FileNotFoundError(f"{model_path} is no Hugging Face model folder: it has no config.json")
+        raise typer.BadParameter(f"{model_path} is no Hugging Face model folder: it has no config.json")
     return Plan(data.resolve(), model, model_path.resolve(), port, copies)
 
 
@@ -139,7 +170,8 @@ async def _up(plan: Plan) -> int:
             doors = plan.nats_url
             if plan.copies.get(GATEWAY):
                 doors += f" and http://127.0.0.1:{plan.http_port} (OpenAI's API at /v1, a page at /)"
-            err.print(f"[green]ready[/green]: model [bold]{plan.model}[/bold] at {doors}, logs in {plan.data / 'logs'}")
+            ready_line = Text.assemble(("ready", "green"), ": model ", (plan.model, "bold"), f" at {doors}, ")
+            err.print(ready_line.append(f"logs in {plan.data / 'logs'}"), soft_wrap=True)
             await stopped
         else:
             ready.cancel()
@@ -152,19 +184,24 @@ async def _up(plan: Plan) -> int:
 
 @app.command()
 def up(
-    model: ModelName = "demo",
+    model: Annotated[str, typer.Option(help="name of the model in subjects, or a Hugging Face folder")] = "demo",
     model_path: ModelPath = DEMO_MODEL,
     data: Annotated[Path, typer.Option(help="JetStream's store and the logs")] = Path("data"),
-    port: Annotated[int, typer.Option(help="of the embedded NATS server")] = 4222,
-    tokenizers: int = 1,
-    schedulers: int = 1,
-    workers: int = 1,
-    detokenizers: int = 1,
+    port: Annotated[int, typer.Option(min=1, max=MAX_PORT, help="of the embedded NATS server")] = 4222,
+    tokenizers: Copies = 1,
+    schedulers: Copies = 1,
+    workers: Copies = 1,
+    detokenizers: Copies = 1,
     gateway: Annotated[int, typer.Option(min=0, help="HTTP gateways; 0 for none")] = 1,
-    http_port: Annotated[int, typer.Option(help="of the first gateway; the others get the next ones")] = 8000,
+    http_port: Annotated[
+        int, typer.Option(min=1, max=MAX_PORT, help="of the first gateway; the others get the next ones")
+    ] = 8000,
     servers: Annotated[int, typer.Option(min=1, max=5, help="NATS servers; 3 keep three copies of everything")] = 1,
     metrics_port: Annotated[
-        int, typer.Option(help="Prometheus may scrape the stages here and on the ports after it; 0: not at all")
+        int,
+        typer.Option(
+            min=0, max=MAX_PORT, help="Prometheus may scrape the stages here and on the ports after it; 0: not at all"
+        ),
     ] = 0,
     secured: Annotated[
         Path | None, typer.Option(help="folder of `gorgon secure-config`: TLS, and a user for each stage")
@@ -177,8 +214,10 @@ def up(
     if Path(model).is_dir():
         model_path, model = (
             Path(model),
-            "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(model).resolve().name),
+            "".join(c if subjects.is_token(c) else "-" for c in Path(model).resolve().name)[:64] or "model",
         )
+    elif not subjects.is_token(model):
+        raise typer.BadParameter(f"{model} is neither a folder nor a name of letters, digits, '_' and '-'")
     copies = dict(zip(STAGES, (tokenizers, schedulers, workers, detokenizers), strict=True)) | {GATEWAY: gateway}
     plan = _plan(data, model, model_path, port, copies)
     plan.http_port, plan.servers, plan.metrics_port = http_port, servers, metrics_port
@@ -215,12 +254,11 @@ def run(
                     await _wait_ready(bus, plan)
                     async with Client(bus, plan.model) as client:
                         options = _options(max_tokens=max_tokens, temperature=temperature, seed=seed)
-                        await _print_stream(client.generate(prompt, **options), prompt)
+                        return await _print_stream(client.generate(prompt, **options), prompt)
                 finally:
                     await bus.close()
             finally:
                 await supervisor.stop()
-        return 0
 
     _run(main())
 
@@ -231,7 +269,12 @@ def _console_log(
 ) -> None:
     """Run a model as a pipeline of actors on NATS, talk to a deployment, look inside."""
     structlog.configure(
-        processors=[structlog.processors.TimeStamper(fmt="%H:%M:%S"), structlog.dev.ConsoleRenderer()],
+        processors=[
+            structlog.processors.TimeStamper(fmt="%H:%M:%S"),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(10 if verbose else 30),
     )
@@ -274,8 +317,8 @@ def _options(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-async def _print_stream(stream: Stream, prompt: str = "") -> None:
-    """Text as it comes, then tokens/s."""
+async def _print_stream(stream: Stream, prompt: str = "") -> int:
+    """Text as it comes, then tokens/s. Returns 1 if it was cancelled: the text is not all that was asked for."""
     sys.stdout.write(prompt)
     sys.stdout.flush()
     started = time.perf_counter()
@@ -294,7 +337,10 @@ async def _print_stream(stream: Stream, prompt: str = "") -> None:
         line += (
             f" · first after {(first - started) * 1e3:.0f} ms · {(count - 1) / max(ended - first, 1e-9):.0f} tokens/s"
         )
-    err.print(f"[dim]{line}[/dim]", highlight=False)
+    if result.status == "cancelled":
+        line = f"cancelled · {line}"
+    err.print(Text(line, "dim"), soft_wrap=True)
+    return int(result.status == "cancelled")
 
 
 @app.command()
@@ -310,6 +356,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a chat message")] = False,
     request_id: Annotated[str | None, typer.Option("--id", help="the request's id, for retry and attach")] = None,
+    tenant: Tenant = DEFAULT_TENANT,
     structured: Annotated[
         str | None, typer.Option(help="""what the text must be, as JSON, e.g. '{"regex": "[0-9]+"}'""")
     ] = None,
@@ -320,10 +367,10 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(f"not JSON: {error}", param_hint="--structured") from None
 
-    async def main() -> None:
+    async def main() -> int:
         bus = await _connect(nats)
         try:
-            async with Client(bus, model) as client:
+            async with Client(bus, model, tenant=tenant) as client:
                 options = _options(
                     max_tokens=max_tokens,
                     temperature=temperature,
@@ -335,7 +382,7 @@ def generate(
                     structured=constraint,
                 )
                 body: Any = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-                await _print_stream(client.generate(**body, **options))
+                return await _print_stream(client.generate(**body, **options))
         finally:
             await bus.close()
 
@@ -344,18 +391,21 @@ def generate(
 
 @app.command()
 def attach(
-    request_id: str,
+    request_id: RequestId,
     model: ModelName = "demo",
     nats: Url = DEFAULT_URL,
-    tenant: str = "default",
+    tenant: Tenant = DEFAULT_TENANT,
+    partitions: Annotated[
+        int, typer.Option(min=1, envvar="GORGON_PARTITIONS", help="of the deployment's token log")
+    ] = 8,
 ) -> None:
     """Stream a running or recently finished request from its beginning."""
 
-    async def main() -> None:
+    async def main() -> int:
         bus = await _connect(nats)
         try:
-            async with Client(bus, model, tenant=tenant) as client:
-                await _print_stream(client.attach(request_id))
+            async with Client(bus, model, tenant=tenant, partitions=partitions) as client:
+                return await _print_stream(client.attach(request_id))
         finally:
             await bus.close()
 
@@ -363,7 +413,9 @@ def attach(
 
 
 @app.command()
-def cancel(request_id: str, model: ModelName = "demo", nats: Url = DEFAULT_URL, tenant: str = "default") -> None:
+def cancel(
+    request_id: RequestId, model: ModelName = "demo", nats: Url = DEFAULT_URL, tenant: Tenant = DEFAULT_TENANT
+) -> None:
     """Cancel a request."""
 
     async def main() -> int:
@@ -383,7 +435,10 @@ def cancel(request_id: str, model: ModelName = "demo", nats: Url = DEFAULT_URL, 
 
 
 def _stages_table(beats: list[Heartbeat | WorkerHeartbeat]) -> Table:
-    table = Table("stage", "instance", "model", "state", "load", "in flight", "detail", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in ("stage", "instance", "model", "state", "load", "in flight", "detail"):
+        long = name in ("instance", "detail")  # these go on in the next line where the terminal is narrow
+        table.add_column(name, no_wrap=not long, overflow="fold" if long else "ellipsis")
     order = {stage: n for n, stage in enumerate(IN_ORDER)}
     for beat in sorted(beats, key=lambda b: (order.get(presence.base_of(b).stage, 9), presence.base_of(b).instance)):
         base = presence.base_of(beat)
@@ -429,7 +484,9 @@ def ps(nats: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json")]
 @app.command()
 def top(
     nats: Url = DEFAULT_URL,
-    model: Annotated[str, typer.Option(help="only this model; default: all")] = "*",
+    model: Annotated[
+        str | None, typer.Option(help="only this model; default: all", callback=lambda name: name and _token(name))
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="print one picture and end")] = False,
     wait: Annotated[float, typer.Option(help="seconds that --once listens")] = 1.0,
 ) -> None:
@@ -440,7 +497,8 @@ def top(
         bus = await _connect(nats)
         try:
             await bus.subscribe(
-                subjects.heartbeats(model=model), lambda message: view.hear(codec.decode(message.data), loop.time())
+                subjects.heartbeats(model=model or "*"),
+                lambda message: view.hear(codec.decode(message.data), loop.time()),
             )
             if once:
                 await asyncio.sleep(wait)
@@ -460,12 +518,22 @@ def top(
 def tail(
     request_id: Annotated[str | None, typer.Argument(help="only lines about this request")] = None,
     nats: Url = DEFAULT_URL,
-    stage: str | None = None,
+    stage: Annotated[str | None, typer.Option(help=f"only lines of this stage: {', '.join(IN_ORDER)}")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="lines as the stages wrote them")] = False,
 ) -> None:
-    """Follow the structured logs of all stages."""
+    """Follow the structured logs of all stages, until Ctrl-C."""
+    if stage is not None and stage not in IN_ORDER:
+        raise typer.BadParameter(f"there are {', '.join(IN_ORDER)}", param_hint="--stage")
+
+    gone = asyncio.Event()  # the reader of a pipe
 
     def on_line(message: Message) -> None:
+        try:
+            show(message)
+        except BrokenPipeError:
+            gone.set()
+
+    def show(message: Message) -> None:
         for raw in message.data.splitlines():
             try:
                 line = json.loads(raw)
@@ -477,13 +545,16 @@ def tail(
             if stage is not None and line.get("stage") != stage:
                 continue
             sys.stdout.write(raw.decode() + "\n" if as_json else _pretty(line) + "\n")
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
+        sys.stdout.flush()
 
     async def main() -> None:
         bus = await _connect(nats)
-        await bus.subscribe(subjects.logs(), on_line)
-        await asyncio.Event().wait()
+        try:
+            await bus.subscribe(subjects.logs(), on_line)
+            await gone.wait()
+        finally:
+            await bus.close()
+        raise BrokenPipeError
 
     _run(main())
 

@@ -163,6 +163,7 @@ class Supervisor:
         from shared.broker import Cluster, free_port, server_command
 
         self.plan = plan
+        self._ports = list(plan.server_ports)  # on which children listen
         logs = plan.data / "logs"
         names = ["nats"] if plan.servers == 1 else [f"nats-{number}" for number in range(1, plan.servers + 1)]
         routes = tuple(free_port() for _ in names)
@@ -196,19 +197,22 @@ class Supervisor:
                 ]
                 command += ["--model-path", str(plan.model_path), "--name", name]
                 if stage == GATEWAY:
-                    command += ["--port", str(plan.http_port + number - 1)]
+                    self._ports.append(plan.http_port + number - 1)
+                    command += ["--port", str(self._ports[-1])]
                 command += plan.flags.get(stage, [])
                 if plan.metrics_port and stage != GATEWAY:  # which has its metrics where it serves
-                    port = plan.metrics_port + sum(not name.startswith(GATEWAY) for name in self.stages)
-                    command += ["--metrics-port", str(port)]
+                    self._ports.append(plan.metrics_port + sum(not name.startswith(GATEWAY) for name in self.stages))
+                    command += ["--metrics-port", str(self._ports[-1])]
                     command += ["--metrics-host", "127.0.0.1"]
                 own = {f"GORGON_{key.upper()}": value for key, value in plan.connection(stage).items()}
                 allocator = {} if stage == "model_worker" else ALLOCATOR
                 self.stages[name] = Child(name, command, logs / f"{name}.log", allocator | env | own)
 
     async def start(self) -> None:
-        from shared.broker import wait_until_ready
+        """Raises BrokerError, before anything runs, if a port is taken."""
+        from shared.broker import require_free, wait_until_ready
 
+        require_free(self._ports)
         await asyncio.gather(*(broker.start() for broker in self.brokers))
         await asyncio.gather(*(wait_until_ready(port) for port in self.plan.server_ports))
         await asyncio.gather(*(child.start() for child in self.stages.values()))

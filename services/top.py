@@ -15,6 +15,7 @@ from shared.presence import base_of
 
 Beat = Heartbeat | WorkerHeartbeat
 
+INSTANCE = 15  # characters of its name that are always shown: as many as tell "model_worker-1" from its sister
 WINDOW = 2.0  # seconds over which rates are means
 GONE_AFTER = 3.0  # seconds of silence, and at least so many intervals, after which an instance is not shown any more
 # Of a stage's detail, the counter whose rate is shown, and its unit.
@@ -85,12 +86,14 @@ class View:
 
 
 def _model_table(model: str, instances: list[Seen]) -> Table:
-    table = Table(title=Text(_summary(model, instances), style="bold"), title_justify="left", box=None)
-    for name in ("stage", "instance", "state"):
-        table.add_column(name, no_wrap=True)
+    title = Text(_summary(model, instances), style="bold")
+    table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("instance", min_width=INSTANCE)
+    table.add_column("state", no_wrap=True)
     for name in ("load", "in flight", "rate", "batch", "kv", "accept"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("more", overflow="fold")
+    table.add_column("more")
     for seen in instances:
         base, beat = seen.base, seen.beat
         unit = RATES.get(base.stage, ("", ""))[1]
@@ -98,7 +101,7 @@ def _model_table(model: str, instances: list[Seen]) -> Table:
         more = " ".join(f"{key}={detail[key]}" for key in DETAIL.get(base.stage, ()) if key in detail)
         table.add_row(
             base.stage,
-            base.instance,
+            _may_be_cut(base.instance),
             "loading" if "loading" in detail else "draining" if base.draining else "ready",
             f"{base.load:.0%}",
             str(base.in_flight),
@@ -106,9 +109,14 @@ def _model_table(model: str, instances: list[Seen]) -> Table:
             f"{detail['batch']}/{beat.max_seqs}" if isinstance(beat, WorkerHeartbeat) else "",
             _percent(_kv_used([seen]), _kv_total([seen])),
             _acceptance([seen]),
-            more,
+            _may_be_cut(more),
         )
     return table
+
+
+def _may_be_cut(text: str) -> Text:
+    """One line; on a narrow terminal these make room, so that the figures stay whole."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _summary(model: str, instances: list[Seen]) -> str:

@@ -231,9 +231,9 @@ class GenerateRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of 'prompt' and 'messages' is needed")
         if self.prompt is not None and not self.prompt:
-            raise ValueError("the prompt is empty")
+            raise ValueError("prompt: it is empty")
         if self.messages is not None and not self.messages:
-            raise ValueError("'messages' is empty")
+            raise ValueError("messages: it is empty")
         if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
             raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
         if self.tools is None and self.tool_choice is not None:
@@ -359,13 +359,18 @@ def parse_request(body: Mapping[str, Any]) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate(body)
     except ValidationError as error:
-        problems = [
-            f"{_printable('.'.join(map(str, e['loc']))) or 'request'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_context=False, include_input=False)[:5]
-        ]
-        raise GorgonError(ErrorCode.INVALID_REQUEST, "; ".join(problems)) from None
+        raise GorgonError(ErrorCode.INVALID_REQUEST, said(error)) from None
     except RecursionError:
         raise GorgonError(ErrorCode.INVALID_REQUEST, "nested too deeply") from None
+
+
+def said(error: ValidationError) -> str:
+    """What is wrong, each with the field that it is about. What concerns several fields names them itself."""
+    problems = []
+    for e in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
+        field, message = _printable(".".join(map(str, e["loc"]))), e["msg"].removeprefix("Value error, ")
+        problems.append(f"{field}: {message}" if field else message)
+    return "; ".join(problems)
 
 
 def _printable(text: str) -> str:

@@ -11,6 +11,7 @@ import socket
 import sys
 import sysconfig
 import uuid
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,19 @@ def free_ports(count: int, host: str = "127.0.0.1") -> int:
         finally:
             for probe in probes:
                 probe.close()
+
+
+def require_free(ports: Iterable[int], host: str = "127.0.0.1") -> None:
+    """Raises BrokerError that names a port on which something listens already: who connected to it would talk to a stranger."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as servers do: connections that linger do not count
+            try:
+                probe.bind((host, port))
+            except (OSError, OverflowError) as error:
+                raise BrokerError(f"port {port} is not to be had: {error}") from None
 
 
 def server_command(

@@ -52,6 +52,9 @@ class Client:
         retried: Collection[ErrorCode] = RETRYABLE,
         after_message: Callable[[], None] | None = None,
     ) -> None:
+        for what, name in (("model", model), ("tenant", tenant)):
+            if not subjects.is_token(name):
+                raise GorgonError(ErrorCode.INVALID_REQUEST, f"{what}: 1 to 64 of letters, digits, '_' and '-'")
         self.model = model
         self.tenant = tenant
         self.partitions = partitions
@@ -124,16 +127,21 @@ class Client:
         tenant: str | None = None,
         on_change: Callable[[], None] | None = None,
     ) -> Stream:
-        """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on."""
+        """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on.
+        Raises GorgonError(INVALID_REQUEST) for what can be no id."""
+        if not subjects.is_token(request_id):
+            raise GorgonError(ErrorCode.INVALID_REQUEST, "id: 1 to 64 of letters, digits, '_' and '-'")
         return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change))
 
     async def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        """Whether somebody heard it."""
+        """Whether somebody heard it. Raises GorgonError if it was refused."""
         body = msgpack.packb(dict(id=request_id, tenant=tenant or self.tenant))
         try:
-            await self._bus.request(subjects.cancel(self.model), body, 1.0)
+            answer = msgpack.unpackb((await self._bus.request(subjects.cancel(self.model), body, 1.0)).data)
         except BusError:
             return False
+        if answer.get("event") == "error":
+            raise GorgonError(ErrorCode(answer["code"]), answer["message"])
         return True
 
     def _add(self, stream: Stream) -> Stream:

@@ -6,19 +6,23 @@ Values come from, in order of precedence: command-line flags (`--nats-url`), env
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
+import tomllib
 import uuid
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -31,6 +35,8 @@ class _StageTable(TomlConfigSettingsSource):
     """The file's top-level keys, overridden by the stage's own table; the other stages' tables are not this stage's business."""
 
     def __init__(self, settings: type[StageSettings], path: str) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such file of settings")  # pydantic would go on without one
         super().__init__(settings, Path(path))
         data: dict[str, Any] = dict(self.init_kwargs)
         table = data.get(settings.stage, {})
@@ -46,8 +52,8 @@ class StageSettings(BaseSettings):
     )
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="server, or several separated by commas")
-    nats_user: str = ""
-    nats_password: str = ""
+    nats_user: str = Field("", description="user of a server that knows its users by passwords")
+    nats_password: str = Field("", description="that user's password")
     nats_nkey: str = Field("", description="file with the seed of this process's nkey")
     nats_credentials: str = Field("", description=".creds file with this process's JWT and seed")
     nats_tls_ca: str = Field("", description="file with the CA that the server's certificate must be of")
@@ -65,8 +71,12 @@ class StageSettings(BaseSettings):
     tok_max_age: float = Field(3600.0, gt=0, description="seconds the token log is kept, at least two attach windows")
     results_max_age: float = Field(86400.0, gt=0, description="seconds the results of durable requests are kept")
     stream_max_bytes: int = Field(0, ge=0, description="limit of each stream; 0: only the server's own")
-    log_format: str = Field("auto", pattern="^(auto|json|console)$")
-    log_level: str = "info"
+    log_format: str = Field("auto", pattern="^(auto|json|console)$", description="auto, json or console")
+    log_level: str = Field(
+        "info",
+        pattern="^(?i:debug|info|warning|error|critical)$",
+        description="debug, info, warning, error or critical",
+    )
     ready_file: str = Field("", description="touched at each heartbeat while ready and connected, for health checks")
     otlp_endpoint: str = Field(
         "",
@@ -102,13 +112,34 @@ class StageSettings(BaseSettings):
     def from_command_line(cls, argv: list[str] | None = None) -> StageSettings:
         """Settings of a process: flags, environment, file. Ends the process with a message when they are wrong."""
         args = list(sys.argv[1:] if argv is None else argv)
-        if "--config" in args:
-            at = args.index("--config")
-            os.environ[CONFIG_VARIABLE] = args[at + 1]
-            del args[at : at + 2]
+        program = f"python -m services.{cls.stage}"
+        # The file is a source of settings, not a setting: it is taken out before the others are read.
+        file = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+        file.add_argument("--config", metavar="FILE")
+        given, args = file.parse_known_args(args)
+        if given.config is not None:
+            os.environ[CONFIG_VARIABLE] = given.config
         # `--nats` is what people type; the field is nats_url.
-        args = ["--nats-url" if a == "--nats" else a for a in args]
-        return CliApp.run(cls, cli_args=args)
+        args = [f"--nats-url{a[6:]}" if a == "--nats" or a.startswith("--nats=") else a for a in args]
+        source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_prog_name=program)
+        source.root_parser.epilog = (
+            "--config FILE names a TOML file of settings: top-level keys for all stages, a table for each "
+            f"([{cls.stage}]), whose keys are these names with '_' for '-'.\nEach can also be given as a variable: "
+            "GORGON_NATS_URL for --nats-url, and so on. Flags come first, then variables, then the file."
+        )
+        try:
+            return CliApp.run(cls, cli_args=args, cli_settings_source=source)
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            ]
+            wrong = "; ".join(problems)
+        except tomllib.TOMLDecodeError as error:
+            wrong = f"{os.environ[CONFIG_VARIABLE]}: {error}"
+        except (SettingsError, OSError) as error:
+            wrong = str(error)
+        print(f"{program}: {wrong}", file=sys.stderr)
+        sys.exit(2)
 
     def incarnation(self) -> str:
         """A new identity for this process: instance name and boot id. Two lives of one instance are never confused."""

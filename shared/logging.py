@@ -126,8 +126,8 @@ class _FromStandardLogging(logging.Handler):
 
 
 def configure_logging(settings: StageSettings, stage: str) -> None:
-    """For a process: what it logs, and how. Unknown levels count as "info"."""
-    level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
+    """For a process: what it logs, and how."""
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     on_terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     _process.fields = {"stage": stage}
     _process.requests.clear()

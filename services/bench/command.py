@@ -18,10 +18,12 @@ from services.bench.measure import Timeline, summary
 from services.bench.targets import EngineAlone, Pipeline
 from services.bench.workloads import WORKLOADS, Planned, at_rate, read_trace, replay
 from shared.config import StageSettings
+from shared.errors import StartError
 from shared.nats_bus import NatsBus
 
 Draw = Callable[[int, int], list[Planned]]  # of (vocabulary, context)
 
+LEAST = 1e-6  # of what must be above 0
 SMALL = 32  # a smaller run of each workload comes first, so that kernels are compiled and connections open
 
 
@@ -32,15 +34,15 @@ def main(
     trace: Annotated[
         list[Path] | None, typer.Option(help="replay a trace of Azure (.csv) or Mooncake (.jsonl)")
     ] = None,
-    requests: Annotated[int | None, typer.Option(help="take so many of a trace's requests")] = None,
-    speed: Annotated[float, typer.Option(help="replay a trace so many times as fast")] = 1.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="take so many of a trace's requests")] = None,
+    speed: Annotated[float, typer.Option(min=LEAST, help="replay a trace so many times as fast")] = 1.0,
     shrink: Annotated[int, typer.Option(min=1, help="divide a trace's lengths by this, for a small context")] = 1,
     rate: Annotated[
-        float | None, typer.Option(help="requests a second, as a Poisson process, for all workloads")
+        float | None, typer.Option(min=LEAST, help="requests a second, as a Poisson process, for all workloads")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each; all are reported")] = 1,
     seed: int = 0,
-    timeout: Annotated[float, typer.Option(help="seconds to wait for the last end")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=LEAST, help="seconds to wait for the last end")] = 600.0,
     model: Annotated[str, typer.Option(help="name of the model in subjects")] = "demo",
     nats: Annotated[
         str, typer.Option("--nats", envvar="GORGON_NATS_URL", help="the deployment's server")
@@ -58,10 +60,14 @@ def main(
     unknown = [name for name in workload or () if name not in WORKLOADS]
     if unknown:
         raise typer.BadParameter(f"unknown workloads {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if not trace and (requests is not None or speed != 1.0 or shrink != 1):
+        raise typer.BadParameter("--requests, --speed and --shrink are about a --trace")
+    if option and engine is None:
+        raise typer.BadParameter("--option is about an --engine; a deployment's workers have settings of their own")
     try:
         loads = _loads(workload, trace, requests, speed, shrink, rate, seed)
         options = dict(_option(text) for text in option or ())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     setting = dict(
         engine=None if engine is None else str(engine), options=options, speed=speed, shrink=shrink, rate=rate
@@ -115,7 +121,10 @@ async def _target(
     engine: Path | None, options: dict[str, Any], nats: str, model: str
 ) -> AsyncIterator[Pipeline | EngineAlone]:
     if engine is not None:
-        alone = EngineAlone(engine, **options)
+        try:
+            alone = EngineAlone(engine, **options)
+        except TypeError as error:  # no such field
+            raise LookupError(f"--option: {error}") from None
         await asyncio.to_thread(alone.load, _say_progress)
         try:
             yield alone
@@ -170,10 +179,10 @@ async def _run(
                     if out is not None:
                         report.write_json(out / "bench.json", results, setting)
                         _plot(out / f"{name}{f'-{repeat + 1}' if repeats > 1 else ''}.png", name, timelines)
-    except (TimeoutError, LookupError, OSError) as error:
-        print(f"error: {error or f'no NATS server answers at {nats}'}", file=sys.stderr)
+    except (LookupError, OSError, StartError) as error:  # a TimeoutError, which says nothing, is an OSError
+        print(f"error: {str(error) or f'no NATS server answers at {nats}'}", file=sys.stderr)
         return 1
-    return 1 if failed else 0
+    return 1 if failed or not results else 0
 
 
 def _plot(path: Path, name: str, timelines: list[Timeline]) -> None:

@@ -85,7 +85,7 @@ class Pipeline:
 
     async def run(self, planned: list[Planned], timeout: float) -> list[Timeline]:
         name = uuid.uuid4().hex[:12]
-        inbox = f"_INBOX.{name}"
+        inbox = self._bus.new_inbox()
         bodies = [self._body(f"{name}-{number}", request) for number, request in enumerate(planned)]
         run = Run(planned)
 

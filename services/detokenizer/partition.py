@@ -19,7 +19,7 @@ from services.detokenizer.results import ResultsWriter
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
 from shared import codec, subjects
-from shared.api import encode_event, encode_for, error_event
+from shared.api import encode_event, encode_for, encoding_of, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
@@ -320,7 +320,7 @@ class Partition:
             tenant = subjects.tenant_of(message.subject, subjects.replay(self._settings.model, self.number))
             asked = parse_replay(message.data, message.reply, tenant)
         except GorgonError as error:
-            self._publish(ReplyTo(message.reply), [error_event(None, error)])
+            self._publish(ReplyTo(message.reply, encoding_of(message.data)), [error_event(None, error)])
             return f"{error.code}:{error.message}"
         answer = self.core.answers.get(asked.key)
         if answer is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, StrictInt, ValidationError, field_validator
 
 from services.detokenizer.answer import Answer, Cursor
-from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, check_tenant, decode_body
+from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, check_tenant, decode_body, said
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT, PrefixQuery, PrefixReply, ReplyTo
@@ -57,9 +57,7 @@ def parse_replay(data: bytes, reply_subject: str, tenant: str | None = None) -> 
     try:
         asked = ReplayRequest.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or "question"
-        raise GorgonError(ErrorCode.INVALID_REQUEST, f"{field}: {first['msg']}") from None
+        raise GorgonError(ErrorCode.INVALID_REQUEST, said(error)) from None
     cursors = {c.choice: (c.position, c.offset) for c in asked.cursors}
     reply = ReplyTo(reply_subject, encoding, asked.batched, asked.stream)
     return Replay(request_key(tenant or asked.tenant, asked.id), asked.id, cursors, asked.attach, reply)

@@ -222,6 +222,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     where = [str(part) for part in first["loc"] if part not in ("body", "header", "query", "path")]
     kind = first["type"]
     field = where[0][:80].encode("utf-8", "replace").decode() if where else None
+    if tuple(first["loc"]) == ("body",) and kind == "model_attributes_type":
+        return refused("the body is no JSON object, or was not sent as 'Content-Type: application/json'")
     if kind == "json_invalid":
         return refused("the body is not JSON")
     if kind == "extra_forbidden":

@@ -55,6 +55,10 @@ def chat_body(asked: ChatCompletionRequest, deadline: float | None) -> Body:
     if asked.logprobs:
         body["logprobs"] = _top(asked.top_logprobs or 0, "top_logprobs")
     if asked.tools:
+        functions = all(
+            tool.get("type") == "function" and isinstance(tool.get("function"), dict) for tool in asked.tools
+        )
+        _only(functions, "tools", 'only {"type": "function", "function": {…}} is supported')
         body["tools"] = asked.tools
     if asked.tool_choice is not None:
         _only(bool(asked.tools) or asked.tool_choice == "none", "tool_choice", "it needs 'tools'")

@@ -41,9 +41,11 @@ class FixedEngineSettings(BaseModel):
 class WorkerSettings(StageSettings):
     stage: ClassVar[str] = "model_worker"
 
-    engine: Literal["torch", "fixed"] = "torch"
+    engine: Literal["torch", "fixed"] = Field("torch", description="fixed: no model at all, for tests of the pipeline")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 on a CPU"
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, only config.json is read")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
     max_model_len: int | None = Field(None, ge=2, description="tokens; default: what the model is made for")
@@ -56,7 +58,9 @@ class WorkerSettings(StageSettings):
         None, ge=1, description="tokens in a block of the KV cache; default: 64 on CUDA, 16 on a CPU"
     )
     num_blocks: int | None = Field(None, ge=1, description="blocks of the KV cache; default: as many as fit")
-    gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
+    gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="of the device's memory, for weights, cache and all; less where workers share it"
+    )
     cpu_cache_bytes: int = Field(1 << 30, ge=1, description="memory of the KV cache on a CPU")
     speculate: bool = Field(True, description="guess tokens ahead, if the model has a drafter; the output is the same")
     batch_invariant: bool = Field(
@@ -74,8 +78,8 @@ class WorkerSettings(StageSettings):
         4, ge=0, description="sequences of contrastive search at the same time; others wait. 0: refused"
     )
     memory_tokens: int = Field(4096, ge=2, description="longest sequence of contrastive search")
-    prefix_cache: bool = True
-    cuda_graphs: bool = True
+    prefix_cache: bool = Field(True, description="keep the KV blocks of prompts for those that begin alike")
+    cuda_graphs: bool = Field(True, description="replay common steps as graphs: a longer start, shorter steps")
     min_step_bound: float = Field(2.0, gt=0, description="seconds; no step is taken for stalled before")
     first_step_bound: float = Field(
         60.0, gt=0, description="the same for the first step of a kind, which may have to compile"
@@ -84,4 +88,4 @@ class WorkerSettings(StageSettings):
         256, ge=1, description="token messages not yet acknowledged by NATS; beyond, the engine pauses"
     )
     remember_ended: int = Field(8192, ge=1, description="at most so many ended requests' epochs are remembered")
-    fixed: FixedEngineSettings = FixedEngineSettings.model_validate({})
+    fixed: FixedEngineSettings = Field(FixedEngineSettings.model_validate({}), description="the engine without a model")

@@ -53,7 +53,8 @@ class CancelDoor:
         except GorgonError as error:
             self._endpoint.done(self._loop.time() - began, f"{error.code}:{error.message}")
             if message.reply:
-                self._stage.bus.publish(message.reply, api.encode_event(api.error_event(None, error), "json"))
+                event = api.error_event(None, error)
+                self._stage.bus.publish(message.reply, api.encode_event(event, api.encoding_of(message.data)))
             return
         self._stage.spawn(self._cancel(key, encoding, message.reply, began), f"cancel.{key}")
 

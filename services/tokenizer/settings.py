@@ -29,8 +29,8 @@ class TokenizerSettings(StageSettings):
     max_waiting: int = Field(4096, ge=1, description="accepted requests that wait for a worker; more are refused")
     retry_after: float = Field(1.0, gt=0, description="what a refused client is told to wait")
     backlog_interval: float = Field(0.25, gt=0, description="between looks at the backlog")
-    append_timeout: float = Field(1.0, gt=0)
-    append_attempts: int = Field(4, ge=1)
+    append_timeout: float = Field(1.0, gt=0, description="for NATS to acknowledge a request")
+    append_attempts: int = Field(4, ge=1, description="to store a request; then the client is told `unavailable`")
     registry_grace: float = Field(
         1.0, gt=0, description="of listening before silence of a model's tokenizers means anything"
     )

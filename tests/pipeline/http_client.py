@@ -76,9 +76,9 @@ async def call(
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Connection: close"]
-        headers = {"Host": "localhost"} | (headers or {})
+        headers = {"Host": "localhost", "Content-Type": "application/json"} | (headers or {})
         if body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+            lines.append(f"Content-Length: {len(data)}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode() + data)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")

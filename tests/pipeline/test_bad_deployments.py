@@ -111,6 +111,8 @@ async def test_gorgon_up_says_it_at_once(tmp_path: Path) -> None:
         str(tmp_path / "model"),
         "--data",
         str(tmp_path / "data"),
+        "--gateway",
+        "0",
     ]
     process = await asyncio.create_subprocess_exec(*command, "--port", str(free_port()), cwd=ROOT, stderr=-1)
     async with asyncio.timeout(60):

@@ -363,6 +363,8 @@ async def test_other_errors(port: int, client: AsyncOpenAI) -> None:
     for body, status in ((b"{", 400), (b"[]", 400), (b"", 400), (b'{"model": "demo"}', 400)):
         answer = await call(port, CHAT, body)
         assert (answer.status, list(await answer.body())) == (status, ["error"])
+    answer = await call(port, CHAT, {"model": MODEL, "messages": MESSAGES}, {"Content-Type": "text/plain"})
+    assert answer.status == 400 and "Content-Type" in (await answer.body())["error"]["message"]
     answer = await call(port, "/v1/nowhere")
     assert (answer.status, list(await answer.body())) == (404, ["error"])
     answer = await call(port, CHAT, b" " * (4 * 2**20 + 1))

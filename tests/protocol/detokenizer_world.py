@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
+
 from services.detokenizer.service import DetokenizerService
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.stream import StopMatcher
@@ -183,7 +185,7 @@ class Backend:
         body, _ = decode_body(message.data)
         key = subjects.request_key(body["tenant"], body["id"])
         self.spawn(self.append(m.End(key, "cancelled"), self.partition(key)))
-        self.bus.publish(message.reply, b"ok")
+        self.bus.publish(message.reply, msgpack.packb({"ok": True}))
 
     async def _follow(self, partition: int) -> None:
         fold = self.folds[partition] = PartitionFold()

@@ -178,6 +178,28 @@ async def test_a_bad_request_is_not_sent():
 
 
 @virtual
+async def test_what_can_be_no_name_is_refused_before_anything_is_sent():
+    with pytest.raises(GorgonError, match="model"):
+        Client(MemoryBus(MemoryBroker(1)), "no subject")
+    async with Script() as script:
+        with pytest.raises(GorgonError, match="id"):
+            script.client.attach("no subject")
+        await asyncio.sleep(1.0)
+        assert script.replays == []
+
+
+@virtual
+async def test_a_cancel_that_is_refused_is_no_cancel():
+    async with Script() as script:
+        event = api.error_event(None, GorgonError(ErrorCode.INVALID_REQUEST, "no id"))
+        await script.bus.subscribe(
+            subjects.cancel(MODEL), lambda message: script.bus.publish(message.reply, msgpack.packb(event))
+        )
+        with pytest.raises(GorgonError, match="no id"):
+            await script.client.cancel("r")
+
+
+@virtual
 async def test_questions_on_silence_back_off_and_begin_anew_with_the_next_token():
     async with Script() as script:
         script.beacon(True)

@@ -455,6 +455,9 @@ async def test_replay_from_a_cursor_of_running_ended_and_unknown_requests():
         assert (unknown["event"], unknown["code"], unknown["id"]) == ("error", "not_found", "unknown")
         (bad,) = await ask(world, "default.r", cursor=3)
         assert bad["code"] == "invalid_request" and "cursor" in bad["message"]
+        wrong = msgpack.packb(dict(id="r", cursor=3))  # refused in the question's own encoding
+        answer = await world.bus.request(subjects.replay(MODEL, world.backend.partition("default.r")), wrong, 1.0)
+        assert msgpack.unpackb(answer.data)["code"] == "invalid_request"
         world.plan("live", choices=[[1] * 1000])
         world.backend.open("default.live", m.ReplyTo("nobody.there", "json"), durable=False)
         await asyncio.sleep(0.1)

@@ -84,6 +84,12 @@ def test_what_a_search_does_not_honour_is_refused(named: str, search: dict):
     assert named in refusal({"prompt": "a"} | search)
 
 
+def test_a_refusal_begins_with_the_field_if_it_is_about_one():
+    assert refusal({"prompt": ""}) == "prompt: it is empty"
+    assert refusal({"prompt": "a", "id": "a b"}).startswith("id: 1 to 64")
+    assert refusal({"prompt": "a", "messages": []}).startswith("exactly one of")
+
+
 def test_a_field_goes_with_a_search_only_if_the_search_names_it():
     odd = {
         "temperature": 0.5,

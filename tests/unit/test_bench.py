@@ -132,6 +132,26 @@ def test_the_engine_alone(tmp_path: Path) -> None:
 
 
 def test_wrong_options() -> None:
-    for wrong in (["--workload", "nano"], ["--option", "device"]):
+    for wrong in (
+        *(["--workload", "nano"], ["--engine", "x", "--option", "device"], ["--trace", "/no/such.csv"]),
+        # What would be ignored, or divide by zero.
+        *(
+            ["--option", "prefix_cache=false"],
+            ["--speed", "2"],
+            ["--requests", "3"],
+            ["--shrink", "2"],
+            ["--rate", "0"],
+        ),
+    ):
         result = CliRunner().invoke(app, ["bench", *wrong])
         assert result.exit_code == 2, result.output
+
+
+def test_what_keeps_a_benchmark_from_its_beginning_is_said_in_one_line() -> None:
+    for arguments, said in (
+        (["--nats", "nats://127.0.0.1:1"], "no NATS server answers at nats://127.0.0.1:1"),
+        (["--engine", "/no/such/model"], "config_missing"),
+        (["--engine", "/no/such/model", "--option", "no_such_field=1"], "no_such_field"),
+    ):
+        result = CliRunner().invoke(app, ["bench", *arguments])
+        assert result.exit_code == 1 and said in result.output.splitlines()[-1], result.output

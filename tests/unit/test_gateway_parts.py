@@ -75,6 +75,8 @@ def test_completion_fields() -> None:
         (dict(logprobs=True, top_logprobs=21), "top_logprobs"),
         (dict(max_tokens=3, max_completion_tokens=4), "max_completion_tokens"),
         (dict(tool_choice="auto"), "tool_choice"),
+        (dict(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools"),
+        (dict(tools=[{"type": "function"}]), "tools"),
         (dict(response_format={"type": "yaml"}), "response_format"),
         (dict(response_format={"type": "json_schema"}), "response_format"),
         (dict(stream_options={"include_usage": True}), "stream_options"),

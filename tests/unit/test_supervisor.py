@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
+import pytest
+
 from services.supervisor import ALLOCATOR, GATEWAY, STAGES, Plan, Supervisor
+from shared.broker import BrokerError, free_ports
 
 
 def test_stages_give_large_buffers_back_and_workers_keep_theirs(tmp_path: Path) -> None:
@@ -16,3 +20,18 @@ def test_stages_give_large_buffers_back_and_workers_keep_theirs(tmp_path: Path) 
 def test_a_plan_may_say_otherwise(tmp_path: Path) -> None:
     stages = Supervisor(Plan(tmp_path, env=dict.fromkeys(ALLOCATOR, "1"))).stages
     assert stages["scheduler-1"].env.items() >= dict.fromkeys(ALLOCATOR, "1").items()
+
+
+@pytest.mark.parametrize("taken", ["nats", "http", "metrics"])
+async def test_a_port_that_is_taken_is_named_before_anything_runs(tmp_path: Path, taken: str) -> None:
+    first = free_ports(3)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", first))
+        other.listen()
+        ports = {"nats": first + 1, "http": first + 2, "metrics": 0} | {taken: first}
+        plan = Plan(tmp_path, port=ports["nats"], copies={GATEWAY: 1, "scheduler": 1})
+        plan.http_port, plan.metrics_port = ports["http"], ports["metrics"]
+        supervisor = Supervisor(plan)
+        with pytest.raises(BrokerError, match=str(first)):
+            await supervisor.start()
+        assert all(child.pid is None for child in supervisor.children())

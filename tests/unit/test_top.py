@@ -23,8 +23,8 @@ def worker(instance: str, tokens: int, model: str = "m", **detail: Any) -> Worke
     return WorkerHeartbeat(base, 10, 0.0, 2.0, {}, 32, 1000, 750, 512, 100)
 
 
-def shown(view: View, now: float) -> list[str]:
-    console = Console(width=180, no_color=True)
+def shown(view: View, now: float, width: int = 180) -> list[str]:
+    console = Console(width=width, no_color=True)
     with console.capture() as capture:
         console.print(view.render(now), highlight=False)
     return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
@@ -58,6 +58,17 @@ def test_rates_totals_and_models() -> None:
     assert "500 tok/s" in lines[5] and "8/32" in lines[5] and "25%" in lines[5] and "2.50" in lines[5]
     assert lines[7] == "other: 0 live · 0 waiting · 100 tok/s · batch 8/32 · kv 25%"
     assert "model_worker" in lines[9]
+
+
+def test_figures_stay_whole_on_a_narrow_terminal() -> None:
+    view = View()
+    for n in range(21):
+        view.hear(worker("model_worker-1-6a156a1e4d", 50 * n, tokens_per_step=2.5), n / 10)
+        view.hear(beat("scheduler", "scheduler-1-2737c165ba", live=17, waiting=3, workers=2), n / 10)
+    lines = shown(view, 2.0, width=80)
+    assert len(lines) == 4 and all(len(line) <= 80 for line in lines)
+    for figure in ("model_worker-1", "ready", "25%", "500 tok/s", "8/32", "2.50"):
+        assert figure in lines[3]
 
 
 def test_who_is_silent_disappears_and_rates_follow_the_window() -> None:
