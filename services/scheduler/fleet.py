@@ -101,7 +101,8 @@ class Fleet:
             self.peers[instance] = self.link.proven
 
     def held_by_peers(self) -> set[str]:
-        return set(self.holds.values())
+        """A scheduler that died keeps nothing."""
+        return {self.holds[name] for name in self.live_peers()}
 
     def _forget_peer(self, instance: str) -> None:
         self.peers.pop(instance, None)
