@@ -435,6 +435,22 @@ async def test_a_deadline_counts_from_acceptance_for_a_scheduler_that_comes_late
     await world.stop()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_deadline_ends_what_workers_had_that_all_died_at_once(workers: int) -> None:
+    async def test() -> None:
+        world = await World(schedulers=2).start(workers=workers)
+        key = world.submit("a", tokens=10_000, deadline=5.0)
+        await until(lambda: world.orders(key))
+        for worker in world.workers:
+            worker.die()
+        await world.ended(key, within=15)
+        assert (world.reason(key), world.failure(key)) == ("error", "deadline_exceeded")
+        await world.idle()
+        await world.stop()
+
+    virtual(test)()
+
+
 @virtual
 async def test_a_dead_workers_requests_go_on_elsewhere_with_their_prefix() -> None:
     world = await World(schedulers=2).start()
