@@ -177,6 +177,7 @@ class WorkerService(Service):
             paused=int(self._paused),
         )
         started = stats.step_started
+        behind = () if started is None else tuple(run.key for run in self._runs.values() if run.taken > started)
         return m.WorkerHeartbeat(
             base,
             stats.step,
@@ -190,6 +191,7 @@ class WorkerService(Service):
             limits.vocab_size,
             self._suspects,
             tuple(run.key for run in self._runs.values() if run.unproven),
+            behind,
         )
 
     def refresh_meter(self) -> None:

@@ -81,6 +81,11 @@ class Worker(Actor):
         self.draining = False
         self.working = True
         self.suspects: tuple[str, ...] = ()
+        self.hung: float | None = None  # when the step began that does not end
+        self.behind: list[str] = []
+
+    def hang(self) -> None:
+        self.working, self.hung = False, asyncio.get_running_loop().time()
 
     async def start(self) -> Worker:
         await self.bus.subscribe(subjects.worker_run(self.name), self._on_run)
@@ -97,6 +102,8 @@ class Worker(Actor):
             return
         if reply.accepted:
             self.runs[run.key] = (run, len(run.generated[0]) // 4 if run.generated else 0)
+            if self.hung is not None:
+                self.behind.append(run.key)
             if run.isolated:
                 self.alone[run.key] = self.runs[run.key][1] + 3
         self.bus.publish(message.reply, codec.encode(reply))
@@ -109,8 +116,10 @@ class Worker(Actor):
     def beat_now(self) -> None:
         base = m.Heartbeat("model_worker", MODEL, self.name, 1, BEAT, self.draining, knows=self.knows)
         running = {key: run.epoch for key, (run, _) in self.runs.items()}
+        age = 0.0 if self.hung is None else asyncio.get_running_loop().time() - self.hung
+        room = (self.max_seqs, 10**6, 10**6, 10**6, 99)
         beat = m.WorkerHeartbeat(
-            base, 1, 0.0, 1.0, running, self.max_seqs, 10**6, 10**6, 10**6, 99, self.suspects, tuple(self.alone)
+            base, 1, age, 1.0, running, *room, self.suspects, tuple(self.alone), tuple(self.behind)
         )
         self.bus.publish(subjects.heartbeat("model_worker", MODEL, self.name), codec.encode(beat))
 
@@ -716,6 +725,24 @@ async def test_kills_from_outside_quarantine_nobody() -> None:
     assert {world.reason(key) for key in keys} == {"finished"}
     assert not world.broker.streams[subjects.STREAM_DEAD].messages
     keeper.cancel()
+    await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_who_comes_behind_a_step_that_hangs_is_no_suspect() -> None:
+    world = await World(schedulers=2).start(workers=0)
+    key = world.submit("a", tokens=5)
+    for _ in range(5):
+        hanging = await world.worker()
+        hanging.hang()
+        await until(lambda hanging=hanging: key in hanging.runs)
+        await asyncio.sleep(0.9)
+    await world.worker()
+    await world.ended(key)
+    assert world.reason(key) == "finished"
+    assert [worker for worker, _ in world.orders(key)] == [f"w{number}" for number in range(6)]
+    assert not any(run.isolated for worker in world.workers for run in worker.orders)
     await world.idle()
     await world.stop()
 

@@ -547,9 +547,12 @@ async def test_a_hung_step_is_visible_at_once_and_ends_the_process_in_the_end() 
     worker = await world.start()
     await world.order(order_for("t.a", prompt=(POISON,)))
     await asyncio.sleep(1.5)
-    beat = world.beats[-1]
+    assert (await world.order(order_for("t.late"))).accepted
+    beat = worker.heartbeat()
+    assert isinstance(beat, m.WorkerHeartbeat)
     assert beat.step_age > beat.step_bound
-    assert beat.running == {"t.a": 1}
+    assert beat.running == {"t.a": 1, "t.late": 1}
+    assert beat.behind == ("t.late",)
     assert worker.failed is not None
     with pytest.raises(EngineDied):
         await asyncio.wait_for(worker.failed, 5.0)
