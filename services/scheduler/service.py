@@ -45,7 +45,7 @@ class SchedulerService(Service):
         self._requests = requests = Requests(bus)
         self._assignments = assignments = Assignments(bus, ledger, link)
         entries = Entries(bus, settings, requests)
-        self._orders = orders = Orders(self, settings, self.fleet, requests, entries)
+        self._orders = orders = Orders(self, settings, self.fleet, ledger, requests, entries)
         self._migrations = Migrations(self, settings, ledger, dispatcher, requests, assignments, entries, orders)
         self._intake = Intake(
             self, settings, dispatcher, requests, assignments, entries, orders, self._migrations, self._on_assignment

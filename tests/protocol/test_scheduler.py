@@ -730,6 +730,23 @@ async def test_kills_from_outside_quarantine_nobody() -> None:
 
 
 @virtual
+async def test_a_suspect_whose_order_was_never_sent_does_not_die_with_the_worker() -> None:
+    """A write of unknown outcome may be stored after its scheduler has given it up."""
+    world = await World(schedulers=2).start()
+    bucket = await world.client.bucket(subjects.BUCKET_ASSIGN)
+    late = m.Assignment(1, 2, "w0", b"h", suspect=3, died_at=0, model=MODEL)
+    await bucket.create("t.a", codec.encode(late))
+    key = world.submit("a")
+    await asyncio.sleep(0.3)
+    world.workers[0].die()
+    await world.ended(key)
+    assert (world.reason(key), world.orders(key)) == ("finished", [("w1", 3)])
+    assert world.workers[1].orders[0].isolated
+    await world.idle()
+    await world.stop()
+
+
+@virtual
 async def test_who_comes_behind_a_step_that_hangs_is_no_suspect() -> None:
     world = await World(schedulers=2).start(workers=0)
     key = world.submit("a", tokens=5)
