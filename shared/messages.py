@@ -299,3 +299,4 @@ class WorkerHeartbeat(NamedTuple):
     vocab_size: int
     suspects: tuple[str, ...] = ()  # requests in the step that just failed, when the worker dies of an exception
     isolated: tuple[str, ...] = ()  # requests in steps of their own, not one token further yet
+    behind: tuple[str, ...] = ()  # requests that came while the current step was under way

@@ -178,6 +178,7 @@ class WorkerService(Service):
             paused=int(self._paused),
         )
         started = stats.step_started
+        behind = () if started is None else tuple(run.key for run in self._runs.values() if run.taken > started)
         return m.WorkerHeartbeat(
             base,
             stats.step,
@@ -191,6 +192,7 @@ class WorkerService(Service):
             limits.vocab_size,
             self._suspects,
             tuple(run.key for run in self._runs.values() if run.unproven),
+            behind,
         )
 
     def refresh_meter(self) -> None:
@@ -249,9 +251,8 @@ class WorkerService(Service):
             self._end(present, completed=False)
         if self._paused:
             return m.RunReply(False, ErrorCode.OVERLOADED.value, "the token log does not take messages")
-        # Two schedulers may send one each at the same moment. Whoever waits behind poison would die with it, again and again.
-        if run.isolated and any(other.unproven for other in self._runs.values()):
-            return m.RunReply(False, ErrorCode.OVERLOADED.value, "another suspect runs apart")
+        if run.isolated and (company := self._company()):
+            return m.RunReply(False, ErrorCode.OVERLOADED.value, company)
         requests = self._engine_requests(run)
         # Not after `submit`, which may give the slots at once.
         taken = asyncio.get_running_loop().time()
@@ -277,6 +278,15 @@ class WorkerService(Service):
         note_request(run.key, run.epoch, run.trace)
         self.log.info("run", request_id=run.key, epoch=run.epoch, prompt=prompt, prefix=prefix)
         return m.RunReply(True)
+
+    def _company(self) -> str:
+        """Who would keep a suspect from running apart, and take it along if it is poison; "" if nobody would."""
+        # Two schedulers may send one each at the same moment. Whoever waits behind poison would die with it, again and again.
+        if any(run.unproven for run in self._runs.values()):
+            return "another suspect runs apart"
+        # The first step of one that has just come is under way already. Only who still waits for a slot will be kept apart.
+        newcomers = [run for run in self._runs.values() if not (run.admitted or run.first)]
+        return "others take their first step" if len(newcomers) > self.engine.stats().waiting else ""
 
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
         """A sequence for each choice that is not done yet. A beam search, which gives all choices out at once, begins anew."""

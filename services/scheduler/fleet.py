@@ -18,6 +18,8 @@ LOST_LINK = 3.5  # intervals without an echo: the link was lost, and the others'
 SILENT_BEATS = 4.5  # intervals of silence that are never too short: four beats were missed, and nothing came in between
 LONGEST_CLOSURE = 16  # heartbeats for which a worker that refuses orders is given none
 BLACKOUT = 2.5  # missed heartbeats: more is no longer chance
+# Seconds, more than an election takes: then all workers count as lost, so that somebody looks at the deadlines of what they had.
+LONGEST_BLACKOUT = 10.0
 PEER_PATIENCE = 2.0  # schedulers, who have more to do between two heartbeats, are given so much more time than workers
 
 
@@ -101,7 +103,8 @@ class Fleet:
             self.peers[instance] = self.link.proven
 
     def held_by_peers(self) -> set[str]:
-        return set(self.holds.values())
+        """A scheduler that died keeps nothing."""
+        return {self.holds[name] for name in self.live_peers()}
 
     def _forget_peer(self, instance: str) -> None:
         self.peers.pop(instance, None)
@@ -125,11 +128,10 @@ class Fleet:
         blacked_out = self.is_blacked_out()
         for worker in self.workers.values():
             beat = worker.beat
+            patience = max(LONGEST_BLACKOUT if blacked_out else self.silence, SILENT_BEATS * beat.base.interval)
             if beat.suspects:
                 verdicts[worker.instance] = "died"
-            elif (
-                self.silence_of(worker.heard) > max(self.silence, SILENT_BEATS * beat.base.interval) and not blacked_out
-            ):
+            elif self.silence_of(worker.heard) > patience:
                 verdicts[worker.instance] = "lost"
             elif worker.is_hung(self.step_margin):
                 verdicts[worker.instance] = "hung"

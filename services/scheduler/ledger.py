@@ -19,13 +19,19 @@ REMEMBER_ENDED = 4096
 @dataclass(slots=True)
 class LiveRequest:
     """`since`: proven time (fleet.py) at which this scheduler learnt of the present assignment; `reported`: of its worker's last
-    heartbeat that named it in the present epoch (None: not yet)."""
+    heartbeat that named it in the present epoch (None: not yet); `taken`: its worker has accepted this scheduler's order."""
 
     key: str
     assignment: Assignment
     revision: int
     since: float
     reported: float | None = None
+    taken: bool = False
+
+    @property
+    def was_there(self) -> bool:
+        """Whether its worker is known to have had it."""
+        return self.taken or self.reported is not None
 
 
 class Ledger:
@@ -76,6 +82,11 @@ class Ledger:
     def tenants(self) -> Mapping[str, int]:
         """Sequences of each tenant that workers have."""
         return self._tenants
+
+    def taken(self, key: str, epoch: int) -> None:
+        """The request's worker has accepted the order of this epoch."""
+        if (live := self.live.get(key)) is not None and live.assignment.epoch == epoch:
+            live.taken = True
 
     def on_worker(self, worker: str) -> list[str]:
         """Keys, in the order in which they came to it; of worker "": those that wait for one."""

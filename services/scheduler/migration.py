@@ -88,7 +88,9 @@ class Migrations:
         if live is None:
             return True
         began = time.time()
-        died = reason in DEATHS and (not suspects or key in suspects)
+        # An assignment that was stored late, after its writer had given up, is followed by no order: its worker never had the request.
+        was_there = key in suspects if suspects else live.was_there or not is_isolated(live.assignment)
+        died = reason in DEATHS and was_there
         assignment = live.assignment._replace(epoch=live.assignment.epoch + 1, worker="")
         epoch = assignment.epoch
         self.count += 1

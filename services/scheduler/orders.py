@@ -6,6 +6,7 @@ import asyncio
 
 from services.scheduler.entries import Entries
 from services.scheduler.fleet import Fleet
+from services.scheduler.ledger import Ledger
 from services.scheduler.requests import Known, Requests
 from services.scheduler.settings import SchedulerSettings
 from shared import codec, subjects
@@ -19,11 +20,18 @@ TRY_ELSEWHERE = frozenset({"overloaded", "draining"})
 
 class Orders:
     def __init__(
-        self, stage: Service, settings: SchedulerSettings, fleet: Fleet, requests: Requests, entries: Entries
+        self,
+        stage: Service,
+        settings: SchedulerSettings,
+        fleet: Fleet,
+        ledger: Ledger,
+        requests: Requests,
+        entries: Entries,
     ) -> None:
         self._stage = stage
         self._settings = settings
         self._fleet = fleet
+        self._ledger = ledger
         self._requests = requests
         self._entries = entries
 
@@ -62,6 +70,8 @@ class Orders:
                 "run_unanswered", request_id=request.key, epoch=epoch, worker=worker, error=repr(error)
             )
             return False
+        if reply.accepted:
+            self._ledger.taken(request.key, epoch)
         if reply.accepted or reply.code == "stale_epoch":
             self._fleet.answered(worker, accepted=True)
             return True

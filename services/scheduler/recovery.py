@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.scheduler.fleet import Fleet
 from services.scheduler.ledger import Ledger, LiveRequest
+from shared.messages import WorkerHeartbeat
 
 # Reasons for a migration that are the death of a worker.
 DEATHS = frozenset({"lost", "died", "hung", "missing"})
@@ -32,6 +33,13 @@ def diagnose(
     # It has ended there and its finish is in the log. The tombstone is late because the partition's owner is behind, which a storm of
     # fences would only make worse.
     return "unreported" if known.heard - request.reported > finish_grace else None
+
+
+def moved_because(verdict: str, request: LiveRequest, beat: WorkerHeartbeat) -> str:
+    """Why a request leaves a worker that cannot go on; `beat`: the worker's last. Who came when the step hung already is only "behind":
+    that must not count against it, as a step hangs for seconds, in which suspects may come one after the other."""
+    in_step = beat.running.get(request.key) == request.assignment.epoch and request.key not in beat.behind
+    return "behind" if verdict == "hung" and not in_step else verdict
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ from services.scheduler.intake import Intake
 from services.scheduler.ledger import Ledger
 from services.scheduler.migration import Migrations
 from services.scheduler.orders import Orders
-from services.scheduler.recovery import diagnose, stale_runs
+from services.scheduler.recovery import diagnose, moved_because, stale_runs
 from services.scheduler.requests import Requests
 from services.scheduler.settings import SchedulerSettings
 from shared import codec, subjects
@@ -45,7 +45,7 @@ class SchedulerService(Service):
         self._requests = requests = Requests(bus)
         self._assignments = assignments = Assignments(bus, ledger, link)
         entries = Entries(bus, settings, requests)
-        self._orders = orders = Orders(self, settings, self.fleet, requests, entries)
+        self._orders = orders = Orders(self, settings, self.fleet, ledger, requests, entries)
         self._migrations = Migrations(self, settings, ledger, dispatcher, requests, assignments, entries, orders)
         self._intake = Intake(
             self, settings, dispatcher, requests, assignments, entries, orders, self._migrations, self._on_assignment
@@ -165,7 +165,7 @@ class SchedulerService(Service):
             self.dispatcher.dispatch()
 
     def _worker_gone(self, instance: str, verdict: str) -> None:
-        keys, suspects = self.ledger.on_worker(instance), self.fleet.workers[instance].beat.suspects
+        keys, beat = self.ledger.on_worker(instance), self.fleet.workers[instance].beat
         if verdict != "hung":
             self.fleet.remove(instance)
             self.dispatcher.forget_worker(instance)
@@ -174,7 +174,7 @@ class SchedulerService(Service):
             self.log.warning("worker_gone", worker=instance, verdict=verdict, requests=len(keys))
         for key in keys:
             if self._responsible(key):
-                self._migrations.begin(key, verdict, suspects)
+                self._migrations.begin(key, moved_because(verdict, self.ledger.live[key], beat), beat.suspects)
 
     def _scan(self) -> None:
         for request in list(self.ledger.live.values()):

@@ -4,7 +4,8 @@ A process that is killed does not say why, so a death alone proves nothing. It c
 only if the request has not come one token further in between: what kills does so at the same position each time. After the second
 such death the request is *isolated*: it runs in steps of its own, one such request a worker (which refuses another), until a token
 further of it is in the log, which proves it harmless. Two deaths while isolated are its own doing: it is quarantined. A worker that
-dies of an exception names the requests of its last step; they alone are suspected, and isolated at once.
+dies of an exception names the requests of its last step; they alone are suspected, and isolated at once. Of a step that hangs, those
+that came to the worker when it had begun are not suspected.
 
 A kill from outside would have to hit the same request four times in a row, each time before its next token, the last two times while
 that is the only request that its worker computes.

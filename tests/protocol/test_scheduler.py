@@ -82,6 +82,11 @@ class Worker(Actor):
         self.draining = False
         self.working = True
         self.suspects: tuple[str, ...] = ()
+        self.hung: float | None = None  # when the step began that does not end
+        self.behind: list[str] = []
+
+    def hang(self) -> None:
+        self.working, self.hung = False, asyncio.get_running_loop().time()
 
     async def start(self) -> Worker:
         await self.bus.subscribe(subjects.worker_run(self.name), self._on_run)
@@ -98,6 +103,8 @@ class Worker(Actor):
             return
         if reply.accepted:
             self.runs[run.key] = (run, len(run.generated[0]) // 4 if run.generated else 0)
+            if self.hung is not None:
+                self.behind.append(run.key)
             if run.isolated:
                 self.alone[run.key] = self.runs[run.key][1] + 3
         self.bus.publish(message.reply, codec.encode(reply))
@@ -110,8 +117,10 @@ class Worker(Actor):
     def beat_now(self) -> None:
         base = m.Heartbeat("model_worker", MODEL, self.name, 1, BEAT, self.draining, knows=self.knows)
         running = {key: run.epoch for key, (run, _) in self.runs.items()}
+        age = 0.0 if self.hung is None else asyncio.get_running_loop().time() - self.hung
+        room = (self.max_seqs, 10**6, 10**6, 10**6, 99)
         beat = m.WorkerHeartbeat(
-            base, 1, 0.0, 1.0, running, self.max_seqs, 10**6, 10**6, 10**6, 99, self.suspects, tuple(self.alone)
+            base, 1, age, 1.0, running, *room, self.suspects, tuple(self.alone), tuple(self.behind)
         )
         self.bus.publish(subjects.heartbeat("model_worker", MODEL, self.name), codec.encode(beat))
 
@@ -437,6 +446,22 @@ async def test_a_deadline_counts_from_acceptance_for_a_scheduler_that_comes_late
     await world.stop()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_deadline_ends_what_workers_had_that_all_died_at_once(workers: int) -> None:
+    async def test() -> None:
+        world = await World(schedulers=2).start(workers=workers)
+        key = world.submit("a", tokens=10_000, deadline=5.0)
+        await until(lambda: world.orders(key))
+        for worker in world.workers:
+            worker.die()
+        await world.ended(key, within=15)
+        assert (world.reason(key), world.failure(key)) == ("error", "deadline_exceeded")
+        await world.idle()
+        await world.stop()
+
+    virtual(test)()
+
+
 @virtual
 async def test_a_dead_workers_requests_go_on_elsewhere_with_their_prefix() -> None:
     world = await World(schedulers=2).start()
@@ -702,6 +727,41 @@ async def test_kills_from_outside_quarantine_nobody() -> None:
     assert {world.reason(key) for key in keys} == {"finished"}
     assert not world.broker.streams[subjects.STREAM_DEAD].messages
     keeper.cancel()
+    await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_a_suspect_whose_order_was_never_sent_does_not_die_with_the_worker() -> None:
+    """A write of unknown outcome may be stored after its scheduler has given it up."""
+    world = await World(schedulers=2).start()
+    bucket = await world.client.bucket(subjects.BUCKET_ASSIGN)
+    late = m.Assignment(1, 2, "w0", b"h", suspect=3, died_at=0, model=MODEL)
+    await bucket.create("t.a", codec.encode(late))
+    key = world.submit("a")
+    await asyncio.sleep(0.3)
+    world.workers[0].die()
+    await world.ended(key)
+    assert (world.reason(key), world.orders(key)) == ("finished", [("w1", 3)])
+    assert world.workers[1].orders[0].isolated
+    await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_who_comes_behind_a_step_that_hangs_is_no_suspect() -> None:
+    world = await World(schedulers=2).start(workers=0)
+    key = world.submit("a", tokens=5)
+    for _ in range(5):
+        hanging = await world.worker()
+        hanging.hang()
+        await until(lambda hanging=hanging: key in hanging.runs)
+        await asyncio.sleep(0.9)
+    await world.worker()
+    await world.ended(key)
+    assert world.reason(key) == "finished"
+    assert [worker for worker, _ in world.orders(key)] == [f"w{number}" for number in range(6)]
+    assert not any(run.isolated for worker in world.workers for run in worker.orders)
     await world.idle()
     await world.stop()
 

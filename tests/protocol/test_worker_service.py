@@ -507,6 +507,7 @@ async def test_an_isolated_request_shares_no_step_until_it_has_come_further() ->
     other = order_for("t.a", tokens=100)
     await world.open(other)
     await world.order(other)
+    await until(lambda: bool(world.tokens_of("t.a")))
     await world.order(order_for("t.harmless", tokens=100, n=2, isolated=True))
     assert worker.heartbeat().isolated == ("t.harmless",)  # type: ignore[union-attr]
     await until(lambda: not worker.heartbeat().isolated)  # type: ignore[union-attr]
@@ -542,14 +543,33 @@ async def test_a_second_suspect_is_refused_until_the_first_has_a_token_in_the_lo
 
 
 @virtual
+async def test_a_suspect_is_refused_while_others_take_their_first_step() -> None:
+    """Poison whose first step is under way would take it along. Those that wait for a slot are kept apart from it."""
+    world = World(max_seqs=1)
+    worker = await world.start()
+    suspect = order_for("t.suspect", isolated=True)
+    await world.open(first := order_for("t.first", tokens=100))
+    assert (await world.order(first)).accepted
+    while not world.tokens_of("t.first"):
+        assert worker._accept(suspect).code == ErrorCode.OVERLOADED
+        await asyncio.sleep(STEP / 10)
+    assert (await world.order(order_for("t.waits"))).accepted
+    assert (await world.order(suspect)).accepted
+    await worker.stop()
+
+
+@virtual
 async def test_a_hung_step_is_visible_at_once_and_ends_the_process_in_the_end() -> None:
     world = World(Fault(kind="hang", position=2))
     worker = await world.start()
     await world.order(order_for("t.a", prompt=(POISON,)))
     await asyncio.sleep(1.5)
-    beat = world.beats[-1]
+    assert (await world.order(order_for("t.late"))).accepted
+    beat = worker.heartbeat()
+    assert isinstance(beat, m.WorkerHeartbeat)
     assert beat.step_age > beat.step_bound
-    assert beat.running == {"t.a": 1}
+    assert beat.running == {"t.a": 1, "t.late": 1}
+    assert beat.behind == ("t.late",)
     assert worker.failed is not None
     with pytest.raises(EngineDied):
         await asyncio.wait_for(worker.failed, 5.0)

@@ -148,3 +148,18 @@ async def test_a_worker_that_another_scheduler_keeps_is_left_alone() -> None:
     world.fleet.heard_peer("s2", draining=True, holds="a")
     assert world.fleet.held_by_peers() == set()
     await world.close()
+
+
+async def test_what_a_dead_scheduler_kept_is_given_out() -> None:
+    """Nobody else may ask for a long time who is responsible, which is when dead peers were forgotten."""
+    world = World("a")
+    world.fleet.heard_peer("s2", draining=False, holds="a")
+    key = world.submit("small")
+    await world.settle()
+    assert key not in world.granted
+    for tenth in range(50):
+        world.fleet.link.echoed(tenth / 10)
+    world.dispatcher.dispatch()
+    await world.settle()
+    assert world.granted[key] == "a"
+    await world.close()

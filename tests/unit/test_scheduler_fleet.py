@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.scheduler.fleet import Fleet, Link
+from services.scheduler.fleet import LONGEST_BLACKOUT, Fleet, Link
 from shared.messages import Heartbeat, WorkerHeartbeat
 
 INTERVAL, GRACE, SILENCE = 0.1, 1.5, 0.45
@@ -81,6 +81,12 @@ def test_when_all_died_a_new_one_proves_it() -> None:
     clock = ready()
     assert clock.run(5) == set()
     assert clock.run(0.5, "c") == {"a", "b"}
+
+
+def test_when_all_stay_silent_they_are_lost_in_the_end() -> None:
+    clock = ready()
+    assert clock.run(LONGEST_BLACKOUT - 0.2) == set()
+    assert clock.run(0.4) == {"a", "b"}
 
 
 def test_the_only_worker_is_lost_when_silent() -> None:

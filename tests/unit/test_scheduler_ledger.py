@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from services.scheduler.ledger import REMEMBER_ENDED, Ledger
-from services.scheduler.recovery import diagnose, stale_runs
+from services.scheduler.recovery import DEATHS, diagnose, moved_because, stale_runs
 from shared.messages import Assignment, Tombstone
 from tests.unit.test_scheduler_fleet import beat, ready
 
@@ -97,6 +97,21 @@ def test_diagnosis() -> None:
     clock.run(5, "a", "b")
     assert problems()["t.stuck"] == "stuck"
     assert problems()["t.ended"] == "unreported", "in the end: its tombstone should have come long ago"
+
+
+def test_a_step_that_hung_already_is_nobody_elses_doing() -> None:
+    ledger = Ledger()
+    ledger.apply("t.x", assigned("w", 2), 1, 0.0)
+    live = ledger.live["t.x"]
+    for running, behind, reason in (
+        ({"t.x": 2}, (), "hung"),
+        ({"t.x": 2}, ("t.x",), "behind"),
+        ({"t.x": 1}, (), "behind"),  # its order came after the heartbeat, or has yet to come
+        ({}, (), "behind"),
+    ):
+        assert moved_because("hung", live, beat("w", running=running, behind=behind)) == reason
+        assert moved_because("lost", live, beat("w", running=running, behind=behind)) == "lost"
+    assert "behind" not in DEATHS and "hung" in DEATHS
 
 
 def test_sequences_of_tenants_are_counted_while_workers_have_them() -> None:
