@@ -173,11 +173,13 @@ class Run(NamedTuple):
 
 class RunReply(NamedTuple):
     """`accepted`: the worker has it (also the answer to a repeated Run). Otherwise `code` says why: "overloaded", "draining",
-    "stale_epoch", or a final error code such as context_length_exceeded that ends the request."""
+    "stale_epoch", or a final error code such as context_length_exceeded that ends the request. `only_this`: it is overloaded for
+    this request alone, which must have no company."""
 
     accepted: bool
     code: str = ""
     message: str = ""
+    only_this: bool = False
 
 
 class Abort(NamedTuple):

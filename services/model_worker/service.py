@@ -252,7 +252,7 @@ class WorkerService(Service):
         if self._paused:
             return m.RunReply(False, ErrorCode.OVERLOADED.value, "the token log does not take messages")
         if run.isolated and (company := self._company()):
-            return m.RunReply(False, ErrorCode.OVERLOADED.value, company)
+            return m.RunReply(False, ErrorCode.OVERLOADED.value, company, only_this=True)
         requests = self._engine_requests(run)
         # Not after `submit`, which may give the slots at once.
         taken = asyncio.get_running_loop().time()
@@ -284,8 +284,9 @@ class WorkerService(Service):
         # Two schedulers may send one each at the same moment. Whoever waits behind poison would die with it, again and again.
         if any(run.unproven for run in self._runs.values()):
             return "another suspect runs apart"
-        # The first step of one that has just come is under way already. Only who still waits for a slot will be kept apart.
-        newcomers = [run for run in self._runs.values() if not (run.admitted or run.first)]
+        # The first step of one that has just come from another worker may be under way already. Only who still waits for a slot will
+        # be kept apart. (New requests come all the time: were they counted, a suspect might wait for ever.)
+        newcomers = [run for run in self._runs.values() if run.epoch > 1 and not (run.admitted or run.first)]
         return "others take their first step" if len(newcomers) > self.engine.stats().waiting else ""
 
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:

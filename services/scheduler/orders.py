@@ -75,7 +75,7 @@ class Orders:
         if reply.accepted or reply.code == "stale_epoch":
             self._fleet.answered(worker, accepted=True)
             return True
-        self._fleet.answered(worker, accepted=False)
+        self._fleet.answered(worker, accepted=reply.only_this)
         self._stage.meter.count("gorgon_scheduler_runs_refused_total", reply.code)
         self._stage.log.warning(
             "run_refused", request_id=request.key, epoch=epoch, worker=worker, code=reply.code, error=reply.message

@@ -207,7 +207,10 @@ class Scenario:
         if seed % 2:  # drawn apart, so that the others stay what they were
             asks = [cls._of_prompts(random.Random(f"{seed} {ask.id}"), ask) for ask in asks]
         if fault:
-            asks.append(Ask("poison", dict(prompt=[POISON], max_tokens=12), 0.1, 0))
+            several = random.Random(f"{seed} poison")  # drawn apart, too
+            for number in range(several.choice((1, 1, 2, 3))):
+                at = 0.1 + number * several.random() * 0.5
+                asks.append(Ask(f"poison{number}", dict(prompt=[POISON, 1 + number], max_tokens=12), at, 0))
         copies = dict(tokenizer=r.choice((1, 2)), scheduler=2, model_worker=r.choice((2, 2, 3)), detokenizer=2)
         events = [cls._event(r, copies) for _ in range(r.choice((0, 1, 1, 2, 2, 3, 4)))]
         return cls(chained, faults, asks, sorted(events), fault, copies)
@@ -602,7 +605,7 @@ class World:
             allowed.add(("cancelled", ""))
         if "deadline" in ask.body:
             allowed.add(("error", "deadline_exceeded"))
-        if ask.id == "poison":
+        if ask.id.startswith("poison"):
             allowed = {("error", "internal" if self.scenario.fault == "error" else "quarantined")}
         if (reason, code) not in allowed:
             self.complain(f"{ask.id} ended as {reason} {code} {state.terminal.failure}")

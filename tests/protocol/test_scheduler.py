@@ -576,6 +576,20 @@ def test_who_refuses_is_left_alone_for_a_while(code: str) -> None:
 
 
 @virtual
+async def test_a_refusal_of_one_request_closes_its_worker_to_no_other() -> None:
+    world = await World().start(workers=1)
+    world.workers[0].answer = lambda run: m.RunReply(run.key != "t.a", "overloaded", only_this=True)
+    refused = world.submit("a")
+    await until(lambda: len(world.orders(refused)) > 3)
+    for i in range(5):
+        await world.ended(world.submit(f"b{i}"), within=0.5)
+    world.workers[0].answer = lambda run: m.RunReply(True)
+    await world.ended(refused, within=2)
+    await world.idle()
+    await world.stop()
+
+
+@virtual
 async def test_a_final_refusal_ends_the_request() -> None:
     world = await World().start()
     for worker in world.workers:

@@ -544,17 +544,28 @@ async def test_a_second_suspect_is_refused_until_the_first_has_a_token_in_the_lo
 
 @virtual
 async def test_a_suspect_is_refused_while_others_take_their_first_step() -> None:
-    """Poison whose first step is under way would take it along. Those that wait for a slot are kept apart from it."""
+    """Poison that was moved there and whose first step is under way would take it along. Those that wait for a slot are kept apart."""
     world = World(max_seqs=1)
     worker = await world.start()
     suspect = order_for("t.suspect", isolated=True)
-    await world.open(first := order_for("t.first", tokens=100))
+    await world.open(first := order_for("t.first", epoch=2, tokens=100))
+    await world.append(m.Fence("t.first", 2))
     assert (await world.order(first)).accepted
     while not world.tokens_of("t.first"):
-        assert worker._accept(suspect).code == ErrorCode.OVERLOADED
+        refused = worker._accept(suspect)
+        assert (refused.code, refused.only_this) == (ErrorCode.OVERLOADED, True)
         await asyncio.sleep(STEP / 10)
     assert (await world.order(order_for("t.waits"))).accepted
     assert (await world.order(suspect)).accepted
+    await worker.stop()
+
+
+@virtual
+async def test_new_requests_keep_no_suspect_waiting() -> None:
+    world = World()
+    worker = await world.start()
+    assert (await world.order(order_for("t.new"))).accepted
+    assert worker._accept(order_for("t.suspect", isolated=True)).accepted
     await worker.stop()
 
 
