@@ -35,7 +35,7 @@ BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
 SNAPSHOT_SHARE = 0.05  # most of the time that snapshots may take
 REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
 EVENTS_PER_MESSAGE = 256
-PROBES_AT_ONCE = 128
+PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
 
 
@@ -415,6 +415,8 @@ class Partition:
 
     async def _save_forever(self) -> None:
         pause = self._settings.snapshot_interval
+        # In turn with the other partitions: all at once would keep every stream waiting.
+        await asyncio.sleep(pause * self.number / self._settings.partitions)
         while True:
             await asyncio.sleep(pause)
             try:
@@ -442,9 +444,8 @@ class Partition:
         """Asks every live client's reply subject now and then with an event without news; the server says at once if nobody listens.
         Nobody needs to answer: silence means that somebody is there. Who does not stream counts on a single event, and is asked only
         after a time in which nobody would wait for it in vain."""
-        loop = asyncio.get_running_loop()
+        interval = self._settings.vanished_after / 6
         while True:
-            await asyncio.sleep(self._settings.vanished_after / 6)
             asked_from = self.core.stamp - self._settings.vanished_after
             live = [
                 answer
@@ -452,27 +453,32 @@ class Partition:
                 if not (answer.ended or answer.opened.durable)
                 and (answer.state.reply is None or answer.state.reply.stream or answer.opened_at < asked_from)
             ]
-            for start in range(0, len(live), PROBES_AT_ONCE):
-                await asyncio.gather(*(self._probe(answer) for answer in live[start : start + PROBES_AT_ONCE]))
-            now = loop.time()
-            for key, since in list(self._gone_since.items()):
-                if now - since >= self._settings.vanished_after:
-                    self._log.info("client_vanished", request_id=key)
-                    self._recorder.vanished()
-                    del self._gone_since[key]
-                    self._append(End(key, "cancelled"))
+            # Evenly over the interval: all at once would keep every stream waiting.
+            rounds = max(1, -(-len(live) // PROBES_AT_ONCE))
+            for start in range(0, rounds * PROBES_AT_ONCE, PROBES_AT_ONCE):
+                await asyncio.sleep(interval / rounds)
+                for answer in live[start : start + PROBES_AT_ONCE]:
+                    self._spawn(self._probe(answer), "probe")
 
     async def _probe(self, answer: Answer) -> None:
         key, reply = answer.state.key, answer.state.reply
-        if reply is None or not reply.subject:
+        if answer.ended or reply is None or not reply.subject:
             return
         (data,) = encode_for(reply, [answer.sign_of_life()])
         try:
             await self._bus.request(reply.subject, data, PROBE_TIMEOUT)
         except NoResponders:
             if not answer.ended:
-                self._gone_since.setdefault(key, asyncio.get_running_loop().time())
+                self._nobody_listens(key)
             return
         except BusError:
             pass
         self._gone_since.pop(key, None)
+
+    def _nobody_listens(self, key: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._gone_since.setdefault(key, now) >= self._settings.vanished_after:
+            self._log.info("client_vanished", request_id=key)
+            self._recorder.vanished()
+            del self._gone_since[key]
+            self._append(End(key, "cancelled"))
