@@ -32,7 +32,9 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
 PREFIX_HELD = 1.0  # how long the question for a prefix waits for its fence, seconds
 BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
-SNAPSHOT_SHARE = 0.05  # most of the time that snapshots may take
+# Bytes a second of snapshots of all partitions, about, and the longest pause between two of one: they keep streams waiting, here and in
+# the server, and a new owner folds what came since the last one in no time.
+SNAPSHOT_RATE, LONGEST_PAUSE = 2**20, 10.0
 REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
 EVENTS_PER_MESSAGE = 256
 PROBES_AT_ONCE = 8
@@ -67,7 +69,7 @@ class Partition:
         self._snapshots: Bucket
         self._assignments: Bucket
         self._saved_seq = 0
-        self._pack_seconds = 0.0
+        self._saved_bytes = 0
         self._delivered_at = 0.0
         self._writers: dict[str, ResultsWriter] = {}
         self._settling: set[str] = set()
@@ -424,7 +426,8 @@ class Partition:
             except BusError as error:
                 # The older one serves as well, with more to replay.
                 self._log.warning("snapshot_not_stored", seq=self.core.seq, error=repr(error))
-            pause = max(self._settings.snapshot_interval, self._pack_seconds / SNAPSHOT_SHARE)
+            fair = self._saved_bytes * self._settings.partitions / SNAPSHOT_RATE
+            pause = max(self._settings.snapshot_interval, min(fair, LONGEST_PAUSE))
 
     async def _save(self) -> None:
         self.deliver()  # a snapshot promises that everything up to it was sent
@@ -433,8 +436,8 @@ class Partition:
         # Work, not waiting: the loop's own clock stands still in the meantime.
         seq, began = self.core.seq, time.perf_counter()
         data = self.core.snapshot()
-        self._pack_seconds = time.perf_counter() - began
-        self._recorder.packed(self._pack_seconds)
+        self._recorder.packed(time.perf_counter() - began)
+        self._saved_bytes = len(data)
         await self._snapshots.put(subjects.snapshot_key(self._settings.model, self.number), data)
         self._saved_seq = seq
 
