@@ -13,6 +13,7 @@ import asyncio
 import base64
 import itertools
 import json
+import re
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import datetime
@@ -55,6 +56,7 @@ API_TIMEOUT, DRAIN_TIMEOUT = 5.0, 1.0
 # A core message is dropped when this many bytes wait for a server that does not read.
 MAX_UNSENT = 64 * 2**20
 PENDING_MESSAGES, PENDING_BYTES = 64 * 2**10, 64 * 2**20
+NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 
 # nats-server's JetStream error codes (server/errors.json)
 WRONG_LAST = {10071, 10164}
@@ -94,6 +96,21 @@ class Connection(Client):
         if self._pongs and self._pongs[0].done():
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
+
+    def join_burst(self, subject: str, data: bytes, reply: str) -> bool:
+        """Adds a message to those for which a flush is due, as it is for nearly all of a burst: `publish` without what only the first
+        needs. False, and nothing is done, for any other, and for subjects that `publish` is to refuse."""
+        queue = self._flush_queue
+        if queue is None or queue.empty() or not self.is_connected or self.is_draining_pubs:
+            return False
+        if not subject or NO_SUBJECT(subject) or NO_SUBJECT(reply):
+            return False
+        command = f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(data)
+        return True
 
 
 class CoreSubscription:
@@ -331,6 +348,8 @@ class NatsBus:
     def _send(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         """nats-py's publish is a coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is
         full; there is no need to wait for that."""
+        if headers is None and self._nc.join_burst(subject, data, reply):
+            return
         sending = self._nc.publish(subject, data, reply, headers)
         try:
             sending.send(None)

@@ -59,6 +59,21 @@ async def test_who_waits_for_a_server_can_be_told_to_go(monkeypatch: pytest.Monk
     assert done and connecting.cancelled() and swallowed == 3
 
 
+async def test_a_burst_arrives_whole_and_no_subject_in_it_is_taken_for_a_command(bus: NatsBus) -> None:
+    heard: list[tuple[str, bytes, str]] = []
+    await bus.subscribe("t.>", lambda message: heard.append((message.subject, message.data, message.reply)))
+    sent = [(f"t.{i % 3}", b"%d\r\n" % i, f"r.{i}" if i % 2 else "") for i in range(500)]
+    dropped = bus.dropped
+    for subject, data, reply in sent:
+        bus.publish(subject, data, reply)
+        for bad in ("", "t.x 1", "t.x\r\nPUB t.x", "t.x\tr"):
+            bus.publish(bad, b"")
+        bus.publish("t.y", b"1", "r 5\r\n12345\r\nPUB t.x")
+    assert bus.dropped - dropped == 5 * len(sent)
+    await until(lambda: len(heard) >= len(sent))
+    assert heard == sent and bus.connected_for > 0
+
+
 async def test_a_server_that_stops_for_two_seconds(nats_server: Broker, bus: NatsBus) -> None:
     """SIGSTOP: nothing is lost, and the silence is noticed as the link's own."""
     reader = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
