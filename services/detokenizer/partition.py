@@ -33,12 +33,17 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 PREFIX_HELD = 1.0  # how long the question for a prefix waits for its fence, seconds
 BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
 # Bytes a second of snapshots of all partitions, about, and the longest pause between two of one: they keep streams waiting, here and in
-# the server, and a new owner folds what came since the last one in no time.
-SNAPSHOT_RATE, LONGEST_PAUSE = 2**20, 10.0
+# the server. A new owner must fold what came since the last one: a second of work for three at 40,000 tokens a second.
+SNAPSHOT_RATE, LONGEST_PAUSE = 2**20, 3.0
 REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
 EVENTS_PER_MESSAGE = 256
 PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
+
+
+def snapshot_pause(size: int, settings: DetokenizerSettings) -> float:
+    """Seconds until a partition's next snapshot, the last one having had `size` bytes."""
+    return max(settings.snapshot_interval, min(size * settings.partitions / SNAPSHOT_RATE, LONGEST_PAUSE))
 
 
 class Partition:
@@ -426,8 +431,7 @@ class Partition:
             except BusError as error:
                 # The older one serves as well, with more to replay.
                 self._log.warning("snapshot_not_stored", seq=self.core.seq, error=repr(error))
-            fair = self._saved_bytes * self._settings.partitions / SNAPSHOT_RATE
-            pause = max(self._settings.snapshot_interval, min(fair, LONGEST_PAUSE))
+            pause = snapshot_pause(self._saved_bytes, self._settings)
 
     async def _save(self) -> None:
         self.deliver()  # a snapshot promises that everything up to it was sent

@@ -12,7 +12,7 @@ class DetokenizerSettings(StageSettings):
 
     stage: ClassVar[str] = "detokenizer"
 
-    snapshot_interval: float = Field(0.5, gt=0, description="seconds between snapshots of a partition")
+    snapshot_interval: float = Field(0.5, gt=0, description="seconds between snapshots of a partition, at least")
     beacon_interval: float = Field(0.1, gt=0, description="seconds between beacons of a partition")
     silence_grace: float = Field(
         0.5, gt=0, description="seconds of silence after which another detokenizer counts as gone"

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from services.detokenizer import snapshot
 from services.detokenizer.core import PartitionCore
 from services.detokenizer.ownership import Fleet, partitions_of
+from services.detokenizer.partition import snapshot_pause
 from services.detokenizer.queries import parse_replay
+from services.detokenizer.settings import DetokenizerSettings
 from shared import messages as m
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
@@ -284,3 +286,10 @@ def test_a_question_is_answered_in_its_own_encoding():
     assert parse_replay(b'{"id":"r"}', "x").reply == m.ReplyTo("x", "json", False, True)
     asked = parse_replay(b"\x82\xa2id\xa1r\xa7batched\xc3", "x")
     assert (asked.key, asked.reply) == ("default.r", m.ReplyTo("x", "msgpack", True, True))
+
+
+def test_large_snapshots_are_made_less_often() -> None:
+    settings = DetokenizerSettings(partitions=16)
+    pauses = [snapshot_pause(kib * 2**10, settings) for kib in (0, 1, 32, 64, 145, 8192)]
+    assert pauses == pytest.approx([0.5, 0.5, 0.5, 1.0, 2.266, 3.0], abs=0.001)
+    assert snapshot_pause(8 * 2**20, DetokenizerSettings(snapshot_interval=60)) == 60
