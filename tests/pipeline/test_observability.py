@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pty
@@ -34,7 +33,7 @@ from shared import subjects
 from shared.metrics import Kind, metrics_of
 from tests.pipeline.harness import Deployment, RawClient, deployed, free_ports
 from tests.pipeline.http_client import call
-from tests.protocol.systems import until_equal
+from tests.protocol.systems import until, until_equal
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -296,14 +295,19 @@ async def test_top_live_on_a_terminal(client: RawClient, deployment: Deployment)
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
     process = await asyncio.create_subprocess_exec(*command, stdin=its, stdout=its, stderr=its, env=environment)
     os.close(its)
-    os.set_blocking(ours, False)
-    seen = b""
+    seen = bytearray()
+
+    def read() -> None:
+        """To the end: what writes to a terminal that nobody reads stands still, deaf to signals."""
+        try:
+            seen.extend(os.read(ours, 65536))
+        except OSError:  # closed on the other side
+            loop.remove_reader(ours)
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(ours, read)
     try:
-        async with asyncio.timeout(20):
-            while seen.count(b"detokenizer-1") < 3:
-                with contextlib.suppress(BlockingIOError):
-                    seen += os.read(ours, 65536)
-                await asyncio.sleep(0.05)
+        await until(lambda: seen.count(b"detokenizer-1") >= 3, timeout=20.0)
         assert b"demo: 0 live" in seen
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(10):
@@ -313,6 +317,7 @@ async def test_top_live_on_a_terminal(client: RawClient, deployment: Deployment)
         if process.returncode is None:
             process.kill()
             await process.wait()
+        loop.remove_reader(ours)
         os.close(ours)
 
 
