@@ -293,7 +293,14 @@ async def test_top_live_on_a_terminal(client: RawClient, deployment: Deployment)
     ours, its = pty.openpty()
     command = (sys.executable, "-m", "services.cli", "top", "--nats", deployment.url)
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
-    process = await asyncio.create_subprocess_exec(*command, stdin=its, stdout=its, stderr=its, env=environment)
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     os.close(its)
     seen = bytearray()
 
