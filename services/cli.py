@@ -80,7 +80,7 @@ def _say_error(what: str, message: str) -> int:
 def _token(value: str) -> str:
     """Of a name that becomes part of a subject."""
     if not subjects.is_token(value):
-        raise typer.BadParameter("1 to 64 of letters, digits, '_' and '-'")
+        raise typer.BadParameter(subjects.TOKEN_RULE)
     return value
 
 

@@ -36,7 +36,7 @@ from shared.permissions import (
     inbox_prefix,
     permissions,
 )
-from shared.subjects import is_token
+from shared.subjects import TOKEN_RULE, is_token
 
 CONFIG = "nats.conf"
 _DAYS = 825
@@ -62,7 +62,7 @@ def write_config(
     at = at if at is not None else folder.resolve()
     for tenant in tenants:
         if not is_token(tenant) or tenant in _RESERVED:
-            raise ValueError(f"tenant {tenant!r}: 1 to 64 of letters, digits, '_' and '-', and not reserved")
+            raise ValueError(f"tenant {tenant!r}: {TOKEN_RULE}, and not reserved")
     for name in ("keys", "tls"):
         (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
     known = sorted({path.stem.removeprefix("tenant-") for path in folder.glob("keys/tenant-*.nk")} | set(tenants))

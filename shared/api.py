@@ -38,7 +38,7 @@ from shared.sampling import (
     MAX_STOP_TOKEN_IDS,
 )
 from shared.strategies import complaint
-from shared.subjects import is_token
+from shared.subjects import TOKEN_RULE, is_token
 from shared.traceparent import parse as parse_traceparent
 
 DEFAULT_TENANT = "default"
@@ -195,7 +195,7 @@ class GenerateRequest(Strict):
     @classmethod
     def _is_token(cls, value: str | None) -> str | None:
         if value is not None and not is_token(value):
-            raise ValueError("1 to 64 of letters, digits, '_' and '-'")
+            raise ValueError(TOKEN_RULE)
         return value
 
     @field_validator("traceparent")
@@ -396,9 +396,8 @@ def encode_event(event: Mapping[str, Any] | list[Mapping[str, Any]], encoding: s
         return data
     try:
         return orjson.dumps(event)
-    except (
-        TypeError
-    ):  # a client's metadata may hold what only the slower one can say: lone surrogates, integers beyond 64 bits
+    except TypeError:
+        # A client's metadata may hold what only the slower one can say: lone surrogates, integers beyond 64 bits.
         return json.dumps(_json_number(event), separators=(",", ":")).encode()
 
 

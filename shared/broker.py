@@ -82,9 +82,8 @@ def require_free(ports: Iterable[int], host: str = "127.0.0.1") -> None:
     """Raises BrokerError that names a port on which something listens already: who connected to it would talk to a stranger."""
     for port in ports:
         with socket.socket() as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as servers do: connections that linger do not count
+            # As servers do: connections that linger do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
             except (OSError, OverflowError) as error:

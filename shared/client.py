@@ -54,7 +54,7 @@ class Client:
     ) -> None:
         for what, name in (("model", model), ("tenant", tenant)):
             if not subjects.is_token(name):
-                raise GorgonError(ErrorCode.INVALID_REQUEST, f"{what}: 1 to 64 of letters, digits, '_' and '-'")
+                raise GorgonError(ErrorCode.INVALID_REQUEST, f"{what}: {subjects.TOKEN_RULE}")
         self.model = model
         self.tenant = tenant
         self.partitions = partitions
@@ -130,7 +130,7 @@ class Client:
         """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on.
         Raises GorgonError(INVALID_REQUEST) for what can be no id."""
         if not subjects.is_token(request_id):
-            raise GorgonError(ErrorCode.INVALID_REQUEST, "id: 1 to 64 of letters, digits, '_' and '-'")
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"id: {subjects.TOKEN_RULE}")
         return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change))
 
     async def cancel(self, request_id: str, tenant: str | None = None) -> bool:

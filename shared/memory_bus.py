@@ -523,7 +523,6 @@ class MemoryBus:
     ) -> bool:
         if not self.connected or len(data) > MAX_PAYLOAD - HEADROOM:
             return False
-
         future = self._write(lambda: self.broker.append(subject, data, msg_id, None), APPEND_TIMEOUT)
 
         async def answer() -> None:

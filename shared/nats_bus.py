@@ -369,21 +369,28 @@ class NatsBus:
         if len(data) > self._nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
         timeout = await self._wait_for_connection(timeout)
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token], self._asked[token] = future, subject
-        timer = self._loop.call_later(timeout, _time_out, future)
+        token, future, timer = self._expect_answer(subject, timeout)
         try:
             self._send(subject, data, self._inbox + token, headers)
             answer = await future
         finally:
-            timer.cancel()
-            del self._waiting[token], self._asked[token]
+            self._forget(token, timer)
             # An exception holds this frame: were it to hold the exception in turn, all that waited here would be left to the collector.
             del future, timer
         if answer.headers and answer.headers.get("Status") == "503":
             raise NoResponders(subject)
         return answer
+
+    def _expect_answer(self, subject: str, timeout: float) -> tuple[str, asyncio.Future[Msg], asyncio.TimerHandle]:
+        """For what is about to be sent to `subject`: the inbox's token, what gets the answer or BusTimeout, and the timer."""
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token], self._asked[token] = future, subject
+        return token, future, self._loop.call_later(timeout, _time_out, future)
+
+    def _forget(self, token: str, timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        del self._waiting[token], self._asked[token]
 
     async def _answered(self, msg: Msg) -> None:
         future = self._waiting.get(msg.subject.rpartition(".")[2])
@@ -481,14 +488,10 @@ class NatsBus:
     ) -> bool:
         if len(data) > self._nc._max_payload - HEADROOM or not self.is_up():
             return False
-        token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token], self._asked[token] = future, subject
-        timer = self._loop.call_later(APPEND_TIMEOUT, _time_out, future)
+        token, future, timer = self._expect_answer(subject, APPEND_TIMEOUT)
 
         def answered(future: asyncio.Future[Msg]) -> None:
-            timer.cancel()
-            del self._waiting[token], self._asked[token]
+            self._forget(token, timer)
             # Nothing is raised here: an exception would hold this frame, and the frame the exception.
             if (lost := future.exception()) is not None:
                 done(lost if isinstance(lost, BusError) else BusTimeout(repr(lost)))

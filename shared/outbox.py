@@ -104,16 +104,16 @@ class Outbox:
         while lane.sent < min(WINDOW, len(lane.items)):
             item = lane.items[lane.sent]
             lane.sent += 1
-            done = partial(self._on_outcome, self._owner, subject, lane, item)
+            done = partial(self._on_outcome, subject, lane, item)
             if not self._bus.append_soon(subject, item.data, done, msg_id=item.msg_id):
                 self._owner.spawn(self._send(subject, lane, item, 0.0), "outbox")
 
-    def _on_outcome(self, owner: Service, subject: str, lane: _Lane, item: _Item, outcome: Appended | BusError) -> None:
+    def _on_outcome(self, subject: str, lane: _Lane, item: _Item, outcome: Appended | BusError) -> None:
         if isinstance(outcome, Appended):
             self._on_stored(subject, lane, item)
         elif self._owner is not None:
             self._note(subject, outcome, FIRST_DELAY)
-            owner.spawn(self._send(subject, lane, item, FIRST_DELAY), "outbox")
+            self._owner.spawn(self._send(subject, lane, item, FIRST_DELAY), "outbox")
 
     async def _send(self, subject: str, lane: _Lane, item: _Item, delay: float) -> None:
         """After `delay` seconds; and then, ever more slowly, until it is stored."""

@@ -49,6 +49,10 @@ HELD = f"{ROOT}.ctl.held"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
+# What to tell whoever gave a name that is none.
+TOKEN_RULE = "1 to 64 of letters, digits, '_' and '-'"
+
+
 def is_token(text: str) -> bool:
     """Whether `text` may stand as one token of a subject and as part of a KV key (request ids, tenants, models, instances)."""
     return _TOKEN.match(text) is not None

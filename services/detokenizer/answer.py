@@ -211,11 +211,7 @@ class Answer:
                 if position >= shown and offset >= chars:
                     continue
                 if shown - position <= EVENT_IDS and chars - offset <= EVENT_CHARS:
-                    rows = None if track.logprobs is None else track.logprob_rows(position, shown)
-                    text = stream.text_from(offset)
-                    events.append(
-                        api.tokens_event(self.id, number, position, track.ids[position:shown], text, offset, rows)
-                    )
+                    events.append(self._event(number, position, shown, stream.text_from(offset), offset))
                 else:
                     events.extend(self.news(number, (position, offset)))
                 sent[number] = (shown, chars)

@@ -421,17 +421,15 @@ class Partition:
     # ------------------------------------------------ snapshots
 
     async def _save_forever(self) -> None:
-        pause = self._settings.snapshot_interval
         # In turn with the other partitions: all at once would keep every stream waiting.
-        await asyncio.sleep(pause * self.number / self._settings.partitions)
+        await asyncio.sleep(self._settings.snapshot_interval * self.number / self._settings.partitions)
         while True:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(snapshot_pause(self._saved_bytes, self._settings))
             try:
                 await self._save()
             except BusError as error:
                 # The older one serves as well, with more to replay.
                 self._log.warning("snapshot_not_stored", seq=self.core.seq, error=repr(error))
-            pause = snapshot_pause(self._saved_bytes, self._settings)
 
     async def _save(self) -> None:
         self.deliver()  # a snapshot promises that everything up to it was sent

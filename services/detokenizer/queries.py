@@ -11,7 +11,7 @@ from shared.api import DEFAULT_TENANT, MAX_CHOICES, Strict, check_tenant, decode
 from shared.codec import pack_ids
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT, PrefixQuery, PrefixReply, ReplyTo
-from shared.subjects import is_token, request_key
+from shared.subjects import TOKEN_RULE, is_token, request_key
 from shared.tokenlog import RequestState
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**40)]
@@ -38,7 +38,7 @@ class ReplayRequest(Strict):
     @classmethod
     def _is_token(cls, value: str) -> str:
         if not is_token(value):
-            raise ValueError("1 to 64 of letters, digits, '_' and '-'")
+            raise ValueError(TOKEN_RULE)
         return value
 
 

@@ -98,9 +98,7 @@ class ChoiceStream:
         visible = ids[: len(ids) - hidden] if hidden else ids
         if self._matcher is None:
             self.shown += len(ids)
-            if text := self._decoding.feed(visible):  # as `_show`, a call less for every token
-                self._parts.append(text)
-                self.chars += len(text)
+            self._show(self._decoding.feed(visible))
             return
         for token in visible:
             if self._matcher.matched is not None:

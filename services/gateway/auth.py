@@ -21,7 +21,7 @@ from pathlib import Path
 from services.gateway.errors import INVALID_REQUEST, ApiError
 from services.gateway.rate_limit import Bucket
 from shared.api import DEFAULT_TENANT
-from shared.subjects import is_token
+from shared.subjects import TOKEN_RULE, is_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Authenticator:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError(f"{path}: keys.{name}.sha256 is not a SHA-256 in hexadecimal")
             if not is_token(tenant):
-                raise ValueError(f"{path}: keys.{name}.tenant: 1 to 64 of letters, digits, '_' and '-'")
+                raise ValueError(f"{path}: keys.{name}.tenant: {TOKEN_RULE}")
             limit = table.get("requests_per_minute")
             if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 1):
                 raise ValueError(f"{path}: keys.{name}.requests_per_minute: a number, at least 1")

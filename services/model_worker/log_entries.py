@@ -6,7 +6,7 @@ have their defaults and are not sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 
@@ -64,7 +64,7 @@ class Batch:
         self.entries.append(entry)
         self.size += _size(entry)
 
-    def messages(self) -> list[Sequence[Entry]]:
+    def messages(self) -> list[list[Entry]]:
         """Entries, in order, as they fit into log messages."""
         if len(self.entries) <= MAX_ENTRIES and self.size <= MAX_BYTES:
             return [self.entries]
@@ -77,7 +77,7 @@ class Batch:
                 parts.append([])
                 size = own
             parts[-1].append(entry)
-        return list(parts)
+        return parts
 
 
 def _size(entry: Entry) -> int:
@@ -114,9 +114,7 @@ class SteadyEntries:
             return False
         ids, positions = packed(rows.ids), rows.positions
         for partition, lane in self._lanes.items():
-            batch = batches.get(partition)
-            if batch is None:
-                batch = batches[partition] = Batch()
+            batch = batches.setdefault(partition, Batch())
             at, new = [positions[row] for row in lane.rows], [ids[row] for row in lane.rows]
             batch.entries += zip(lane.keys, lane.choices, lane.epochs, at, new, strict=True)
             for lengths, choice, position, data in zip(lane.lengths, lane.choices, at, new, strict=True):

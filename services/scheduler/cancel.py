@@ -81,7 +81,5 @@ def _cancelled_key(data: bytes, door_of: str | None = None) -> tuple[str, str]:
     tenant, request_id = door_of or body.get("tenant", api.DEFAULT_TENANT), body.get("id")
     unknown = body.keys() - {"id", "tenant"}
     if unknown or not all(isinstance(x, str) and subjects.is_token(x) for x in (tenant, request_id)):
-        raise GorgonError(
-            ErrorCode.INVALID_REQUEST, "a cancel is {id, tenant?}, each 1 to 64 of letters, digits, '_' and '-'"
-        )
+        raise GorgonError(ErrorCode.INVALID_REQUEST, f"a cancel is {{id, tenant?}}, each {subjects.TOKEN_RULE}")
     return subjects.request_key(tenant, str(request_id)), encoding

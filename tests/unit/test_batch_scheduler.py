@@ -159,22 +159,30 @@ def wish(index: int, wanted: Wanted) -> EngineRequest:
     return ask(str(index), prompt, priority, max_tokens=max_tokens, ignore_eos=ignore_eos)
 
 
-def run_all(world: World, wanted: list[Wanted]) -> dict[str, tuple[Sequence, int | None]]:
-    """Until nothing is left. By name: the sequence, and the turns after which it was aborted."""
-    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][3]))
-    sequences: dict[str, tuple[Sequence, int, int | None]] = {}
+# (turn at which they come, turns after which they are aborted, requests)
+Arrival = tuple[int, int | None, list[EngineRequest]]
+
+
+def arrivals(wanted: list[Wanted]) -> list[Arrival]:
+    return [(one[3], one[4], [wish(index, one)]) for index, one in enumerate(wanted)]
+
+
+def run_all(world: Any, arrivals: list[Arrival]) -> list[tuple[Sequence, int | None]]:
+    """Until nothing is left. The sequences, as they came, and the turns after which each was aborted."""
+    pending = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
+    sequences: list[tuple[Sequence, int, int | None]] = []
     turn = 0
     while pending or turn < 25:
-        while pending and pending[0][1][3] <= turn:
-            index, one = pending.popleft()
-            sequences[str(index)] = world.scheduler.add(wish(index, one)), turn, one[4]
-        for sequence, since, abort in sequences.values():
+        while pending and pending[0][0] <= turn:
+            _, abort, requests = pending.popleft()
+            sequences += [(world.scheduler.add(request), turn, abort) for request in requests]
+        for sequence, since, abort in sequences:
             if abort is not None and turn == since + abort:
                 world.scheduler.finish(sequence)
         world.turn()
         turn += 1
     world.finish()
-    return {name: (sequence, abort) for name, (sequence, _, abort) in sequences.items()}
+    return [(sequence, abort) for sequence, _, abort in sequences]
 
 
 @settings(max_examples=150, deadline=None)
@@ -193,8 +201,8 @@ def test_every_sequence_gets_its_own_tokens(
 ) -> None:  # fmt: skip
     limits = SchedulerLimits(4, 40, max_seqs, budget, frozenset({EOS}), window)
     world = World(limits, num_blocks, prefix_cache, depth)
-    for name, (sequence, abort) in run_all(world, wanted).items():
-        outputs = world.outputs.get(name, [])
+    for sequence, abort in run_all(world, arrivals(wanted)):
+        outputs = world.outputs.get(sequence.request.request_id, [])
         got = [token for output in outputs for token in output.ids]
         expected = continuation(list(sequence.request.prompt_ids), sequence.request.params, limits.max_model_len)
         assert [output.position for output in outputs] == list(range(len(got)))

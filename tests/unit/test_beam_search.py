@@ -18,7 +18,7 @@ from services.model_worker.search.beam_group import blocks_needed
 from services.model_worker.sequence import Sequence
 from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
-from tests.unit.test_batch_scheduler import retire
+from tests.unit.test_batch_scheduler import Arrival, retire, run_all
 
 EOS = 5
 VOCABULARY = 23
@@ -223,24 +223,14 @@ def test_beams_share_blocks_and_get_their_own_tokens(
     limits = SchedulerLimits(4, 34, max_seqs, budget, frozenset({EOS}), window)
     largest = max(blocks_needed(length, length + tokens, beams, 4) for length, tokens, beams, *_ in wanted)
     world = World(limits, max(largest, limits.blocks_of(34)) + spare_blocks, prefix_cache, depth)
-    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][4]))
-    sequences: dict[str, tuple[Sequence, int, int | None]] = {}
-    turn = 0
-    while pending or turn < 25:
-        while pending and pending[0][1][4] <= turn:
-            index, (length, max_tokens, beams, priority, _, abort, early) = pending.popleft()
-            prompt = [(position * 3) % 11 + 7 for position in range(length)]
-            params = SamplingParams(max_tokens=max_tokens, num_beams=beams, early_stopping=early, temperature=0.0)
-            request = EngineRequest(str(index), 0, 1, prompt, params, priority=priority, choices=beams)
-            sequences[str(index)] = world.scheduler.add(request), turn, abort
-        for sequence, since, abort in sequences.values():
-            if abort is not None and turn == since + abort:
-                world.scheduler.finish(sequence)
-        world.turn()
-        turn += 1
-    world.finish()
-    for name, (sequence, _, abort) in sequences.items():
-        outputs, params = world.outputs.get(name, []), sequence.request.params
+    arrivals: list[Arrival] = []
+    for index, (length, max_tokens, beams, priority, come, abort, early) in enumerate(wanted):
+        prompt = [(position * 3) % 11 + 7 for position in range(length)]
+        params = SamplingParams(max_tokens=max_tokens, num_beams=beams, early_stopping=early, temperature=0.0)
+        request = EngineRequest(str(index), 0, 1, prompt, params, priority=priority, choices=beams)
+        arrivals.append((come, abort, [request]))
+    for sequence, abort in run_all(world, arrivals):
+        outputs, params = world.outputs.get(sequence.request.request_id, []), sequence.request.params
         if params.num_beams == 1 or (abort is not None and not outputs):
             continue
         expected = search(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 from hypothesis import given, settings
@@ -12,9 +11,9 @@ from services.model_worker.interface import EngineRequest
 from services.model_worker.search.beam import Candidates
 from services.model_worker.search.beam_group import blocks_needed
 from services.model_worker.search.strategy import Strategy
-from services.model_worker.sequence import Sequence
 from services.model_worker.step_plan import SchedulerLimits, StepPlan
 from shared.sampling import SamplingParams
+from tests.unit.test_batch_scheduler import Arrival, run_all
 from tests.unit.test_beam_search import EOS, Device, World, logprobs_after, search
 
 K = 3
@@ -127,26 +126,19 @@ def test_strategies_share_a_batch_and_its_blocks(
     largest = max(blocks_needed(length, length + tokens, 3, 4) for _, length, tokens, *_ in wanted)
     world = World(limits, max(largest, limits.blocks_of(34 + K)) + spare_blocks, prefix_cache, depth)
     world.device = TwoCaches(limits, world.scheduler.pool.num_blocks)
-    pending = deque(sorted(enumerate(wanted), key=lambda item: item[1][5]))
-    sequences: list[tuple[Sequence, int, int | None]] = []
-    turn = 0
-    while pending or turn < 25:
-        while pending and pending[0][1][5] <= turn:
-            index, (strategy, length, max_tokens, n, priority, _, abort, beginning, done) = pending.popleft()
-            prompt = [(beginning * 5 + position * 3) % 11 + 7 for position in range(length)]
-            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, **PARAMS[strategy])
-            before = continuation(strategy, prompt, max_tokens)[:-1][: 0 if strategy is Strategy.BEAM_SEARCH else done]
-            for choice in range(n if strategy is Strategy.CONTRASTIVE_DECODING else 1):
-                generated = before[: max(0, len(before) - choice)]  # of one choice more than of another
-                request = EngineRequest(str(index), choice, 1, prompt, params, generated, priority=priority, choices=3)
-                sequences.append((world.scheduler.add(request), turn, abort))
-        for sequence, since, abort in sequences:
-            if abort is not None and turn == since + abort:
-                world.scheduler.finish(sequence)
-        world.turn()
-        turn += 1
-    world.finish()
-    for sequence, _, abort in sequences:
+    arrivals: list[Arrival] = []
+    for index, (strategy, length, max_tokens, n, priority, come, abort, beginning, done) in enumerate(wanted):
+        prompt = [(beginning * 5 + position * 3) % 11 + 7 for position in range(length)]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, **PARAMS[strategy])
+        before = continuation(strategy, prompt, max_tokens)[:-1][: 0 if strategy is Strategy.BEAM_SEARCH else done]
+        requests = []
+        for choice in range(n if strategy is Strategy.CONTRASTIVE_DECODING else 1):
+            generated = before[: max(0, len(before) - choice)]  # of one choice more than of another
+            requests.append(
+                EngineRequest(str(index), choice, 1, prompt, params, generated, priority=priority, choices=3)
+            )
+        arrivals.append((come, abort, requests))
+    for sequence, abort in run_all(world, arrivals):
         request = sequence.request
         outputs = [output for output in world.outputs.get(request.request_id, []) if output.choice == request.choice]
         got = [token for output in outputs for token in output.ids]

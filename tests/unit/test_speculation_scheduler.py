@@ -19,6 +19,7 @@ from tests.unit.test_batch_scheduler import (
     Device,
     Wanted,
     World,
+    arrivals,
     ask,
     continuation,
     requests_strategy,
@@ -108,8 +109,8 @@ def test_every_sequence_gets_its_own_tokens(
 ) -> None:  # fmt: skip
     limits = SchedulerLimits(4, 40, max_seqs, budget, frozenset({EOS}), window, OVERSHOOT)
     world = TreeWorld(limits, num_blocks, prefix_cache, depth, seed)
-    for name, (sequence, abort) in run_all(world, wanted).items():
-        outputs = world.outputs.get(name, [])
+    for sequence, abort in run_all(world, arrivals(wanted)):
+        outputs = world.outputs.get(sequence.request.request_id, [])
         got = [token for output in outputs for token in output.ids]
         expected = continuation(list(sequence.request.prompt_ids), sequence.request.params, limits.max_model_len)
         assert all(output.position == sum(len(o.ids) for o in outputs[:i]) for i, output in enumerate(outputs))
