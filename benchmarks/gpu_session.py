@@ -186,7 +186,7 @@ def run(available: list[Part], session: Session, named: list[str], budget: float
 def table(out: Path) -> str:
     """The rows of docs/performance.md as far as they are measured."""
     lines = ["| shape | workload | engine | pipeline | share | at least | aim |", "|---|---|---|---|---|---|---|"]
-    from benchmarks.engine import WORKLOADS
+    from benchmarks.workloads import WORKLOADS
 
     for shape in (*SHAPES.values(), "tiny"):
         engine, pipeline = (_workloads(out / f"{kind}-{shape}.json") for kind in ("engine", "serving"))

@@ -2,19 +2,22 @@
 
     python benchmarks/hops.py                              a short prompt
     python benchmarks/hops.py --prompt-ids 2048            token ids, as MessagePack (--json: as JSON)
+    ... --shape qwen3-0.6b --tokenizer DIR                 a real engine with random weights
 
-The worker answers at once, so all there is to it is the pipeline. A line is a message of the request's way and the median time,
-in milliseconds, from the client's publication until the tap has it, and since the line before. The tap reads what the server sends
-to everybody, so it costs some time itself; `without the tap` is what a client sees when it is not there.
+Without a shape the worker answers at once, so all there is to it is the pipeline. A line is a message of the request's way and the
+median time, in milliseconds, from the client's publication until the tap has it, and since the line before. The tap reads what the
+server sends to everybody, so it costs some time itself; `without the tap` is what a client sees when it is not there.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +31,8 @@ from nats.aio.msg import Msg  # noqa: E402
 
 from benchmarks import load  # noqa: E402
 from benchmarks.pipeline import MODEL, deployment, one_of_each, quantiles, run_loads  # noqa: E402
+from benchmarks.serving import random_model  # noqa: E402
+from benchmarks.workloads import SHAPES  # noqa: E402
 from shared import subjects  # noqa: E402
 
 
@@ -116,7 +121,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         body["prompt"] = [3 + i * 7919 % 400 for i in range(args.prompt_ids)]
     msgpacked = bool(args.prompt_ids) and not args.json
     data = msgpack.packb(body) if msgpacked else json.dumps(body).encode()
-    async with deployment(args, one_of_each()) as supervisor:
+    async with contextlib.AsyncExitStack() as stack:
+        engine = None
+        if args.shape is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gorgon-hops-")))
+            args.model_path, engine = random_model(folder / "model", args.shape, args.tokenizer)
+        supervisor = await stack.enter_async_context(deployment(args, one_of_each(), engine=engine))
         url = supervisor.plan.nats_url
         await run_loads((load.time_to_first_token, (url, MODEL, 100, 4, data)))
         (plain,) = await run_loads((load.time_to_first_token, (url, MODEL, args.requests, 1, data)))
@@ -134,6 +144,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, default=ROOT / "models" / "demo", help="folder with the tokenizer")
+    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--tokenizer", type=Path, help="folder, for --shape")
     parser.add_argument("--prompt-ids", type=int, default=0, help="a prompt of so many token ids instead of text")
     parser.add_argument("--json", action="store_true", help="with --prompt-ids: JSON instead of MessagePack")
     parser.add_argument("--max-tokens", type=int, default=4)

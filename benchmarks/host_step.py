@@ -28,7 +28,7 @@ import numpy as np
 import structlog
 import torch
 
-from benchmarks.engine import SHAPES
+from benchmarks.workloads import SHAPES
 from services.model_worker.engine import Engine, EngineConfig, EngineRequest, StepOutput
 from services.model_worker.engine_api import EngineLimits, OnFatal, OnSteps, Progress
 from services.model_worker.interface import EngineStats

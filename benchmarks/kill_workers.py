@@ -6,8 +6,8 @@
     ... --shape tiny --kills 6 --dtype float32 --exact                                    a try on a CPU
 
 First the requests run undisturbed, twice: the second time tells how often streams differ by batch composition alone. Then workers are
-killed (SIGKILL) in turn, as soon as every other one serves, while the requests are kept running. Reported: streams that are broken (a
-position twice, missing, another length, no end), the share of streams that equal the undisturbed run, and the stall that
+killed (SIGKILL) in turn, as soon as the next one and another serve, while the requests are kept running. Reported: streams that are
+broken (a position twice, missing, another length, no end), the share of streams that equal the undisturbed run, and the stall that
 clients see of the streams that ran on the killed worker. Ends with status 1 if a stream is broken or, with --exact, different.
 """
 
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import SHAPES
 from benchmarks.stalls import Watched, summary
+from benchmarks.workloads import SHAPES
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.broker import free_port
@@ -170,6 +170,18 @@ def model_folder(args: argparse.Namespace, folder: Path) -> tuple[Path, int, lis
     return folder, config["vocab_size"], ["--load-format", "dummy"]
 
 
+async def serves(bus: NatsBus, worker: str) -> None:
+    """Returns once this worker and another are ready. Raises TimeoutError."""
+    async with asyncio.timeout(READY):
+        while True:
+            beats = map(presence.base_of, await presence.gather(bus, 0.2))
+            ready = {
+                beat.instance.rpartition("-")[0] for beat in beats if beat.stage == "model_worker" and not beat.draining
+            }
+            if worker in ready and len(ready) > 1:
+                return
+
+
 async def kill(
     args: argparse.Namespace, supervisor: Supervisor, bus: NatsBus, load: Load, fleet: Fleet
 ) -> tuple[int, list[float]]:
@@ -180,9 +192,9 @@ async def kill(
     stalls: list[float] = []
     kills = 0
     while kills < args.kills and loop.time() < until:
-        await presence.wait_for_stages(bus, supervisor.plan.copies, MODEL, READY)
-        await asyncio.sleep(args.settle)
         child = workers[kills % len(workers)]
+        await serves(bus, child.name)
+        await asyncio.sleep(args.settle)
         beat = fleet.beats.get(child.name)
         victims = [load.live[key] for key in (beat.running if beat else ()) if key in load.live]
         victims = [run for run in victims if run.watched.times]

@@ -41,25 +41,26 @@ MODEL = "bench"
 STEP = 0.025
 PARTITIONS = 16
 START_TIMEOUT = 20
+LOAD_TIMEOUT = 200  # a real engine compiles and captures graphs
 
 
 @asynccontextmanager
 async def deployment(
-    args: argparse.Namespace, copies: dict[str, int], step_time: float = 0.0
+    args: argparse.Namespace, copies: dict[str, int], step_time: float = 0.0, engine: list[str] | None = None
 ) -> AsyncIterator[Supervisor]:
-    """Server and stages, ready, on data of their own."""
+    """Server and stages, ready, on data of their own. `engine`: flags of workers with a real engine instead of the fixed one."""
     with tempfile.TemporaryDirectory(prefix="gorgon-bench-") as folder:
         vocab = json.loads((args.model_path / "config.json").read_text())["vocab_size"]
         fixed = ["--engine", "fixed", "--fixed.step-time", str(step_time), "--fixed.vocab-size", str(vocab)]
         # Nothing takes the accepted requests of `measure_tokenizer` further.
-        flags = {"model_worker": [*fixed, "--max-seqs", "2048"], "tokenizer": ["--max-waiting", "1000000"]}
+        flags = {"model_worker": engine or [*fixed, "--max-seqs", "2048"], "tokenizer": ["--max-waiting", "1000000"]}
         env = {"GORGON_PARTITIONS": str(PARTITIONS)}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, env)
         supervisor = Supervisor(plan)
         try:
             await supervisor.start()
             bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, START_TIMEOUT)
+            await presence.wait_for_stages(bus, copies, MODEL, LOAD_TIMEOUT if engine else START_TIMEOUT)
             await asyncio.sleep(1.0)  # schedulers hear of the workers
             if "detokenizer" in copies:
                 await partitions_settled(bus)
@@ -137,6 +138,33 @@ async def measure_ttft(args: argparse.Namespace) -> dict[str, Any]:
         (sixteen,) = await run_loads((load.time_to_first_token, (url, MODEL, args.requests, 16)))
     cpu_ms = {stage: round(s / args.requests * 1e3, 3) for stage, s in cpu.items()}
     return dict(one_at_a_time_ms=quantiles(alone), sixteen_at_a_time_ms=quantiles(sixteen), cpu_ms_per_request=cpu_ms)
+
+
+async def measure_burst(args: argparse.Namespace, count: int = 256, prompt: int = 512) -> dict[str, Any]:
+    """Requests that come all at once, of token ids, from four clients; the worker answers each with a token at once."""
+    vocab = json.loads((args.model_path / "config.json").read_text())["vocab_size"]
+    clients, bursts = 4, []
+    async with deployment(args, one_of_each()) as supervisor:
+        url = supervisor.plan.nats_url
+        for burst in range(6):
+            meter = CpuMeter(supervisor)
+            prompts = [[3 + (i * 7919 + n * 31) % (vocab - 3) for i in range(prompt)] for n in range(count)]
+            jobs = [
+                (load.generate, (url, MODEL, prompts[c::clients], [1] * (count // clients), 0.0, f"burst{burst}-{c}"))
+                for c in range(clients)
+            ]
+            done = await run_loads(*jobs)
+            began = min(d["began"] for d in done)
+            firsts = sorted(d["began"] - began + first for d in done for first in d["first"])
+            bursts.append((firsts, meter.used()))
+    bursts = bursts[2:]  # the first are for warming up
+    firsts = [statistics.median(first[n] for first, _ in bursts) * 1e3 for n in range(count)]
+    cpu = {stage: sum(used[stage] for _, used in bursts) / len(bursts) / count * 1e3 for stage in bursts[0][1]}
+    return dict(
+        requests=count,
+        first_ms={n: round(firsts[n - 1], 2) for n in (1, count // 8, count // 2, count)},
+        cpu_ms_per_request={stage: round(ms, 3) for stage, ms in cpu.items()},
+    )
 
 
 async def measure_detokenizer(
@@ -234,19 +262,25 @@ def one_of_each() -> dict[str, int]:
 
 
 async def scaling(args: argparse.Namespace) -> dict[str, Any]:
+    """Each number of copies in turn, `args.repeats` times over, as what else a machine does changes; speed-ups are of medians."""
     result: dict[str, Any] = {}
     for stage in ("tokenizer", "detokenizer"):
-        rows = {}
-        for copies in (1, 2, 4):
-            if stage == "tokenizer":
-                rows[copies] = await measure_tokenizer(args, copies, clients=4)
-            else:
-                rows[copies] = await measure_detokenizer(args, copies, clients=4, writers=4, batched=True)
-            report(f"{copies} × {stage}", rows[copies])
+        if args.only and args.only not in stage:
+            continue
         unit = "requests_per_second" if stage == "tokenizer" else "tokens_per_second"
-        speedup = {copies: round(row[unit] / rows[1][unit], 2) for copies, row in rows.items()}
+        rows: dict[int, list[dict[str, Any]]] = {copies: [] for copies in (1, 2, 4)}
+        for copies in list(rows) * args.repeats:
+            if stage == "tokenizer":
+                row = await measure_tokenizer(args, copies, clients=4)
+            else:
+                row = await measure_detokenizer(args, copies, clients=4, writers=4, batched=True)
+            rows[copies].append(row)
+            report(f"{copies} × {stage}", row)
+        medians = {copies: statistics.median(row[unit] for row in runs) for copies, runs in rows.items()}
+        speedup = {copies: round(median / medians[1], 2) for copies, median in medians.items()}
+        report(f"{stage}: {unit}, medians", medians)
         report(f"{stage}: speed-up", speedup)
-        result[stage] = dict(rows=rows, speedup=speedup)
+        result[stage] = dict(rows=rows, medians=medians, speedup=speedup)
     return result
 
 
@@ -254,6 +288,7 @@ async def overhead(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     steps = {
         "added time to first token": lambda: measure_ttft(args),
+        "a burst of requests": lambda: measure_burst(args),
         "one detokenizer, batched replies": lambda: measure_detokenizer(args, 1, 1, 1, True),
         "one detokenizer, a reply subject each": lambda: measure_detokenizer(args, 1, 1, 1, False),
         "one tokenizer": lambda: measure_tokenizer(args, 1, 1),
@@ -279,13 +314,14 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, default=ROOT / "models" / "demo", help="folder with the tokenizer")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--only", default="", help="only measurements whose name contains this")
+    parser.add_argument("--repeats", type=int, default=3, help="of each number of copies, with --scaling")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument(
         "--tokens", type=int, default=250, help="of each of the 1,024 requests in the detokenizer's log"
     )
     parser.add_argument("--streams", type=int, default=1024)
     parser.add_argument("--stream-tokens", type=int, default=800)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file")
     args = parser.parse_args()
     args.model_path = args.model_path.resolve()
     result = asyncio.run(scaling(args) if args.scaling else overhead(args))

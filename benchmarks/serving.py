@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import load
-from benchmarks.engine import CONTEXT, SHAPES, WORKLOADS, Workload, earlier_rows
+from benchmarks.workloads import CONTEXT, SHAPES, WORKLOADS, Workload, earlier_rows
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import presence
 from shared.broker import free_port
@@ -93,6 +93,16 @@ def cpu_seconds(supervisor: Supervisor) -> dict[str, float]:
     return used
 
 
+def random_model(folder: Path, shape: str, tokenizer: Path) -> tuple[Path, list[str]]:
+    """A folder that serves as a model of this shape, and the flags of a worker that gives it random weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (tokenizer / name).is_file():
+            (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder, ["--load-format", "dummy", "--max-model-len", str(CONTEXT), "--prefix-cache", "false"]
+
+
 async def run_shape(shape: str, args: argparse.Namespace) -> None:
     config = SHAPES[shape]
     done = earlier_rows(args.out / f"serving-{shape}.json") if args.resume else {}
@@ -102,22 +112,9 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
         print(f"{shape}: every row is measured")
         return
     with tempfile.TemporaryDirectory(prefix="gorgon-serving-") as folder:
-        model = Path(folder) / "model"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(config))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (args.tokenizer / name).is_file():
-                (model / name).write_bytes((args.tokenizer / name).read_bytes())
-        worker = [
-            "--load-format",
-            "dummy",
-            "--max-model-len",
-            str(CONTEXT),
-            "--prefix-cache",
-            "false",
-            *args.worker_flag,
-        ]
-        copies = {stage: args.copies if stage in ("tokenizer", "detokenizer") else 1 for stage in STAGES}
+        model, worker = random_model(Path(folder) / "model", shape, args.tokenizer)
+        worker += args.worker_flag
+        copies = {stage: 1 if stage == "model_worker" else args.copies for stage in STAGES}
         plan = Plan(Path(folder), MODEL, model, free_port(), copies, {"model_worker": worker})
         supervisor = Supervisor(plan)
         began = time.perf_counter()
@@ -186,7 +183,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--clients", type=int, default=4, help="client processes")
-    parser.add_argument("--copies", type=int, default=1, help="of tokenizer and detokenizer")
+    parser.add_argument("--copies", type=int, default=1, help="of tokenizer, scheduler and detokenizer")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--worker-flag", action="append", default=[], help="handed to the model worker")

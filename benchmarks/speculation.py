@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.engine import CONTEXT, SHAPES
+from benchmarks.workloads import CONTEXT, SHAPES
 from kernels.philox import gumbel_noise
 from services.model_worker.engine import Engine, EngineConfig, EngineRequest, StepOutput
 from services.model_worker.models.config import load_config

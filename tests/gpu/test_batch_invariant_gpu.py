@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.engine import SHAPES
+from benchmarks.workloads import SHAPES
 from services.model_worker.engine import Engine, EngineConfig, EngineRequest
 from shared.sampling import SamplingParams
 
