@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.model_worker.batch_scheduler import BatchScheduler
 from services.model_worker.constraints import Constraints
@@ -45,7 +46,7 @@ from services.model_worker.sampler import SamplingMode
 from services.model_worker.search.admission import Refusal, refusal
 from services.model_worker.search.strategy import Strategy
 from services.model_worker.sequence import Sequence
-from services.model_worker.speculation.controller import Acceptance, TreeController
+from services.model_worker.speculation.controller import NOBODY, TreeController
 from services.model_worker.speculation.tree import Tree
 from services.model_worker.step_bound import StepBound
 from services.model_worker.step_plan import StepPlan
@@ -390,7 +391,9 @@ class Engine:
             item.sampling_mode,
         )
         sequence.matcher = item.matcher
-        sequence.acceptance = Acceptance(able=not (item.sampling_mode.penalties or item.sampling_mode.recent))
+        if self.trees is not None:
+            able = not (item.sampling_mode.penalties or item.sampling_mode.recent)
+            sequence.record = self.trees.requests.admit(able)
         self._sequences[request.request_id, request.choice] = sequence
         # A migrated sequence may have generated all it will before its old worker died, and some are to generate nothing.
         if not sequence.reports and (reason := sequence.finish_reason()) is not None:
@@ -421,7 +424,10 @@ class Engine:
         self._forget(request)
 
     def _forget(self, request: EngineRequest) -> None:
-        del self._sequences[request.request_id, request.choice]
+        sequence = self._sequences.pop(_key(request))
+        if self.trees is not None:
+            self.trees.requests.release(sequence.record)
+            sequence.record = NOBODY  # a step in flight may still tell of it
         self._release_key(request)
 
     def _release_key(self, request: EngineRequest) -> None:
@@ -431,7 +437,7 @@ class Engine:
                 del self._held[key]
 
     def _pick_tree(self, sequences: list[Sequence]) -> Tree | None:
-        return None if self.trees is None else self.trees.pick([sequence.acceptance for sequence in sequences])
+        return None if self.trees is None else self.trees.pick(_records(sequences))
 
     def _launch(self, plan: StepPlan, output: StepOutput) -> None:
         self._launching = plan
@@ -475,7 +481,7 @@ class Engine:
             output.admitted = [SlotGiven(r.request_id, r.choice, r.epoch, flight.launched) for r in requests]
         if self.trees is not None and plan.decodes:
             accepted = (result.decoded >= 0).sum(axis=1) - 1
-            self.trees.observe(zip([s.acceptance for s in plan.decodes], accepted.tolist(), strict=True), plan.tree)
+            self.trees.observe(_records(plan.decodes), accepted, plan.tree)
             if not plan.chunks:
                 self.trees.observe_time(len(plan.decodes), plan.tree, seconds)
         tokens, rows = self.scheduler.retire(
@@ -493,7 +499,7 @@ class Engine:
             # Of the choices of a beam search only one stands for the sequence.
             sequence = self._sequences.get((token.request_id, token.choice))
             if token.finish is not None and sequence is not None:
-                token.speculation = sequence.acceptance.summary() if self.trees is not None else None
+                token.speculation = None if self.trees is None else self.trees.requests.summary(sequence.record)
                 self._forget(sequence.request)
         # A token that its mask forbids is chosen only where every other one is forbidden, too.
         self._end_broken(plan.unsteady, output, "bad_words or min_tokens forbid all that the grammar allows")
@@ -508,6 +514,10 @@ class Engine:
             self._inbox.clear()
             self._preparing.clear()
             self._held.clear()
+
+
+def _records(sequences: list[Sequence]) -> NDArray[np.int64]:
+    return np.fromiter((sequence.record for sequence in sequences), np.int64, len(sequences))
 
 
 def _key(request: EngineRequest) -> Key:

@@ -42,8 +42,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "acceptance", "block_hashes", "blocks", "cached", "candidates", "computed", "device_row", "edit_row", "group", "inflight",
-        "lag", "limit", "matcher", "memory", "order", "pending", "plain", "prompt_len", "registered", "released", "reported",
+        "block_hashes", "blocks", "cached", "candidates", "computed", "device_row", "edit_row", "group", "inflight",
+        "lag", "limit", "matcher", "memory", "order", "pending", "plain", "prompt_len", "record", "registered", "released", "reported",
         "request", "sampling_mode", "slack", "slot", "status", "stops", "strategy", "tokens", "verified",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ class Sequence:
         self.device_row: Any = None
         self.edit_row: Any = None
         self.sampling_mode: Any = None
-        self.acceptance: Any = None  # of guessed tokens; only the tree controller looks at it
+        self.record = 0  # of its guesses, in the tree controller's table
         self.matcher: Matcher | None = None  # where `tokens` stand in the grammar that they must follow, if any
         self.reset(0)
 

@@ -6,9 +6,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
-from services.model_worker.speculation.controller import Acceptance, TreeController
+from services.model_worker.speculation.controller import (
+    AVERAGE_MEMORY,
+    MEMORY,
+    NOBODY,
+    PRIOR_WEIGHT,
+    Acceptances,
+    TreeController,
+)
 from services.model_worker.speculation.tree import Tree, default_trees
 
 TREES = default_trees(4).trees
@@ -46,12 +54,13 @@ def simulate(
     """Requests come and go; quality[i % len]: how many times the promise request i keeps. fixed: a tree for all steps."""
     rng = random.Random(seed)
     controller = TreeController(TREES, SIZES, 512)
-    requests = [(Acceptance(), quality[i % len(quality)]) for i in range(batch)]
+    places = np.array([controller.requests.admit() for _ in range(batch)])
+    factors = [quality[i % len(quality)] for i in range(batch)]
     ages = [rng.randrange(length) for _ in range(batch)]
     outcome = Outcome()
     arrivals = batch
     for _ in range(steps):
-        tree = controller.pick([acceptance for acceptance, _ in requests]) if fixed is False else fixed
+        tree = controller.pick(places) if fixed is False else fixed
         nodes = 1 if tree is None else tree.size  # type: ignore[union-attr]
         seconds = cost(batch * nodes) * max(0.5, rng.gauss(1, noise)) * (20 if rng.random() < 0.003 else 1)
         controller.observe_time(batch, tree, seconds)  # type: ignore[arg-type]
@@ -60,15 +69,17 @@ def simulate(
         outcome.plain += tree is None
         accepted = [0] * batch
         if tree is not None:
-            for index, (_, factor) in enumerate(requests):
+            for index, factor in enumerate(factors):
                 extra = min(tree.expected_extra * factor, tree.depth)  # type: ignore[union-attr]
                 accepted[index] = int(extra) + (rng.random() < extra - int(extra))
-            controller.observe([(a, n) for (a, _), n in zip(requests, accepted, strict=True)], tree)  # type: ignore[arg-type]
+            controller.observe(places, np.array(accepted), tree)  # type: ignore[arg-type]
         outcome.tokens += batch + sum(accepted)
         for index in range(batch):
             ages[index] += 1 + accepted[index]
             if ages[index] >= length:
-                requests[index], ages[index] = (Acceptance(), quality[arrivals % len(quality)]), 0
+                controller.requests.release(int(places[index]))
+                places[index] = controller.requests.admit()
+                factors[index], ages[index] = quality[arrivals % len(quality)], 0
                 arrivals += 1
     return outcome
 
@@ -100,12 +111,13 @@ def test_it_does_nothing_where_nothing_is_gained() -> None:
 
 def test_too_many_rows_are_never_taken() -> None:
     controller = TreeController(TREES, SIZES, 512)
+    places = np.array([controller.requests.admit() for _ in range(300)])
     for batch in range(1, 300):
         for _ in range(8):
-            tree = controller.pick([Acceptance()] * batch)
+            tree = controller.pick(places[:batch])
             assert tree is None or controller.bucket(batch) * tree.size <= 512
             controller.observe_time(batch, tree, 1e-3)
-    assert controller.pick([Acceptance()] * 257) is None
+    assert controller.pick(places[:257]) is None
 
 
 def test_requests_that_cannot_speculate_count_for_nothing() -> None:
@@ -114,14 +126,83 @@ def test_requests_that_cannot_speculate_count_for_nothing() -> None:
         for tree, seconds in ((None, 1.0), (TREES[0], 1.2)):
             for _ in range(3):
                 controller.observe_time(4, tree, seconds)
-        return controller.pick([Acceptance(able=one) for one in able])
+        return controller.pick(np.array([controller.requests.admit(one) for one in able]))
 
     assert TREES[0].expected_extra > 0.25
     assert pick([True] * 4) is TREES[0] and pick([True, False, False, False]) is None
     controller = TreeController(TREES, SIZES, 512)
-    unable = Acceptance(able=False)
-    controller.observe([(unable, 0)] * 100, TREES[0])
-    assert controller.average == 1.0 and unable.steps == 0
+    unable = controller.requests.admit(able=False)
+    for _ in range(100):
+        controller.observe(np.array([unable]), np.array([0]), TREES[0])
+    summary = controller.requests.summary(unable)
+    assert controller.average == 1.0 and (summary.plain, summary.drafted) == (100, 0)
+
+
+@dataclass
+class Known:
+    """What is known of one request, without arrays."""
+
+    able: bool
+    recent: float = 0.0
+    promised: float = 0.0
+    plain: int = 0
+    steps: int = 0
+    nodes: int = 0
+    heads: tuple[int, ...] = (0, 0, 0, 0)
+
+    def observe(self, accepted: int, tree: Tree | None) -> None:
+        if tree is None or not self.able:
+            self.plain += 1
+            return
+        self.steps += 1
+        self.nodes += tree.size
+        self.recent = MEMORY * self.recent + accepted
+        self.promised = MEMORY * self.promised + tree.expected_extra
+        self.heads = tuple(count + (head < accepted) for head, count in enumerate(self.heads))
+
+
+def test_the_table_says_what_each_request_alone_would() -> None:
+    rng = random.Random(7)
+    controller = TreeController(TREES, SIZES, 512)
+    table, known, average = controller.requests, dict[int, Known](), 1.0
+    for _ in range(400):
+        while len(known) < 3 or (len(known) < 150 and rng.random() < 0.7):
+            able = rng.random() < 0.9
+            place = table.admit(able)
+            assert place not in known and place != NOBODY
+            known[place] = Known(able)
+        batch = rng.sample(sorted(known), rng.randint(1, len(known)))
+        tree = rng.choice([None, *TREES])
+        accepted = [0 if tree is None or not known[p].able else rng.randint(0, tree.depth) for p in batch]
+        controller.observe(np.array(batch), np.array(accepted), tree)
+        for place, count in zip(batch, accepted, strict=True):
+            known[place].observe(count, tree)
+            if tree is not None and known[place].able:
+                average += (1 - AVERAGE_MEMORY) * (count / tree.expected_extra - average)
+        assert controller.average == pytest.approx(average)
+        factors = sum(
+            (PRIOR_WEIGHT * average + k.recent) / (PRIOR_WEIGHT + k.promised)
+            for k in (known[place] for place in batch)
+            if k.able
+        )
+        assert table.factors(np.array(batch), average) == pytest.approx(factors)
+        gone = rng.choice(sorted(known))
+        summary, one = table.summary(gone), known.pop(gone)
+        assert (summary.plain, summary.drafted, summary.nodes) == (one.plain, one.steps, one.nodes)
+        heads = summary.accepted + (0,) * (len(one.heads) - len(summary.accepted))
+        assert heads == one.heads and (not summary.accepted or summary.accepted[-1] > 0)
+        table.release(gone)
+
+
+def test_a_place_is_given_again_without_its_past() -> None:
+    table = Acceptances(depth=4)
+    first = table.admit(able=False)
+    table.release(first)
+    again = table.admit()
+    assert again == first and table.able[again]
+    table.observe(np.array([again]), np.array([3]), TREES[2])
+    table.release(again)
+    assert table.summary(table.admit()).drafted == 0
 
 
 def test_when_traffic_gets_better_it_notices() -> None:
@@ -131,12 +212,13 @@ def test_when_traffic_gets_better_it_notices() -> None:
         """Share of steps with a tree. Every step has a new request, so only the average is known."""
         with_tree = 0
         for _ in range(steps):
-            request = Acceptance()
-            tree = controller.pick([request])
+            request = np.array([controller.requests.admit()])
+            tree = controller.pick(request)
             controller.observe_time(1, tree, gpu(1 if tree is None else tree.size))
             if tree is not None:
                 with_tree += 1
-                controller.observe([(request, round(factor * tree.expected_extra))], tree)
+                controller.observe(request, np.array([round(factor * tree.expected_extra)]), tree)
+            controller.requests.release(int(request[0]))
         return with_tree / steps
 
     run(4000, 0.0)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
 
 from services.model_worker.interface import RequestSpeculation, SpeculationStats
 from services.model_worker.speculation.tree import Tree
@@ -23,41 +26,75 @@ MARGIN = 1.02
 SAMPLES = 7  # times remembered of each kind of step; their median counts
 ENOUGH = 3  # times before a kind of step is known
 PROBE_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
+NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
 
-@dataclass(slots=True)
-class Acceptance:
-    """Of one request, running: guessed tokens accepted, and as many as its trees promised. Both fade with MEMORY.
+class Acceptances:
+    """What came of the guesses for each request that runs or waits, in arrays by place (but NOBODY's). Fading sums fade with MEMORY.
 
+    able           False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
+    recent         guessed tokens accepted, fading;  promised: as many as its trees promised, fading
     plain, steps   in all, without a tree and with one;  nodes: of those trees together
-    accepted       how many of the steps with a tree accepted 0, 1, 2 … guesses
-    able              False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
+    accepted       [place, n]: how many of the steps with a tree accepted n guesses
     """
 
-    able: bool = True
-    plain: int = 0
-    steps: int = 0
-    nodes: int = 0
-    accepted: Counter[int] = field(default_factory=Counter)
-    recent: float = 0.0
-    promised: float = 0.0
+    def __init__(self, depth: int) -> None:
+        self._free: list[int] = []
+        self.able = np.zeros(0, dtype=bool)
+        self.recent, self.promised = np.zeros((2, 0))
+        self.plain, self.steps, self.nodes = np.zeros((3, 0), dtype=np.int64)
+        self.accepted = np.zeros((0, depth + 1), dtype=np.int64)
 
-    def factor(self, average: float) -> float:
-        """How many times the promise it keeps, believed to be the average at first."""
-        if not self.able:
-            return 0.0
-        return (PRIOR_WEIGHT * average + self.recent) / (PRIOR_WEIGHT + self.promised)
+    def admit(self, able: bool = True) -> int:
+        """A place for a new request."""
+        if not self._free:
+            self._grow()
+        place = self._free.pop()
+        self.able[place] = able
+        for values in (self.recent, self.promised, self.plain, self.steps, self.nodes, self.accepted):
+            values[place] = 0
+        return place
 
-    def summary(self) -> RequestSpeculation:
-        return RequestSpeculation(self.plain, self.steps, tuple(_by_head(self.accepted)), self.nodes)
+    def release(self, place: int) -> None:
+        self._free.append(place)
+
+    def _grow(self) -> None:
+        held = len(self.able)
+        more = max(64, held)
+        self._free = list(range(held + more - 1, max(held, NOBODY + 1) - 1, -1))
+        for name in ("able", "recent", "promised", "plain", "steps", "nodes", "accepted"):
+            values = getattr(self, name)
+            setattr(self, name, np.concatenate((values, np.zeros((more, *values.shape[1:]), values.dtype))))
+
+    def factors(self, places: NDArray[np.int64], average: float) -> float:
+        """The sum of how many times its promise each keeps, believed to be the average at first."""
+        kept = (PRIOR_WEIGHT * average + self.recent[places]) / (PRIOR_WEIGHT + self.promised[places])
+        return float(kept @ self.able[places])
+
+    def observe(self, places: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree) -> None:
+        """A step with a tree, of those that are able."""
+        self.steps[places] += 1
+        self.nodes[places] += tree.size
+        self.accepted[places, accepted] += 1
+        self.recent[places] = MEMORY * self.recent[places] + accepted
+        self.promised[places] = MEMORY * self.promised[places] + _promise(tree)
+
+    def summary(self, place: int) -> RequestSpeculation:
+        by_head = _by_head(self.accepted[place])
+        return RequestSpeculation(int(self.plain[place]), int(self.steps[place]), by_head, int(self.nodes[place]))
 
 
-def _by_head(accepted: Mapping[int, int]) -> list[int]:
-    """Steps by the number of their accepted guesses → steps in which each head's guess was accepted."""
-    return [
-        sum(count for length, count in accepted.items() if length > head) for head in range(max(accepted, default=0))
-    ]
+def _promise(tree: Tree) -> float:
+    return max(tree.expected_extra, 1e-3)
+
+
+def _by_head(accepted: NDArray[np.int64]) -> tuple[int, ...]:
+    """Steps by the number of their accepted guesses → steps in which each head's guess was accepted, up to the last that ever was."""
+    by_head: list[int] = accepted[::-1].cumsum()[::-1][1:].tolist()
+    while by_head and not by_head[-1]:
+        by_head.pop()
+    return tuple(by_head)
 
 
 @dataclass(slots=True)
@@ -78,24 +115,27 @@ class TreeController:
 
     def __init__(self, trees: Sequence[Tree], sizes: Sequence[int], max_rows: int) -> None:
         self.trees = list(trees)
+        self._depth = max(tree.depth for tree in trees)
         self._sizes = sorted(sizes)
         self._max_rows = max_rows
         self._arms: dict[int, list[_Arm]] = {}
         self._picks: dict[int, int] = {}
         self.average = 1.0  # of all requests' factors
+        self.requests = Acceptances(self._depth)
         self._steps: Counter[int] = Counter()  # by nodes
-        self._accepted: Counter[int] = Counter()  # sequences' steps by accepted tokens
+        self._accepted = np.zeros(self._depth + 1, dtype=np.int64)  # sequences' steps by accepted tokens
+        self._fading: NDArray[np.float64] = np.zeros(0)  # powers of AVERAGE_MEMORY
 
     def bucket(self, sequences: int) -> int:
         return self._sizes[min(bisect.bisect_left(self._sizes, sequences), len(self._sizes) - 1)]
 
-    def pick(self, batch: Sequence[Acceptance]) -> Tree | None:
-        """The tree for a step of these sequences, None: plain decoding."""
+    def pick(self, batch: NDArray[np.int64]) -> Tree | None:
+        """The tree for a step of the sequences with these places, None: plain decoding."""
         size = self.bucket(len(batch))
         usable = [tree for tree in self.trees if max(size, len(batch)) * tree.size <= self._max_rows]
         if not usable:
             return None
-        total = sum(acceptance.factor(self.average) for acceptance in batch)
+        total = self.requests.factors(batch, self.average)
         arms = self._of(size)
         picks = self._picks[size] = self._picks.get(size, 0) + 1
 
@@ -135,30 +175,27 @@ class TreeController:
         arm.times.append(seconds)
         arm.seconds = median(arm.times)
 
-    def observe(self, outcomes: Iterable[tuple[Acceptance, int]], tree: Tree | None) -> None:
-        """How many guessed tokens were accepted for each sequence of a step."""
+    def observe(self, batch: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree | None) -> None:
+        """How many guessed tokens were accepted for each sequence of a step, by place."""
         self._steps[1 if tree is None else tree.size] += 1
         if tree is None:
-            for acceptance, _ in outcomes:
-                acceptance.plain += 1
+            self.requests.plain[batch] += 1
             return
-        promise = max(tree.expected_extra, 1e-3)
-        for acceptance, accepted in outcomes:
-            if not acceptance.able:
-                acceptance.plain += 1
-                continue
-            self._accepted[accepted] += 1
-            acceptance.steps += 1
-            acceptance.nodes += tree.size
-            acceptance.accepted[accepted] += 1
-            acceptance.recent = MEMORY * acceptance.recent + accepted
-            acceptance.promised = MEMORY * acceptance.promised + promise
-            self.average += (1.0 - AVERAGE_MEMORY) * (accepted / promise - self.average)
+        able = self.requests.able[batch]
+        if not able.all():
+            self.requests.plain[batch[~able]] += 1
+            batch, accepted = batch[able], accepted[able]
+        self.requests.observe(batch, accepted, tree)
+        self._accepted += np.bincount(accepted, minlength=self._depth + 1)
+        # As if they came one after the other: what each adds to the average fades with those behind it.
+        if len(self._fading) <= len(batch):
+            self._fading = np.power(AVERAGE_MEMORY, np.arange(2 * len(batch) + 1), dtype=np.float64)
+        fading = self._fading[: len(batch) + 1][::-1]
+        news = (1.0 - AVERAGE_MEMORY) / _promise(tree) * float(fading[1:] @ accepted)
+        self.average = float(fading[0]) * self.average + news
 
     def stats(self) -> SpeculationStats:
-        depth = max(tree.depth for tree in self.trees)
         # Copies: another thread may be asking.
-        steps, accepted = dict(self._steps), dict(self._accepted)
-        by_head = _by_head(accepted)
-        by_head += [0] * (depth - len(by_head))
-        return SpeculationStats(steps, sum(accepted.values()), by_head, self.average)
+        steps, accepted = dict(self._steps), self._accepted.copy()
+        by_head = accepted[::-1].cumsum()[::-1][1:].tolist()
+        return SpeculationStats(steps, int(accepted.sum()), by_head, self.average)
