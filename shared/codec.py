@@ -5,6 +5,7 @@ A shorter array than this version's takes the missing fields' defaults, a longer
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Iterable
@@ -45,12 +46,17 @@ class CodecError(ValueError):
     """The bytes are not a message of this protocol."""
 
 
+_ONE = struct.Struct("<i")
+
+
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids → little-endian int32 bytes. Raises OverflowError or TypeError for what is not an int32."""
-    packed = array("i", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    values = ids if isinstance(ids, list) else tuple(ids)
+    try:
+        return _ONE.pack(*values) if len(values) == 1 else struct.pack(f"<{len(values)}i", *values)
+    except struct.error as error:
+        kind = OverflowError if all(isinstance(value, int) for value in values) else TypeError
+        raise kind(str(error)) from None
 
 
 def unpack_ids(data: bytes) -> list[int]:

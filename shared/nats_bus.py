@@ -103,7 +103,7 @@ class Connection(Client):
         queue = self._flush_queue
         if queue is None or queue.empty() or not self.is_connected or self.is_draining_pubs:
             return False
-        if not subject or NO_SUBJECT(subject) or NO_SUBJECT(reply):
+        if not subject or NO_SUBJECT(subject) or (reply and NO_SUBJECT(reply)):
             return False
         command = f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"
         self._pending.append(command)
@@ -223,9 +223,12 @@ class NatsBus:
         self._ping_task = self._loop.create_task(self._ping())
 
     def is_up(self) -> bool:
-        if self._connected.is_set() and not self._nc.is_connected:
+        if not self._connected.is_set():
+            return False
+        if not self._nc.is_connected:
             self._down()  # nats-py knows already, and will tell in a moment
-        return self._connected.is_set()
+            return False
+        return True
 
     def _down(self) -> None:
         self._since = None
@@ -333,9 +336,12 @@ class NatsBus:
     # ------------------------------------------------ core
 
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        if len(data) > self._nc._max_payload - HEADROOM:
-            raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
-        if self.is_up() and self._nc._pending_data_size <= MAX_UNSENT:
+        nc = self._nc
+        if len(data) > nc._max_payload - HEADROOM:
+            raise PayloadTooLarge(f"{len(data)} bytes, {nc._max_payload - HEADROOM} are allowed")
+        if nc._pending_data_size <= MAX_UNSENT and self.is_up():
+            if nc.join_burst(subject, data, reply):
+                return
             try:
                 self._send(subject, data, reply)
                 return

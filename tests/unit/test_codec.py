@@ -146,4 +146,4 @@ def test_ids_that_do_not_fit() -> None:
     with pytest.raises(OverflowError):
         codec.pack_ids([2**31])
     with pytest.raises(TypeError):
-        codec.pack_ids([1.5])  # type: ignore[list-item]
+        codec.pack_ids([1.5, 2])  # type: ignore[list-item]
