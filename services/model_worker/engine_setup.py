@@ -53,6 +53,7 @@ class EngineConfig:
                          the model's; see speculation.acceptance.typical_match
     amateur              folder of the second model of contrastive decoding, with the same vocabulary; None: there is none
     memories             sequences of contrastive search at a time, 0: it is refused; each keeps up to memory_tokens hidden states
+    whole_prompts        with CUDA graphs: steps of few prompts are captured whole, see prompt_graphs
     overlap              plan and launch a step before the one before it is read back; None: on CUDA
     max_waiting          sequences that may wait beside those that run; more are refused
     min_step_bound       seconds; no step is declared to take less, see EngineStats.step_bound
@@ -80,6 +81,7 @@ class EngineConfig:
     memory_tokens: int = 4096
     prefix_cache: bool = True
     cuda_graphs: bool = True
+    whole_prompts: bool = False
     overlap: bool | None = None
     max_waiting: int = 4096
     min_step_bound: float = 2.0
@@ -146,7 +148,8 @@ def build(
     memory_tokens = min(config.memory_tokens, longest) if config.memories else 0
     memories = Memories(config.memories, memory_tokens, model.hidden_size, dtype, device) if config.memories else None
     second = None if amateur is None else Amateur(amateur, cache(1, amateur.config))
-    runner = ModelRunner(decoder, ops, limits, cache(1), speculation, second, memories)
+    whole_prompts = config.whole_prompts and not config.batch_invariant
+    runner = ModelRunner(decoder, ops, limits, cache(1), speculation, second, memories, whole_prompts)
     bytes_each = block_bytes(model, limits.block_size, dtype)
     if amateur is not None:
         bytes_each += block_bytes(amateur.config, limits.block_size, dtype)

@@ -17,7 +17,7 @@ from services.model_worker.cuda_graphs import Graphs, padded_size, padded_sizes
 from services.model_worker.kv_cache import KVCache, copied_rows
 from services.model_worker.logit_edits import ROW_WORDS
 from services.model_worker.models.decoder import Decoder
-from services.model_worker.prompt_graphs import PromptGraphs, prompt_sizes
+from services.model_worker.prompt_graphs import PromptGraphs, prompt_sizes, whole_shapes
 from services.model_worker.prompt_logprobs import Logprobs, ReportedRows
 from services.model_worker.readback import Readback, Ticket
 from services.model_worker.sampler import CAPTURED_MODES, RowMasks, Sampled, SamplingMode, sample
@@ -100,6 +100,7 @@ class ModelRunner:
         speculation: Speculation | None = None,
         amateur: Amateur | None = None,
         memories: Memories | None = None,
+        whole_prompts: bool = False,
     ) -> None:
         self.decoder = decoder
         self.ops = ops
@@ -128,6 +129,7 @@ class ModelRunner:
             ]
             self._guesses = Guesses(0 if speculation is None else speculation.max_rows, self.device)
         self._sizes = padded_sizes(limits.max_seqs)
+        self._whole_prompts = whole_prompts
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
         self._launched = 0
         # What was worked out for the last steady rows.
@@ -431,8 +433,9 @@ class ModelRunner:
             captured = peak(lambda: self._whole_step(nobody, size, nodes, longest, CAPTURED_MODES[-1]))
             graphs = len(self.decode_shapes()) * (8 << 20)
             if sizes := self.prompt_sizes():
-                captured += peak(lambda: PromptGraphs(self.decoder, self.cache.layers, sizes).rehearse())
+                captured += peak(lambda: self._prompt_graphs(sizes).rehearse())
                 graphs += len(sizes) * (len(self.cache.layers) + 1) * (256 << 10)
+                graphs += len(whole_shapes(sizes)) * (8 << 20) if self._whole_prompts else 0
             torch.cuda.empty_cache()
         return largest + captured + graphs
 
@@ -463,9 +466,13 @@ class ModelRunner:
                     else:
                         graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
             if sizes := self.prompt_sizes():
-                self.prompts = PromptGraphs(self.decoder, self.cache.layers, sizes)
+                self.prompts = self._prompt_graphs(sizes)
                 self.prompts.capture(graphs, lambda part: progress(0.5 + 0.5 * part))
         self.graphs = graphs
+
+    def _prompt_graphs(self, sizes: list[int]) -> PromptGraphs:
+        max_blocks = self.state.max_blocks if self._whole_prompts else None
+        return PromptGraphs(self.decoder, self.cache.layers, sizes, max_blocks)
 
     def prompt_sizes(self) -> list[int]:
         """Rows of the steps with prompts that are captured."""

@@ -3,6 +3,10 @@
 A step of prompts has as many shapes as there are ways to cut prompts up, so it cannot be captured whole. But only attention knows of
 sequences; everything else sees rows. That is captured, padded to some number of rows, and attention is launched between the pieces.
 Of a small model's step the host's launches take longer than the device's work: they are what this saves.
+
+A step of few sequences can be captured whole all the same: its attention is launched for as many sequences, each as long as the step,
+as the graph is made for, and programs of those that are not there, or shorter, end at once. That is not the default: it has been
+tried on a CPU only.
 """
 
 from __future__ import annotations
@@ -25,6 +29,11 @@ _SIZES = (
     3584, 4096, 5120, 6144, 7168, 8192,
 )  # fmt: skip
 
+# (sequences, most rows) of steps that are captured whole: beyond, programs without work cost more than launches.
+WHOLE = ((1, 2048), (8, 1024))
+# Tokens in the cache up to which a whole step also takes decodes, as prompts of one row: their contexts are not split.
+WHOLE_CONTEXT = 2048
+
 Caches = list[tuple[Tensor, Tensor]]
 
 
@@ -34,14 +43,20 @@ def prompt_sizes(parameters: int, most_rows: int) -> list[int]:
     return [size for size in _SIZES if size <= most]
 
 
+def whole_shapes(sizes: list[int]) -> list[tuple[int, int]]:
+    """(rows, sequences) of the steps that are captured whole, by falling rows."""
+    return [(size, sequences) for size in reversed(sizes) for sequences, most in WHOLE if size <= most]
+
+
 class PromptGraphs:
-    """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are.
+    """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are. max_blocks: columns of
+    block tables, None: no step is captured whole.
 
     All sizes share what goes from piece to piece: a pass uses the first rows. Rows that only fill up are computed
     like the others, and reach neither the cache nor attention.
     """
 
-    def __init__(self, decoder: Decoder, caches: Caches, sizes: list[int]) -> None:
+    def __init__(self, decoder: Decoder, caches: Caches, sizes: list[int], max_blocks: int | None = None) -> None:
         config, embedding = decoder.config, decoder.weights.embedding
         most, device = sizes[-1], embedding.device
         self.sizes = sizes
@@ -55,6 +70,10 @@ class PromptGraphs:
         self._attended = torch.zeros(shape, dtype=embedding.dtype, device=device)
         self._residual = torch.zeros(most, config.hidden_size, dtype=embedding.dtype, device=device)
         self._added = torch.zeros_like(self._residual)
+        self._whole_shapes = [] if max_blocks is None else whole_shapes(sizes)
+        sequences = WHOLE[-1][0]
+        self._starts, self._contexts = torch.zeros(2, sequences + 1, dtype=torch.int32, device=device)
+        self._table = torch.zeros(sequences, max_blocks or 1, dtype=torch.int32, device=device)
         self._graphs: Graphs
 
     def fits(self, rows: int) -> bool:
@@ -66,6 +85,8 @@ class PromptGraphs:
         self._begin(size)
         self._between(size, min(1, len(self._caches) - 1))
         self._end(size)
+        if self._whole_shapes:
+            self._whole(*self._whole_shapes[0])
 
     def capture(self, graphs: Graphs, progress: Callable[[float], None]) -> None:
         """The largest first, so that the others fit into its memory."""
@@ -77,6 +98,8 @@ class PromptGraphs:
             for index in range(1, layers):
                 graphs.capture(("prompt", size, index), partial(self._between, size, index))
             graphs.capture(("prompt", size, layers), partial(self._end, size))
+        for size, sequences in self._whole_shapes:
+            graphs.capture(("prompts", size, sequences), partial(self._whole, size, sequences))
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, wanted: Tensor) -> Tensor:
         """As `Decoder.forward`."""
@@ -87,6 +110,10 @@ class PromptGraphs:
         self._slots[:rows].copy_(slots)
         if rows < size:
             self._slots[rows:size].fill_(-1)
+        if (sequences := self._sequences_of_whole(size, batch)) is not None:
+            self._lay_out(batch, rows, sequences)
+            self._graphs.replay(("prompts", size, sequences))
+            return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
         queries, attended = self._queries[:rows], self._attended[:rows]
         for index, (keys, values) in enumerate(self._caches):
             self._graphs.replay(("prompt", size, index))
@@ -94,6 +121,37 @@ class PromptGraphs:
             decoder.ops.attention(queries, keys, values, batch, decoder.scale, window, attended)
         self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
+
+    # A step as a whole.
+
+    def _sequences_of_whole(self, size: int, batch: AttentionBatch) -> int | None:
+        """Those that the graph of a step of so many rows is made for; None: it is not captured whole."""
+        count = batch.context_len.shape[0]
+        if batch.decode_seqs and (batch.decode_rows > 1 or batch.max_context > WHOLE_CONTEXT):
+            return None
+        fitting = [made for rows, made in self._whole_shapes if rows == size and made >= count]
+        return min(fitting, default=None)
+
+    def _lay_out(self, batch: AttentionBatch, rows: int, sequences: int) -> None:
+        count = batch.context_len.shape[0]
+        self._starts[: count + 1].copy_(batch.query_start)
+        self._contexts[:count].copy_(batch.context_len)
+        self._table[:count].copy_(batch.block_table)
+        if count < sequences:
+            self._starts[count + 1 : sequences + 1].fill_(rows)
+            self._contexts[count:sequences].fill_(0)
+
+    def _whole(self, size: int, sequences: int) -> None:
+        decoder, layers = self._decoder, len(self._caches)
+        starts, contexts, table = self._starts[: sequences + 1], self._contexts[:sequences], self._table[:sequences]
+        batch = AttentionBatch(starts, contexts, table, 0, 1, max_query=size, max_context=len(decoder.cos_sin))
+        self._begin(size)
+        for index, (keys, values) in enumerate(self._caches):
+            window, attended = decoder.config.windows[index], self._attended[:size]
+            decoder.ops.attention(self._queries[:size], keys, values, batch, decoder.scale, window, attended)
+            if index + 1 < layers:
+                self._between(size, index + 1)
+        self._end(size)
 
     # The pieces: from the ids to the first layer's attention, from one attention to the next, from the last one on.
 

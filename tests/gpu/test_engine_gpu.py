@@ -68,7 +68,11 @@ def same_numbers(got: list[Any], expected: list[Any]) -> None:
         assert [ours.chosen, *ours.top] == pytest.approx([theirs.chosen, *theirs.top], abs=2e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"speculate": False, "cuda_graphs": False, "overlap": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"whole_prompts": True}, {"speculate": False, "cuda_graphs": False, "overlap": False}],
+    ids=str,
+)
 def test_every_kind_of_request_is_answered_as_on_a_cpu(amateur: Path, options: dict[str, Any]) -> None:
     requests = sampled() + all_requests()
     with engine(amateur, device="cpu", speculate=False, overlap=False) as plain:

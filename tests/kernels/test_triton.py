@@ -1,5 +1,6 @@
 """Each Triton kernel against the reference, in Triton's interpreter on the CPU (the root conftest turns it on)."""
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -109,6 +110,21 @@ def test_attention(window, tree, page, group, head_dim, fixed_split):
     expected = REFERENCE.attention(q, k_cache, v_cache, batch, 0.3, window)
     got = TritonOps(fixed_split).attention(q, k_cache, v_cache, batch, 0.3, window)
     torch.testing.assert_close(got, expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_attention_of_a_step_captured_for_more(window):
+    """As a graph of whole prompt steps has it: decodes are prompts of one row, the grid is made for more rows and sequences than there
+    are, and rows behind the last belong to nobody."""
+    torch.manual_seed(16)
+    batch = attention_batch([37, 70, 20, 50, 0, 0], [1, 70, 9, 7, 0, 0], 16, 30, decode_seqs=0, window=window)
+    exact, batch = batch, dataclasses.replace(batch, max_query=128, max_context=500)
+    k_cache, v_cache = random_cache(30, 16, 2, 8), random_cache(30, 16, 2, 8)
+    q = torch.randn(128, 4, 8)
+    expected = naive_attention(q[:87], k_cache, v_cache, exact, 0.3, window)
+    for ops in BOTH:
+        got = ops.attention(q, k_cache, v_cache, batch, 0.3, window)[:87]
+        torch.testing.assert_close(got.double(), expected, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 6])

@@ -136,12 +136,14 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
         assert any(key[0] == "prompt" for key in replayed)
 
 
-def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path) -> None:
-    """A step's filling rows still hold what a step before it has left there, of sequences that go on."""
-    requests = [greedy(f"{length}", range(3, 3 + length), 40) for length in (60, 9, 41, 30, 17, 1, 45)]
+@pytest.mark.parametrize("whole", [False, True])
+def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path, whole: bool) -> None:
+    """A step's filling rows still hold what a step before it has left there, of sequences that go on; and a whole step's filling
+    sequences what others have left."""
+    requests = [greedy(f"{length}", range(3, 3 + length), 40) for length in (60, 9, 41, 30, 17, 1, 45, 20, 33, 50)]
     outputs = []
     for captured in (False, True):
-        with running(model, load_format="dummy", max_seqs=8, max_batched_tokens=64) as started:
+        with running(model, load_format="dummy", max_seqs=12, max_batched_tokens=64, whole_prompts=whole) as started:
             if captured:
                 graphs = RepeatedFunctions()
                 started.engine.runner.capture_graphs(graphs, lambda fraction: None)
@@ -154,8 +156,10 @@ def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path) -> None:
             started.wait(submitted)
             outputs.append([output.ids for output in submitted])
     assert outputs[0] == outputs[1]
-    sizes = {key[1] for key in graphs.replayed if key[0] == "prompt"}  # type: ignore[index]
-    assert sizes == {16, 32, 64}
+    replayed: set[tuple[Any, ...]] = {*graphs.replayed}  # type: ignore[arg-type]
+    pieces, steps = ({key[1] for key in replayed if key[0] == kind} for kind in ("prompt", "prompts"))
+    assert pieces | steps == {16, 32, 64} and pieces  # more than eight sequences are never a whole step
+    assert {key[2] for key in replayed if key[0] == "prompts"} == ({1, 8} if whole else set())
 
 
 def test_sizes_of_captured_prompts() -> None:
