@@ -214,8 +214,10 @@ def bench_hopper(report: Report) -> None:
 def hopper_case(report: Report, sequences: int, length: int) -> None:
     from kernels.attention_prefill import prefill_attention
     from kernels.attention_prefill_hopper import prefill_attention_hopper
+    from kernels.attention_prefill_persistent import prefill_attention_persistent
     from kernels.ops import AttentionBatch
 
+    variants = {"warp-specialised": prefill_attention_hopper, "persistent": prefill_attention_persistent}
     case = f"{sequences}x{length}"
     flop = 2 * sequences * Q_HEADS * HEAD_DIM * length * length
     scale = HEAD_DIM**-0.5
@@ -227,9 +229,10 @@ def hopper_case(report: Report, sequences: int, length: int) -> None:
         cache, table = paged(sequences, length, page)
         batch = AttentionBatch(starts, lengths, table, 0, 1, length, length)
         prefill_attention(q, *cache, batch, scale, 0, expected)
-        call = partial(prefill_attention_hopper, q, *cache, batch, scale, out)
-        check = partial(checked, call, out, expected)
-        report.add("hopper", case, f"P{page} warp-specialised", [call], flop, "TFLOP/s", check)
+        for name, attention in variants.items():
+            call = partial(attention, q, *cache, batch, scale, out)
+            check = partial(checked, call, out, expected)
+            report.add("hopper", case, f"P{page} {name}", [call], flop, "TFLOP/s", check)
 
 
 def bench_decode(report: Report) -> None:

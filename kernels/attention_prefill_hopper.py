@@ -105,6 +105,7 @@ def _softmax(
 def _consume_tile(
     state,
     i,
+    n,
     tiles,
     q_low,
     q_high,
@@ -124,13 +125,13 @@ def _consume_tile(
     O_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
 ):
-    """Scores and softmax of tile i, during which tile i - 1's weights are multiplied with its values."""
+    """Scores and softmax of tile i, during which tile i - 1's weights are multiplied with its values. n: tiles before it."""
     low, high, weights, peak, total = state
-    stage = i % STAGES
-    mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+    stage = n % STAGES
+    mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
     scores = _start_scores(q_low, q_high, k_smem, stage, ROWS, BLOCK_N, S_LAYOUT)
-    before = (i - 1) % STAGES
-    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    before = (n - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)
     low = warpgroup_mma(weights, v_smem.index(before * 2), low, is_async=True)
     high = warpgroup_mma(weights, v_smem.index(before * 2 + 1), high, is_async=True)
     scores = warpgroup_mma_wait(2, deps=[scores])
@@ -221,12 +222,12 @@ def _consume(
     masked = gl.maximum(tiles - whole, 1)
     for i in range(1, masked):
         state = _consume_tile(
-            state, i, tiles, q_low, q_high, k_smem, v_smem, k_full, k_empty, v_full, v_empty, position, scale,
+            state, i, i, tiles, q_low, q_high, k_smem, v_smem, k_full, k_empty, v_full, v_empty, position, scale,
             True, ROWS, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     for i in range(masked, tiles):
         state = _consume_tile(
-            state, i, tiles, q_low, q_high, k_smem, v_smem, k_full, k_empty, v_full, v_empty, position, scale,
+            state, i, i, tiles, q_low, q_high, k_smem, v_smem, k_full, k_empty, v_full, v_empty, position, scale,
             False, ROWS, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     low, high, weights, peak, total = state

@@ -147,6 +147,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
     from kernels.triton_ops import TritonOps
 
     ops, hopper, same_bits = TritonOps(), TritonOps(hopper_prefill=True), TritonOps(fixed_split=512)
+    persistent = TritonOps(persistent_prefill=True)
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)
@@ -234,6 +235,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "attention prefill, P 16": lambda: attend(0, 1, 16),
         "prefill on Hopper, P 64": lambda: attend(0, 1, 64, ops=hopper),
         "prefill on Hopper, P 16": lambda: attend(0, 1, 16, ops=hopper),
+        "persistent prefill on Hopper": lambda: attend(0, 1, 64, ops=persistent),
         "attention prefill, window": lambda: attend(0, 1, 64, window=4096),
         "attention decode, P 64": lambda: attend(2, 1, 64),
         "attention decode, P 16": lambda: attend(2, 1, 16),
