@@ -63,8 +63,8 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError("weights_corrupt", f"{index} has no weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError("weights_corrupt", f"{index} has no weight_map, or one that names no files")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = [single]

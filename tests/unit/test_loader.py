@@ -123,8 +123,9 @@ def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path, BASE, checkpoint(BASE), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert code_of(tmp_path) == "weights_missing"
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert code_of(tmp_path) == "weights_corrupt"
+    for content in ({}, {"weight_map": []}, {"weight_map": {"lm_head.weight": None}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+        assert code_of(tmp_path) == "weights_corrupt"
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -7])
@@ -206,6 +207,11 @@ def test_eos_ids(tmp_path: Path) -> None:
     assert load_config(tmp_path).eos_ids == {2, 7}
     (tmp_path / "generation_config.json").write_text("{}")
     assert load_config(tmp_path).eos_ids == {2}
+    # An id without a logit can neither be generated nor forbidden.
+    assert parsed(eos_token_id=[3, 32, 10**20]).eos_ids == {3}
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +219,8 @@ def test_eos_ids(tmp_path: Path) -> None:
     [
         ("unsupported_architecture", {"architectures": ["GPT2LMHeadModel"]}),
         ("unsupported_architecture", {"architectures": None}),
+        ("unsupported_architecture", {"architectures": {"0": "LlamaForCausalLM"}}),
+        ("unsupported_architecture", {"architectures": [["LlamaForCausalLM"]]}),
         ("unsupported_architecture", {"hidden_act": "gelu"}),
         ("unsupported_architecture", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("unsupported_architecture", {"partial_rotary_factor": 0.5}),
@@ -222,6 +230,16 @@ def test_eos_ids(tmp_path: Path) -> None:
         ("config_invalid", {"num_hidden_layers": 0}),
         ("config_invalid", {"num_key_value_heads": 3}),
         ("config_invalid", {"head_dim": 5}),
+        ("config_invalid", {"num_attention_heads": 0}),
+        ("config_invalid", {"eos_token_id": "</s>"}),
+        ("config_invalid", {"eos_token_id": [None]}),
+        ("config_invalid", {"eos_token_id": -1}),
+        ("config_invalid", {"rope_theta": -1.0}),
+        ("config_invalid", {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+        ("config_invalid", {"rope_scaling": YARN | {"beta_fast": "32"}}),
+        ("config_invalid", {"rope_scaling": YARN | {"original_max_position_embeddings": "4096"}}),
+        ("config_invalid", {"architectures": ["MistralForCausalLM"], "sliding_window": {"a": 1}}),
+        ("config_invalid", {"architectures": ["MistralForCausalLM"], "sliding_window": -8}),
         ("config_invalid", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("config_invalid", {"rope_scaling": "yarn"}),
         ("config_invalid", {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["x"]}),
