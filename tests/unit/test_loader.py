@@ -102,8 +102,20 @@ def test_dtypes_are_converted(tmp_path: Path) -> None:
 
 def test_superfluous_tensors_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     config = BASE | {"tie_word_embeddings": True}
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": torch.ones(32, 16)}
-    assert load(write(tmp_path, config, checkpoint(config) | extra)).head.shape == (32, 16)
+    tensors = checkpoint(config)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": copy}
+    weights = load(write(tmp_path, config, tensors | extra))
+    assert weights.head is weights.embedding
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_head_of_its_own_is_taken_whatever_the_config_says(tmp_path: Path, shards: int) -> None:
+    """Who trains the head of a tied model may leave the config as it was; transformers does not tie them then."""
+    tensors = checkpoint(BASE)
+    weights = load(write(tmp_path, BASE | {"tie_word_embeddings": True}, tensors, shards))
+    assert torch.equal(weights.head, tensors["lm_head.weight"])
+    assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
 
 
 def code_of(folder: Path) -> str:
