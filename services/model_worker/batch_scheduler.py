@@ -569,8 +569,8 @@ class BatchScheduler:
             complaints.append(f"{self.pool.num_blocks - self.pool.free} KV blocks are not back")
         if sorted(self._slots) != list(range(self.limits.max_seqs)):
             complaints.append(f"{self.limits.max_seqs - len(self._slots)} slots are not back")
-        if len(self._siblings) or self._parked:
-            complaints.append(f"{len(self._siblings)} requests are remembered, {len(self._parked)} sequences parked")
+        if len(self._siblings):
+            complaints.append(f"{len(self._siblings)} requests are remembered")
         if sorted(self._memories) != list(range(self.limits.memories)):
             complaints.append(f"{self.limits.memories - len(self._memories)} memories are not back")
         return complaints

@@ -272,6 +272,19 @@ def test_what_is_in_flight_is_released_when_it_retires() -> None:
     world.finish()
 
 
+def test_nothing_is_held_by_those_that_ended_while_they_waited_for_a_sibling() -> None:
+    world = World(limits(), 64, False, 0)
+    first, second = (
+        world.scheduler.add(dataclasses.replace(ask("a", [1] * 6, max_tokens=5), choice=choice)) for choice in (0, 1)
+    )
+    plan = world.scheduler.schedule()
+    assert plan is not None and plan.participants == [first] and second.status is Status.WAITING
+    world.scheduler.finish(first)
+    world.scheduler.finish(second)
+    retire(world.scheduler, plan, world.device.run(plan))
+    assert world.scheduler.check_idle() == []  # no step is planned any more: the engine stops, or is paused
+
+
 def test_deadlines() -> None:
     world = World(limits(), 64, False, 0)
     sequences = [
