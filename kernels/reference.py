@@ -12,6 +12,8 @@ from torch import Tensor
 from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables, whole
 from kernels.philox import gumbel_noise
 
+LEAST_TEMPERATURE = 1e-30  # below it every token is chosen greedily
+
 
 class ReferenceOps:
     """`Ops` in torch; runs on any device. It may read tensors back to the host, so it is not for CUDA graphs."""
@@ -153,7 +155,8 @@ class ReferenceOps:
         if not batch.any_random:
             return greedy
         rows = (batch.temperature > 0).nonzero().flatten()
-        scores = logits[rows].float() / batch.temperature[rows, None]
+        # As in the kernels: what is divided by less is infinite, and of infinite scores none is the greatest.
+        scores = logits[rows].float() / batch.temperature[rows, None].clamp(min=LEAST_TEMPERATURE)
         if batch.any_filter:
             scores = filter_scores(scores, batch.top_k[rows], batch.top_p[rows], batch.min_p[rows])
             if batch.typical_p is not None:

@@ -37,6 +37,9 @@ REPORT_ROWS = 512
 # Steady sequences from which on arrays are faster than going through them one by one.
 STEADY_FROM = 16
 
+# Ended sequences that a queue may still hold, beside as many as there are others: it would keep their tokens in memory.
+STALE = 64
+
 PickTree = Callable[[list[Sequence]], Tree | None]
 
 
@@ -61,7 +64,7 @@ class BatchScheduler:
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
         self._table = DecodeTable(limits, pool.prefix_cache)
         self._steady_from = steady_from
-        self._waiting: list[Sequence] = []  # a heap; finished ones stay until they come up
+        self._waiting: list[Sequence] = []  # a heap; finished ones may stay until they come up
         self._siblings = Siblings()
         # Waiting, too, for a sibling to have computed their prompt, or for a memory.
         self._parked: list[Sequence] = []
@@ -92,6 +95,9 @@ class BatchScheduler:
         if request.isolated:
             self._isolated.append(sequence)
         if request.deadline is not None:
+            if len(self._deadlines) > 2 * (len(self.running) + self._num_waiting + len(self._releasing)) + STALE:
+                self._deadlines = [entry for entry in self._deadlines if entry[1].status is not Status.FINISHED]
+                heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (request.deadline, sequence))
         return sequence
 
@@ -119,6 +125,9 @@ class BatchScheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
+        if len(self._waiting) > 2 * self._num_waiting + STALE:
+            self._waiting = [other for other in self._waiting if other.status is Status.WAITING]
+            heapq.heapify(self._waiting)
         heapq.heappush(self._waiting, sequence)
         self._num_waiting += 1
 
@@ -560,8 +569,8 @@ class BatchScheduler:
             complaints.append(f"{self.pool.num_blocks - self.pool.free} KV blocks are not back")
         if sorted(self._slots) != list(range(self.limits.max_seqs)):
             complaints.append(f"{self.limits.max_seqs - len(self._slots)} slots are not back")
-        if len(self._siblings) or self._parked:
-            complaints.append(f"{len(self._siblings)} requests are remembered, {len(self._parked)} sequences parked")
+        if len(self._siblings):
+            complaints.append(f"{len(self._siblings)} requests are remembered")
         if sorted(self._memories) != list(range(self.limits.memories)):
             complaints.append(f"{self.limits.memories - len(self._memories)} memories are not back")
         return complaints

@@ -274,16 +274,16 @@ class Engine:
             )
             raise _rejected(request, "context_length_exceeded", message)
         try:
-            parts = (request.prompt_ids, request.generated_ids, edited_ids(params))
+            parts = (request.prompt_ids, request.generated_ids, edited_ids(params), params.stop_token_ids)
             ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
             device_row = field_row(params, request.choice, len(request.prompt_ids))
             mode = SamplingMode.of(params)
             changed = edit_row(params, self.info.eos_ids)
         except (TypeError, ValueError, OverflowError) as error:
             raise _rejected(request, "invalid_request", str(error)) from None
-        # An id outside the embedding would take the whole device process down.
+        # An id outside the embedding, or the logits, would take the whole device process down.
         if ids.min() < 0 or ids.max() >= self.info.vocab_size:
-            raise _rejected(request, "invalid_token_id", f"token ids must be in 0 … {self.info.vocab_size - 1}")
+            raise _rejected(request, "invalid_request", f"token ids must be in 0 … {self.info.vocab_size - 1}")
         most = min(MAX_LOGPROBS, self.info.vocab_size)
         if params.max_tokens < 0 or not (-1 <= mode.logprobs <= most and 0 <= (params.prompt_logprobs or 0) <= most):
             raise _rejected(request, "invalid_request", "max_tokens, logprobs or prompt_logprobs is out of range")

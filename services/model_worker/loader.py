@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -42,6 +42,8 @@ def load_weights(
 ) -> Weights:
     """Raises ModelError: weights_missing (file or folder), weights_corrupt (truncated, not safetensors), weights_missing_tensor,
     weights_unexpected_tensor, weights_wrong_shape, unsupported_dtype."""
+    if config.tied and _has_own_head(folder):
+        config = replace(config, tied=False)
     shapes = parameter_shapes(config)
     sources = _plan(folder, config, shapes)
     parameters = {path: torch.empty(shape, dtype=dtype, device=device) for path, shape in shapes.items()}
@@ -63,8 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError("weights_corrupt", f"{index} has no weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError("weights_corrupt", f"{index} has no weight_map, or one that names no files")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = [single]
@@ -81,6 +83,22 @@ def tokenizer_vocabulary(folder: Path) -> dict[str, int] | list[Any] | None:
         return None
     vocabulary: dict[str, int] | list[Any] | None = read_json(file).get("model", {}).get("vocab")
     return vocabulary
+
+
+def _has_own_head(folder: Path) -> bool:
+    """The output matrix is there and is no copy of the embedding, though the config ties them: then transformers does not, either."""
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys()):
+                    found[name] = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError("weights_corrupt", f"{file} cannot be read: {error}") from None
+    if len(found) < 2:
+        return False
+    head, embedding = found.values()
+    return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.dtype))
 
 
 def _plan(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[_Source]:

@@ -185,6 +185,15 @@ def test_greedy_takes_the_lowest_of_equals_and_ignores_noise():
     assert OPS.sample(logits, sampling_batch(2, temperature=0.0)).tolist() == [40, 0]
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 1.0}, {"typical_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-45])
+def test_the_least_temperatures_are_greedy(temperature, filters):
+    """A logit divided by less than 3e-38 may be infinite, and then several are."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)) * 5
+    tokens = OPS.sample(logits, sampling_batch(4, temperature=temperature, **filters))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_logprobs():
     torch.manual_seed(4)
     logits = torch.randn(3, 40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -270,6 +272,19 @@ def test_what_is_in_flight_is_released_when_it_retires() -> None:
     world.finish()
 
 
+def test_nothing_is_held_by_those_that_ended_while_they_waited_for_a_sibling() -> None:
+    world = World(limits(), 64, False, 0)
+    first, second = (
+        world.scheduler.add(dataclasses.replace(ask("a", [1] * 6, max_tokens=5), choice=choice)) for choice in (0, 1)
+    )
+    plan = world.scheduler.schedule()
+    assert plan is not None and plan.participants == [first] and second.status is Status.WAITING
+    world.scheduler.finish(first)
+    world.scheduler.finish(second)
+    retire(world.scheduler, plan, world.device.run(plan))
+    assert world.scheduler.check_idle() == []  # no step is planned any more: the engine stops, or is paused
+
+
 def test_deadlines() -> None:
     world = World(limits(), 64, False, 0)
     sequences = [
@@ -285,6 +300,23 @@ def test_deadlines() -> None:
     world.scheduler.finish(sequences[2])
     assert world.scheduler.next_deadline is None and world.scheduler.expired(99.0) == []
     world.finish()
+
+
+@pytest.mark.parametrize("options", [{"deadline": 86_400.0}, {"priority": -1}])
+def test_memory_does_not_grow_with_what_has_ended(options: dict[str, Any]) -> None:
+    """Neither until its deadline, nor until its turn would have come."""
+    world = World(SchedulerLimits(4, 32, 1, 8), 8, True, depth=0)
+    world.scheduler.add(ask("runs", [3], max_tokens=30, ignore_eos=True))
+    world.turn()
+    waits = world.scheduler.add(ask("waits", [3]))
+    for number in range(1000):
+        late = dataclasses.replace(ask(str(number), [3]), **options)
+        world.scheduler.finish(world.scheduler.add(late))
+    gc.collect()
+    assert sum(type(thing) is Sequence for thing in gc.get_objects()) < 200
+    assert world.scheduler.waiting == 1 and waits.status is Status.WAITING
+    world.finish()
+    assert waits.status is Status.FINISHED
 
 
 def test_why_it_ended() -> None:

@@ -300,6 +300,8 @@ def test_implausible_tokens_are_out_whatever_the_amateur_says() -> None:
     scores = guided_scores(expert, amateur, one * 0.1, none, one)[0]
     assert scores.argmax() == 1 and scores.isneginf().tolist() == [False, False, True, True]
     assert guided_scores(expert, amateur, one, none, one)[0].isneginf().tolist() == [False, True, True, True]
+    # Divided by so little the amateur's logits would be infinite.
+    assert guided_scores(expert, amateur, one * 0.1, none, one * 1e-40)[0].argmax() == 1
 
 
 @pytest.mark.parametrize(

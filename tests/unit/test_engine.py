@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from services.model_worker.engine import (
@@ -242,7 +243,7 @@ def test_the_pool_caps_the_context(model: Path) -> None:
 
 def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
     good = harness.submit(greedy("good", PROMPT, 10))
-    (bad,) = harness.run([greedy("bad", PROMPT, params={"stop_token_ids": ([],)})])  # not hashable
+    (bad,) = harness.run([greedy("bad", PROMPT, params={"stop_token_ids": (np.array(5),)})])  # not hashable
     assert bad.error is not None and (bad.error.code, bad.error.request_id) == ("internal", "bad")
     harness.wait([good])
     assert len(good.ids) == 10 and "bad" not in harness.engine.stats().running
@@ -252,17 +253,18 @@ def test_what_fails_in_the_engine_fails_alone(harness: Harness) -> None:
     ("code", "changes"),
     [
         ("invalid_request", {"prompt_ids": []}),
-        ("invalid_token_id", {"prompt_ids": [96]}),
-        ("invalid_token_id", {"prompt_ids": [4, -1]}),
-        ("invalid_token_id", {"generated_ids": [1000]}),
+        ("invalid_request", {"prompt_ids": [96]}),
+        ("invalid_request", {"prompt_ids": [4, -1]}),
+        ("invalid_request", {"generated_ids": [1000]}),
         ("invalid_request", {"prompt_ids": ["x"]}),
         ("invalid_request", {"params": SamplingParams(max_tokens=-1)}),
         ("invalid_request", {"params": SamplingParams(prompt_logprobs=21)}),
         ("invalid_request", {"params": SamplingParams(top_k=2**40)}),
         ("invalid_request", {"params": SamplingParams(logprobs=97)}),
         ("invalid_request", {"params": SamplingParams(temperature="hot")}),  # type: ignore[arg-type]
-        ("invalid_token_id", {"params": SamplingParams(logit_bias=((96, 1.0),))}),
-        ("invalid_token_id", {"params": SamplingParams(bad_words=((1, 96),))}),
+        ("invalid_request", {"params": SamplingParams(logit_bias=((96, 1.0),))}),
+        ("invalid_request", {"params": SamplingParams(bad_words=((1, 96),))}),
+        ("invalid_request", {"params": SamplingParams(min_tokens=3, stop_token_ids=(96,))}),
         ("invalid_request", {"params": SamplingParams(bad_words=((1,) * 17,))}),
         ("invalid_request", {"params": SamplingParams(bad_words=((),))}),
         ("invalid_request", {"params": SamplingParams(bad_words=((1,),) * 257)}),

@@ -102,8 +102,20 @@ def test_dtypes_are_converted(tmp_path: Path) -> None:
 
 def test_superfluous_tensors_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     config = BASE | {"tie_word_embeddings": True}
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": torch.ones(32, 16)}
-    assert load(write(tmp_path, config, checkpoint(config) | extra)).head.shape == (32, 16)
+    tensors = checkpoint(config)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": copy}
+    weights = load(write(tmp_path, config, tensors | extra))
+    assert weights.head is weights.embedding
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_head_of_its_own_is_taken_whatever_the_config_says(tmp_path: Path, shards: int) -> None:
+    """Who trains the head of a tied model may leave the config as it was; transformers does not tie them then."""
+    tensors = checkpoint(BASE)
+    weights = load(write(tmp_path, BASE | {"tie_word_embeddings": True}, tensors, shards))
+    assert torch.equal(weights.head, tensors["lm_head.weight"])
+    assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
 
 
 def code_of(folder: Path) -> str:
@@ -123,8 +135,9 @@ def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path, BASE, checkpoint(BASE), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert code_of(tmp_path) == "weights_missing"
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert code_of(tmp_path) == "weights_corrupt"
+    for content in ({}, {"weight_map": []}, {"weight_map": {"lm_head.weight": None}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+        assert code_of(tmp_path) == "weights_corrupt"
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -7])
@@ -206,6 +219,11 @@ def test_eos_ids(tmp_path: Path) -> None:
     assert load_config(tmp_path).eos_ids == {2, 7}
     (tmp_path / "generation_config.json").write_text("{}")
     assert load_config(tmp_path).eos_ids == {2}
+    # An id without a logit can neither be generated nor forbidden.
+    assert parsed(eos_token_id=[3, 32, 10**20]).eos_ids == {3}
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +231,8 @@ def test_eos_ids(tmp_path: Path) -> None:
     [
         ("unsupported_architecture", {"architectures": ["GPT2LMHeadModel"]}),
         ("unsupported_architecture", {"architectures": None}),
+        ("unsupported_architecture", {"architectures": {"0": "LlamaForCausalLM"}}),
+        ("unsupported_architecture", {"architectures": [["LlamaForCausalLM"]]}),
         ("unsupported_architecture", {"hidden_act": "gelu"}),
         ("unsupported_architecture", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("unsupported_architecture", {"partial_rotary_factor": 0.5}),
@@ -222,6 +242,16 @@ def test_eos_ids(tmp_path: Path) -> None:
         ("config_invalid", {"num_hidden_layers": 0}),
         ("config_invalid", {"num_key_value_heads": 3}),
         ("config_invalid", {"head_dim": 5}),
+        ("config_invalid", {"num_attention_heads": 0}),
+        ("config_invalid", {"eos_token_id": "</s>"}),
+        ("config_invalid", {"eos_token_id": [None]}),
+        ("config_invalid", {"eos_token_id": -1}),
+        ("config_invalid", {"rope_theta": -1.0}),
+        ("config_invalid", {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+        ("config_invalid", {"rope_scaling": YARN | {"beta_fast": "32"}}),
+        ("config_invalid", {"rope_scaling": YARN | {"original_max_position_embeddings": "4096"}}),
+        ("config_invalid", {"architectures": ["MistralForCausalLM"], "sliding_window": {"a": 1}}),
+        ("config_invalid", {"architectures": ["MistralForCausalLM"], "sliding_window": -8}),
         ("config_invalid", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("config_invalid", {"rope_scaling": "yarn"}),
         ("config_invalid", {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["x"]}),

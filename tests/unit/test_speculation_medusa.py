@@ -145,14 +145,20 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: ModelConfig) -> None:
     good = vllm_names(published(True))
     assert code(None) == "heads_missing"
     assert code(b"no", "medusa_lm_head.pt") == code(b"no") == "heads_corrupt"
+    assert code(b"junk" * 10, "medusa_lm_head.pt") == "heads_corrupt"
     assert (
         code({"nothing": torch.zeros(1)}) == code({"x": torch.zeros(1)}, "heads.safetensors") == "heads_unknown_layout"
     )
+    own = MedusaHeads(torch.zeros(1, 2, HIDDEN, HIDDEN), torch.zeros(1, 2, HIDDEN)).tensors()
+    for name, tensor in (("weights", torch.zeros(3)), ("token_map", torch.zeros(2)), ("outputs", torch.zeros(3))):
+        damaged = own | {"token_map": torch.arange(VOCABULARY), name: tensor}
+        assert code(damaged, "heads.safetensors") == "heads_wrong_shape"
     for missing in ("blocks.1.layers.1.weight", "lm_heads.2.weight"):
         assert code({name: t for name, t in good.items() if name != missing}) == "heads_corrupt"
     assert code({**good, "blocks.0.layers.0.weight": torch.zeros(HIDDEN, HIDDEN + 1)}) == "heads_wrong_shape"
     assert code({name: t[..., : HIDDEN - 1].contiguous() for name, t in good.items()}) == "heads_wrong_shape"
     assert code({**good, "token_map": torch.tensor([VOCABULARY])}) == "heads_wrong_shape"
+    assert code({**good, "blocks.0.layers.0.weight": torch.zeros(HIDDEN)}) == "heads_wrong_shape"
     save_file(good, tmp_path / "medusa_lm_head.safetensors")
     (tmp_path / "trees.json").write_text("{}")
     with pytest.raises(ModelError, match="trees_invalid"):

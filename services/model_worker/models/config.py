@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,13 @@ def load_config(folder: Path) -> ModelConfig:
     return parse_config(raw, eos)
 
 
-def parse_config(raw: dict[str, Any], eos: int | list[int] | None = None) -> ModelConfig:
+def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
     """config.json's content → ModelConfig; `eos` overrides its end-of-sequence ids. Raises ModelError."""
     architectures = raw.get("architectures") or [None]
-    family = FAMILIES.get(architectures[0])
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise ModelError("unsupported_architecture", f"{architectures[0]} is none of {', '.join(FAMILIES)}")
+        raise ModelError("unsupported_architecture", f"{name} is none of {', '.join(FAMILIES)}")
     if raw.get("quantization_config"):
         raise ModelError("unsupported_dtype", "quantised checkpoints are not supported")
     config = {**family.defaults, **raw}
@@ -156,11 +158,11 @@ def parse_config(raw: dict[str, Any], eos: int | list[int] | None = None) -> Mod
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+            eos_ids=_eos_ids(eos, config["vocab_size"]),
         )
     except KeyError as error:
         raise ModelError("config_invalid", f"config.json lacks {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError("config_invalid", f"config.json: {error}") from None
     _check(parsed)
     return parsed
@@ -180,6 +182,14 @@ def _check(config: ModelConfig) -> None:
         raise ModelError("config_invalid", f"head_dim {config.head_dim} is odd: no rotary embedding")
 
 
+def _eos_ids(eos: Any, vocab_size: int) -> frozenset[int]:
+    """Those that the model can generate: there are logits of no others. Raises ValueError."""
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(f"eos_token_id is {eos!r:.80}, not a token id or a list of them")
+    return frozenset(token for token in ids if token < vocab_size)
+
+
 def _rope(config: dict[str, Any]) -> RopeConfig:
     """transformers ≥ 5 writes one `rope_parameters`; before, `rope_theta` and `rope_scaling`, whose kind was first called `type`."""
     options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -191,17 +201,27 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
     if (partial := options.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0) != 1.0:
         raise ModelError("unsupported_architecture", f"a partial rotary embedding ({partial}) is not supported")
     original = options.pop("original_max_position_embeddings", None) or config["max_position_embeddings"]
+    numbers = {"rope_theta": theta, "original_max_position_embeddings": original}
     for name in {"linear": ("factor",), "yarn": ("factor",), "llama3": _LLAMA3}.get(kind, ()):
-        if not isinstance(options.get(name), int | float):
+        if name not in options:
             raise ModelError("config_invalid", f"rotary embedding of kind {kind} needs {name}")
+        numbers[name] = options[name]
+    if kind == "yarn":
+        numbers |= {name: options[name] for name in _YARN if options.get(name)}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            raise ModelError("config_invalid", f"rotary embedding: {name} is {value!r:.80}, not a positive number")
     return RopeConfig(float(theta), kind, original, options)
 
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 def _windows(family: Family, config: dict[str, Any], layers: int) -> tuple[int, ...]:
     window = config.get("sliding_window") or 0
+    if type(window) is not int or window < 0:
+        raise ModelError("config_invalid", f"sliding_window is {window!r:.80}, not a positive integer")
     if "max_window_layers" not in family.defaults:  # all layers alike
         return (window if family.name in ("mistral", "phi3") else 0,) * layers
     if not config.get("use_sliding_window", False) or not window:

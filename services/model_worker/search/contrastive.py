@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import LEAST_TEMPERATURE
 from services.model_worker.kv_cache import KVCache
 from services.model_worker.models.decoder import Decoder
 from shared.sampling import MAX_CONTRASTIVE
@@ -31,7 +32,7 @@ def guided_scores(expert: Tensor, amateur: Tensor, alpha: Tensor, beta: Tensor, 
     instead (O'Brien & Lewis 2023, arXiv 2309.09117; log-probabilities for logits shift all scores alike). All others: −∞.
     """
     expert = expert.float().log_softmax(dim=-1)
-    amateur = (amateur.float() / temperature[:, None]).log_softmax(dim=-1)
+    amateur = (amateur.float() / temperature[:, None].clamp(min=LEAST_TEMPERATURE)).log_softmax(dim=-1)
     plausible = expert >= expert.amax(dim=-1, keepdim=True) + alpha.log()[:, None]
     strength = torch.where(beta < 0, 1.0, beta)[:, None]
     ours = torch.where(beta < 0, 1.0, 1 + beta)[:, None]

@@ -11,11 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,9 +122,11 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         # weights_only: a pickle from elsewhere must not run code.
         named = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise ModelError("heads_corrupt", f"{file} cannot be read: {error}") from None
-    if not isinstance(named, dict) or not all(isinstance(tensor, Tensor) for tensor in named.values()):
+    if not isinstance(named, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()
+    ):
         raise ModelError("heads_unknown_layout", f"{file} is not a state dict")
     return named
 
@@ -167,20 +167,23 @@ def assemble_published(named: Mapping[str, Tensor], shared_output: bool = False)
     try:
         own = torch.stack([outputs[head] for head in range(heads)]) if outputs and not shared_output else None
         return MedusaHeads(stack("weight"), stack("bias"), own, token_map)
-    except RuntimeError as error:
-        raise ModelError("heads_wrong_shape", f"the heads differ in shape: {error}") from None
+    except (RuntimeError, IndexError) as error:
+        raise ModelError("heads_wrong_shape", f"the heads differ in shape, or are no matrices: {error}") from None
 
 
 def _check(heads: MedusaHeads, model: ModelConfig) -> None:
     hidden, vocabulary, token_map = model.hidden_size, model.vocab_size, heads.token_map
+    if heads.weights.dim() != 4:
+        raise ModelError("heads_wrong_shape", f"weights of the heads is {tuple(heads.weights.shape)}")
     layers, number = heads.weights.shape[:2]
     if not layers * number:
         raise ModelError("heads_wrong_shape", f"{number} heads of {layers} blocks")
     if token_map is not None:
-        if token_map.dim() != 1 or not len(token_map) or token_map.min() < 0 or token_map.max() >= vocabulary:
+        listed = token_map.dim() == 1 and len(token_map) > 0 and not token_map.is_floating_point()
+        if not listed or token_map.min() < 0 or token_map.max() >= vocabulary:
             raise ModelError("heads_wrong_shape", f"token_map does not hold ids below {vocabulary}")
         vocabulary = len(token_map)
-        if heads.outputs is not None and heads.outputs.shape[1] == model.vocab_size:
+        if heads.outputs is not None and heads.outputs.shape[1:2] == (model.vocab_size,):
             heads.outputs = heads.outputs[:, token_map]
     wanted = {"weights": (layers, number, hidden, hidden), "biases": (layers, number, hidden)}
     if heads.outputs is not None:
