@@ -22,7 +22,7 @@ from shared import codec, subjects
 from shared.api import encode_event, encode_for, encoding_of, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
-from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
+from shared.messages import Assignment, Attach, End, LogEntry, Open, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
 from shared.micro import Endpoint
 from shared.retry import until_done
 
@@ -36,6 +36,9 @@ BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
 # the server. A new owner must fold what came since the last one: a second of work for three at 40,000 tokens a second.
 SNAPSHOT_RATE, LONGEST_PAUSE = 2**20, 3.0
 REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
+# An ended request is known here for longer than its tombstone lives, which is written a little later: as long as there is one,
+# whoever sends the request again is attached to it, and must be told something.
+FORGOTTEN_AFTER = REDELIVERY + 10.0
 EVENTS_PER_MESSAGE = 256
 PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
@@ -187,6 +190,8 @@ class Partition:
             self._log.error("entry_unreadable", seq=stored.seq, error=f"{type(entry).__name__} does not belong here")
             self.core.skip(stored.seq, stored.stamp)
             return
+        if isinstance(entry, Open) and self.core.make_way(entry.key, stored.stamp - self._settings.attach_window):
+            self._settling.discard(entry.key)
         self.core.apply(stored.seq, stored.stamp, entry)
 
     async def _deliver_in_time(self, stored: Stored) -> None:
@@ -315,7 +320,7 @@ class Partition:
     async def _prune_forever(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            self.core.prune(self._settings.attach_window)
+            self.core.prune(self._settings.attach_window + FORGOTTEN_AFTER)
             self._settling &= self.core.answers.keys()
 
     # ------------------------------------------------ questions

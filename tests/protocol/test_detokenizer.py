@@ -698,12 +698,71 @@ async def test_ended_requests_are_forgotten_after_the_attach_window():
         await until(lambda: len(core.archived) == 20 and not core.answers)
         assert all(not request.choices for request in core.fold.requests.values())
         # Stream time goes on with other requests only.
-        world.plan("later", choices=[[1] * 400])
+        world.plan("later", choices=[[1] * 7000], per_step=1)
         await client.generate("x", id="later").result()
         assert core.archived <= {"default.later"}
         assert core.fold.requests.keys() <= {"default.later"}
         (unknown,) = [e for e in await ask(world, "default.r0")]
         assert unknown["code"] == "not_found"
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+@virtual
+async def test_an_id_is_free_again_though_nothing_was_written_since(taken_over):
+    """Stream time stands still on a quiet partition, so nobody has forgotten the request that had the id before."""
+    async with World(partitions=1, attach_window=5.0, snapshot_interval=1000.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("first")]))
+        await until(lambda: "default.r" in service.partitions[0].core.archived)
+        for again in ("second", "third"):
+            await asyncio.sleep(200.0)
+            assert await world.tombstone("default.r") is None
+            world.backend.folds[0].requests.clear()
+            world.backend._opened.clear()
+            plan = world.plan("r", choices=[letters(again)])
+            async with asyncio.timeout(30):
+                await world.check(client.generate("x", id="r"), plan)
+            await until_tombstone(world, "default.r")
+        if taken_over:  # there is no snapshot: all three are folded again
+            await world.crash(service)
+            service = await world.detokenizer("b")
+            await until(lambda: world.serving(service))
+        events = await ask(world, "default.r")
+        assert "".join(event.get("text", "") for event in events) == "third"
+
+
+@virtual
+async def test_a_cancel_of_long_ago_does_not_end_a_request_to_come():
+    async with World(partitions=1, attach_window=5.0) as world, world.client() as client:
+        await world.detokenizer("a")
+        assert await client.cancel("r")
+        await asyncio.sleep(200.0)
+        world.backend.folds[0].requests.clear()
+        async with asyncio.timeout(30):
+            await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("hello")]))
+
+
+@virtual
+async def test_whoever_is_attached_to_an_ended_request_is_told_something_while_its_tombstone_lives():
+    """Also when others kept stream time going, and when it was asked for before: that does not prolong its life."""
+    async with World(partitions=1, attach_window=5.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("hello")]))
+        ended = asyncio.get_running_loop().time()
+        await until_tombstone(world, "default.r")
+        world.plan("later", choices=[[1] * 9000])
+        going_on = client.generate("x", id="later")
+        told: list[dict[str, Any]] = []
+        await world.bus.subscribe("here", lambda message: told.append(json.loads(message.data)))
+        while await world.tombstone("default.r") is not None:
+            told.clear()
+            await world.backend.append(m.Attach("default.r", m.ReplyTo("here")), 0)
+            await until(lambda: told)
+            await asyncio.sleep(20.0)
+        assert asyncio.get_running_loop().time() - ended > 120.0
+        await asyncio.sleep(20.0)
+        assert "default.r" not in service.partitions[0].core.fold.requests
+        going_on.abandon()
 
 
 @virtual
