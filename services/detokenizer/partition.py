@@ -314,7 +314,9 @@ class Partition:
             if isinstance(known, Assignment):
                 body_hash = known.body_hash
         tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
-        await self._assignments.put(state.key, codec.encode(tombstone), self._settings.attach_window + REDELIVERY)
+        # Of a job it is kept as long as the results, so that these are never taken for those of another job with the same id.
+        kept = self._settings.results_max_age if answer.opened.durable else self._settings.attach_window
+        await self._assignments.put(state.key, codec.encode(tombstone), kept + REDELIVERY)
         self._recorder.ended(answer)
 
     async def _prune_forever(self) -> None:

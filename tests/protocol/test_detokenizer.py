@@ -323,6 +323,19 @@ async def test_durable_results_are_stored_once_and_in_order_across_takeovers(see
 
 
 @virtual
+async def test_a_jobs_tombstone_lives_as_long_as_its_results():
+    async with World(attach_window=5.0, results_max_age=1000.0) as world:
+        await world.detokenizer("a")
+        for name, durable in (("d", True), ("r", False)):
+            world.plan(name, choices=[[1] * 5])
+            world.backend.open(f"default.{name}", m.ReplyTo("", "json"), durable=durable)
+            await until_tombstone(world, f"default.{name}")
+        await asyncio.sleep(1000.0)
+        assert await world.tombstone("default.d") is not None
+        assert await world.tombstone("default.r") is None
+
+
+@virtual
 async def test_durable_tokens_share_stored_events():
     async with World() as world:
         await world.detokenizer("a")

@@ -415,6 +415,10 @@ async def test_the_same_id_again_attaches_and_another_body_is_a_conflict() -> No
     assert len(world.orders(key)) == 1
     world.submit("a", body=b"other", durable=True)
     await until(lambda: world.broker.streams[subjects.STREAM_RESULTS].messages)
+    world.submit("a", body=b"other", durable=True, refused_as="job-7")
+    results = world.broker.streams[subjects.STREAM_RESULTS].messages
+    await until(lambda: len(results) == 2)
+    assert [s.subject for s in results.values()] == [subjects.results(key), subjects.results("t.job-7")]
     await world.idle()
     await world.stop()
 
