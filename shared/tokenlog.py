@@ -321,12 +321,15 @@ class PartitionFold:
             del self.requests[key]
         return gone
 
-    def make_way(self, key: str, before: float) -> bool:
-        """`prune` for one key, whose id a new request is about to take. Returns whether there was something to forget."""
-        request = self.requests.get(key)
+    def make_way(self, opened: m.Open, before: float) -> bool:
+        """`prune` for the id of a request that is about to be opened, unless it is that very request, opened again. Returns whether
+        there was something to forget."""
+        request = self.requests.get(opened.key)
         if request is None or not _is_over(request, before):
             return False
-        del self.requests[key]
+        if request.opened is not None and request.opened.req_seq == opened.req_seq:
+            return False
+        del self.requests[opened.key]
         return True
 
     def snapshot(self) -> bytes:

@@ -10,7 +10,7 @@ from services.detokenizer.recorder import Recorder
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
 from shared.logging import note_request
-from shared.messages import PROMPT, LogEntry, ReplyTo
+from shared.messages import PROMPT, LogEntry, Open, ReplyTo
 from shared.tokenlog import PartitionFold, RequestState
 
 # Of a request that ended longer ago than this when its partition was taken over, nothing is sent unasked: whoever still
@@ -142,12 +142,12 @@ class PartitionCore:
             self._forget(key)
         self._attaching = {at: cursors for at, cursors in self._attaching.items() if at[0] in self.answers}
 
-    def make_way(self, key: str, before: float) -> bool:
+    def make_way(self, opened: Open, before: float) -> bool:
         """An OPEN comes: what had the id before, and ended before the stream time `before`, is another request. It need not be pruned
         yet: stream time stands still while nothing is written. Returns whether there was something to forget."""
-        forgotten = self.fold.make_way(key, before)
+        forgotten = self.fold.make_way(opened, before)
         if forgotten:
-            self._forget(key)
+            self._forget(opened.key)
         return forgotten
 
     def _forget(self, key: str) -> None:

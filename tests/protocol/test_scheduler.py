@@ -183,7 +183,7 @@ class Owner(Actor):
     def _on_query(self, message: Message) -> None:
         query = codec.decode_as(m.PrefixQuery, message.data)
         state = self.state(query.key)
-        if state is None or state.epoch < query.epoch:
+        if state is None or state.opened is None or state.epoch < query.epoch:
             reply = m.PrefixReply("pending")
         elif state.terminal is not None:
             reply = m.PrefixReply("ended", state.epoch)
@@ -497,6 +497,22 @@ async def test_without_a_worker_they_wait_for_the_next() -> None:
     assert world.schedulers[0].heartbeat().detail["migrations"] == 1, "it waits in one and the same epoch"
     await world.worker()
     await world.ended(key)
+    await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_a_request_whose_open_is_no_longer_in_the_log_is_opened_again() -> None:
+    """Nobody folded the log before it was trimmed."""
+    world = await World().start(workers=1)
+    key = world.submit("a", tokens=60)
+    await until(lambda: world.orders(key))
+    await until(lambda: world.owner.state(key) and world.owner.state(key).opened)
+    del world.owner.folds[subjects.partition_of(key, PARTITIONS)].requests[key]
+    world.workers[0].die()
+    await world.worker()
+    await world.ended(key)
+    assert world.reason(key) == "finished"
     await world.idle()
     await world.stop()
 
