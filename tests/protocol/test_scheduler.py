@@ -355,7 +355,7 @@ async def test_cancel_before_open_while_waiting_and_while_running() -> None:
     world = await World(schedulers=2).start(workers=0)
     body = msgpack.packb(dict(id="early", tenant="t"))
     answer = await world.client.request(subjects.cancel(MODEL), body, 1.0)
-    assert msgpack.unpackb(answer.data) == {"ok": True}
+    assert msgpack.unpackb(answer.data) == {"ok": True, "request": "unknown"}
     waiting, early = world.submit("waiting"), world.submit("early")
     await asyncio.sleep(0.1)
     await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="waiting", tenant="t")), 1.0)
@@ -364,14 +364,15 @@ async def test_cancel_before_open_while_waiting_and_while_running() -> None:
     await world.ended(early)
     running = world.submit("running", tokens=1000)
     await until(lambda: running in worker.runs)
-    await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
+    answer = await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
+    assert msgpack.unpackb(answer.data) == {"ok": True, "request": "live"}
     await world.ended(running)
     assert {world.reason(key) for key in (waiting, early, running)} == {"cancelled"}
     await until(lambda: not worker.runs, within=1)
     assert world.orders(waiting) == []
     await world.idle()
     late = await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
-    assert msgpack.unpackb(late.data) == {"ok": True}
+    assert msgpack.unpackb(late.data) == {"ok": True, "request": "ended"}
     assert len(list(world.entries(m.End, running))) == 1, "nothing is remembered for a request to come"
     await world.stop()
 
