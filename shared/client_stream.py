@@ -299,7 +299,10 @@ class Stream:
     def _on_error(self, event: dict[str, Any]) -> None:
         error = _as_error(event)
         now = self._client.loop.time()
-        if error.code == ErrorCode.NOT_FOUND and self._known:
+        if error.code == ErrorCode.NOT_FOUND and not self._known:
+            # Of a tokenizer; a server that has just restarted may not show yet what it has stored, so it is believed in the end only.
+            self._error = error
+        elif error.code == ErrorCode.NOT_FOUND:
             # It may be queued, or its partition's owner behind. If it was never accepted, sending it again is right and harmless.
             if self._missing_since is None:
                 self._missing_since = now
