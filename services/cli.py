@@ -412,6 +412,15 @@ def attach(
     _run(main())
 
 
+# By what Client.cancel says.
+_CANCELLED = {
+    "": "no scheduler answers",
+    "live": "cancelled",
+    "ended": "it had ended already",
+    "unknown": "no such request is running: if it waits, or comes within minutes, it is cancelled",
+}
+
+
 @app.command()
 def cancel(
     request_id: RequestId, model: ModelName = "demo", nats: Url = DEFAULT_URL, tenant: Tenant = DEFAULT_TENANT
@@ -422,11 +431,11 @@ def cancel(
         bus = await _connect(nats)
         try:
             async with Client(bus, model, tenant=tenant) as client:
-                heard = await client.cancel(request_id)
+                state = await client.cancel(request_id)
         finally:
             await bus.close()
-        err.print("cancelled" if heard else "no scheduler answers")
-        return 0 if heard else 1
+        err.print(_CANCELLED[state], highlight=False)
+        return 0 if state in ("live", "unknown") else 1
 
     _run(main())
 

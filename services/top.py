@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,10 @@ from shared.presence import base_of
 
 Beat = Heartbeat | WorkerHeartbeat
 
-INSTANCE = 15  # characters of its name that are always shown: as many as tell "model_worker-1" from its sister
+# Columns that make room on a narrow terminal, so that figures stay whole, and what is always shown of them: of an instance's name as
+# many characters as tell "model_worker-1" from its sister. On a still narrower one columns are left out, in this order.
+MAY_BE_CUT = {"instance": 15, "more": 10}
+DISPENSABLE = ("more", "accept", "load", "kv", "in flight")
 WINDOW = 2.0  # seconds over which rates are means
 GONE_AFTER = 3.0  # seconds of silence, and at least so many intervals, after which an instance is not shown any more
 # Of a stage's detail, the counter whose rate is shown, and its unit.
@@ -82,40 +86,66 @@ class View:
             by_model.setdefault(seen.base.model, []).append(seen)
         if not by_model:
             return Text("no stage answers")
-        return Group(*(_model_table(model, seen) for model, seen in by_model.items()))
+        return Group(*(_ModelTable(model, seen) for model, seen in by_model.items()))
 
 
-def _model_table(model: str, instances: list[Seen]) -> Table:
+@dataclass
+class _ModelTable:
+    """With as many of its columns as the terminal is wide enough for."""
+
+    model: str
+    instances: list[Seen]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        tables = (_table(self.model, self.instances, DISPENSABLE[:n]) for n in range(len(DISPENSABLE) + 1))
+        for table in tables:
+            if _least_width(table) <= options.max_width:
+                break
+        yield table
+
+
+def _least_width(table: Table) -> int:
+    columns = ((column, [str(cell) for cell in (column.header, *column.cells)]) for column in table.columns)
+    return sum((column.min_width or max(map(cell_len, cells))) + 1 for column, cells in columns) - 1
+
+
+def _table(model: str, instances: list[Seen], left_out: tuple[str, ...]) -> Table:
     title = Text(_summary(model, instances), style="bold")
     table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("instance", min_width=INSTANCE)
-    table.add_column("state", no_wrap=True)
-    for name in ("load", "in flight", "rate", "batch", "kv", "accept"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("more")
-    for seen in instances:
-        base, beat = seen.base, seen.beat
-        unit = RATES.get(base.stage, ("", ""))[1]
-        detail = base.detail
-        more = " ".join(f"{key}={detail[key]}" for key in DETAIL.get(base.stage, ()) if key in detail)
-        table.add_row(
-            base.stage,
-            _may_be_cut(base.instance),
-            "loading" if "loading" in detail else "draining" if base.draining else "ready",
-            f"{base.load:.0%}",
-            str(base.in_flight),
-            "" if seen.rate is None else f"{seen.rate:,.0f} {unit}",
-            f"{detail['batch']}/{beat.max_seqs}" if isinstance(beat, WorkerHeartbeat) else "",
-            _percent(_kv_used([seen]), _kv_total([seen])),
-            _acceptance([seen]),
-            _may_be_cut(more),
-        )
+    rows = [_cells(seen) for seen in instances]
+    for name in rows[0]:
+        if name in left_out:
+            continue
+        if name in MAY_BE_CUT:
+            table.add_column(name, min_width=MAY_BE_CUT[name])
+        else:
+            table.add_column(name, justify="left" if name in ("stage", "state") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell for name, cell in row.items() if name not in left_out))
     return table
 
 
+def _cells(seen: Seen) -> dict[str, str | Text]:
+    """An instance's row, by column."""
+    base, beat, detail = seen.base, seen.beat, seen.base.detail
+    unit = RATES.get(base.stage, ("", ""))[1]
+    more = " ".join(f"{key}={detail[key]}" for key in DETAIL.get(base.stage, ()) if key in detail)
+    return {
+        "stage": base.stage,
+        "instance": _may_be_cut(base.instance),
+        "state": "loading" if "loading" in detail else "draining" if base.draining else "ready",
+        "load": f"{base.load:.0%}",
+        "in flight": str(base.in_flight),
+        "rate": "" if seen.rate is None else f"{seen.rate:,.0f} {unit}",
+        "batch": f"{detail['batch']}/{beat.max_seqs}" if isinstance(beat, WorkerHeartbeat) else "",
+        "kv": _percent(_kv_used([seen]), _kv_total([seen])),
+        "accept": _acceptance([seen]),
+        "more": _may_be_cut(more),
+    }
+
+
 def _may_be_cut(text: str) -> Text:
-    """One line; on a narrow terminal these make room, so that the figures stay whole."""
+    """One line."""
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 

@@ -57,7 +57,7 @@ def needed_of_detokenizers(request: m.Request) -> Fields:
 
 def needed_of_schedulers(request: m.Request) -> Fields:
     """To pass all of it on."""
-    own = {name: getattr(request, name) for name in ("tool_format", "best", "echo", "constraint")}
+    own = {name: getattr(request, name) for name in ("tool_format", "best", "echo", "constraint", "refused_as")}
     return {
         "request": _count("request", own),
         **needed_of_workers(request),

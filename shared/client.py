@@ -133,16 +133,17 @@ class Client:
             raise GorgonError(ErrorCode.INVALID_REQUEST, f"id: {subjects.TOKEN_RULE}")
         return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change))
 
-    async def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        """Whether somebody heard it. Raises GorgonError if it was refused."""
+    async def cancel(self, request_id: str, tenant: str | None = None) -> str:
+        """What was known of the request: "live", "ended" (nothing was done) or "unknown" (there is none, or it waits for its turn or is
+        yet to come, and will end at once). Empty if nobody heard it. Raises GorgonError if it was refused."""
         body = msgpack.packb(dict(id=request_id, tenant=tenant or self.tenant))
         try:
             answer = msgpack.unpackb((await self._bus.request(subjects.cancel(self.model), body, 1.0)).data)
         except BusError:
-            return False
+            return ""
         if answer.get("event") == "error":
             raise GorgonError(ErrorCode(answer["code"]), answer["message"])
-        return True
+        return str(answer.get("request", "live"))  # older schedulers do not say
 
     def _add(self, stream: Stream) -> Stream:
         if stream.id in self._streams:

@@ -127,6 +127,7 @@ class Stream:
         self._started = False  # a token came
         self._due = now
         self._asked = -GAP_PATIENCE
+        self._sent_again = -FIRST_RETRY
         self._retry = FIRST_RETRY
         self._patience = WAITING_PATIENCE
         self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
@@ -239,6 +240,8 @@ class Stream:
             self._accept()
             if self._complete(event):
                 self.finish(event)
+            elif self._is_ahead(event):
+                self.fail(GorgonError(ErrorCode.INVALID_REQUEST, "cursors: they are beyond the end of the answer"))
             else:
                 self._gap()
 
@@ -296,14 +299,19 @@ class Stream:
     def _on_error(self, event: dict[str, Any]) -> None:
         error = _as_error(event)
         now = self._client.loop.time()
-        if error.code == ErrorCode.NOT_FOUND:
+        if error.code == ErrorCode.NOT_FOUND and not self._known:
+            # Of a tokenizer; a server that has just restarted may not show yet what it has stored, so it is believed in the end only.
+            self._error = error
+        elif error.code == ErrorCode.NOT_FOUND:
             # It may be queued, or its partition's owner behind. If it was never accepted, sending it again is right and harmless.
             if self._missing_since is None:
                 self._missing_since = now
             self._error = None  # what was refused was an attempt that was repeated with success, and waits for its turn
             if (self._started or self.body is None) and now - self._missing_since >= FORGOTTEN_AFTER:
                 self.fail(error)
-            elif not self._started and self.body is not None:
+            elif not self._started and self.body is not None and now >= self._sent_again + FIRST_RETRY:
+                # Not at each answer: a tokenizer that has forgotten the id says the same, and at once.
+                self._sent_again = now
                 self._client.send(self)
         elif not error.retryable or (not self._known and error.code not in self._client.retried):
             self.finish(event)
@@ -332,6 +340,12 @@ class Stream:
             counted: int = event["usage"]["completion_tokens"]
             return sum(c.position for c in self._choices.values()) >= counted
         return True
+
+    def _is_ahead(self, event: dict[str, Any]) -> bool:
+        """Whether the cursors promised more than there is: no replay will ever agree with them."""
+        ends = {end["choice"]: end for end in event.get("choices", ())}
+        known = [(choice, ends[index]) for index, choice in self._choices.items() if index in ends]
+        return any(choice.position > end["tokens"] or choice.offset > end["chars"] for choice, end in known)
 
     def finish(self, event: dict[str, Any]) -> None:
         self._client.forget(self)

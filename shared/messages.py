@@ -53,6 +53,9 @@ class Request(NamedTuple):
     best: int = 0  # the client is told of so many of the choices, the likeliest, at the end; 0: of all, as they come
     echo: bool = False  # the client is told the prompt's text, too
     constraint: str = ""  # the grammar that each choice must follow (shared/structured.py); "": none
+    refused_as: str = (
+        ""  # of a durable request whose own id may have another's results: the id under which a refusal is told
+    )
 
 
 # ---------------------------------------------------------------- stream TOK: the token log (folded by shared/tokenlog.py)

@@ -60,7 +60,7 @@ class RequestState:
     held: dict[tuple[int, int], m.Tokens] = field(default_factory=dict)  # (choice, position)
     terminal: Terminal | None = None
     prompt: Choice | None = None  # the prompt's tokens whose log-probabilities are committed, if they are wanted
-    touched: float = 0.0  # store time of the last entry about this request
+    touched: float = 0.0  # store time of the last entry about it, up to the one that ended it
 
     @property
     def prefix(self) -> tuple[list[int], ...]:
@@ -168,14 +168,16 @@ class PartitionFold:
                 known = self.requests.get(tokens.key)
                 if known is None:
                     known = self.requests[tokens.key] = RequestState(tokens.key)
-                known.touched = stamp
+                if known.terminal is None or known.opened is None:
+                    known.touched = stamp
                 if not self._usual(known, tokens, effects):
                     self._tokens(known, tokens, effects)
             return effects
         request = self.requests.get(entry.key)
         if request is None:
             request = self.requests[entry.key] = RequestState(entry.key)
-        request.touched = stamp
+        if request.terminal is None or request.opened is None:
+            request.touched = stamp
         match entry:
             case m.Open():
                 self._open(request, entry, effects)
@@ -314,14 +316,21 @@ class PartitionFold:
 
     def prune(self, before: float) -> list[str]:
         """Forgets what ended (or never was opened) and was last touched before the stream time `before`; returns the keys."""
-        gone = [
-            key
-            for key, request in self.requests.items()
-            if request.touched < before and (request.terminal is not None or request.opened is None)
-        ]
+        gone = [key for key, request in self.requests.items() if _is_over(request, before)]
         for key in gone:
             del self.requests[key]
         return gone
+
+    def make_way(self, opened: m.Open, before: float) -> bool:
+        """`prune` for the id of a request that is about to be opened, unless it is that very request, opened again. Returns whether
+        there was something to forget."""
+        request = self.requests.get(opened.key)
+        if request is None or not _is_over(request, before):
+            return False
+        if request.opened is not None and request.opened.req_seq == opened.req_seq:
+            return False
+        del self.requests[opened.key]
+        return True
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; `restore` of it, followed by the entries after it, equals folding everything."""
@@ -353,6 +362,10 @@ class PartitionFold:
                 request.terminal = Terminal(terminal[0], m.Failure(*terminal[1]) if terminal[1] is not None else None)
             fold.requests[key] = request
         return fold
+
+
+def _is_over(request: RequestState, before: float) -> bool:
+    return request.touched < before and (request.terminal is not None or request.opened is None)
 
 
 def _open_from(row: list[Any]) -> m.Open:

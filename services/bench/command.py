@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from services.bench import report
 from services.bench.measure import Timeline, summary
 from services.bench.targets import EngineAlone, Pipeline
 from services.bench.workloads import WORKLOADS, Planned, at_rate, read_trace, replay
+from shared.api import said
 from shared.config import StageSettings
 from shared.errors import StartError
 from shared.nats_bus import NatsBus
@@ -123,6 +125,8 @@ async def _target(
     if engine is not None:
         try:
             alone = EngineAlone(engine, **options)
+        except ValidationError as error:
+            raise LookupError(f"--option: {said(error)}") from None
         except TypeError as error:  # no such field
             raise LookupError(f"--option: {error}") from None
         await asyncio.to_thread(alone.load, _say_progress)

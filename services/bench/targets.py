@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgpack
+from pydantic import TypeAdapter
 
 from services.bench.measure import Timeline
 from services.bench.workloads import Planned
@@ -131,9 +132,12 @@ class EngineAlone:
     """The model worker's engine in this process, token ids in and out; needs torch. `options`: fields of its EngineConfig."""
 
     def __init__(self, model_path: Path, **options: Any) -> None:
+        """Raises TypeError for options that there are not, ValueError for values that do not fit them."""
         from services.model_worker.engine import Engine, EngineConfig
 
-        self._engine = Engine(EngineConfig(model_path, **options), self._on_step, self._on_fatal)
+        EngineConfig(model_path, **options)  # names; pydantic overlooks those that it does not know
+        config = TypeAdapter(EngineConfig).validate_python(dict(model=model_path, **options))
+        self._engine = Engine(config, self._on_step, self._on_fatal)
         self._run: Run | None = None
         self._loop: asyncio.AbstractEventLoop
         self._error: BaseException | None = None

@@ -10,7 +10,7 @@ from services.detokenizer.recorder import Recorder
 from services.detokenizer.snapshot import Snapshot, lighten, pack
 from shared import tokenlog
 from shared.logging import note_request
-from shared.messages import PROMPT, LogEntry, ReplyTo
+from shared.messages import PROMPT, LogEntry, Open, ReplyTo
 from shared.tokenlog import PartitionFold, RequestState
 
 # Of a request that ended longer ago than this when its partition was taken over, nothing is sent unasked: whoever still
@@ -129,7 +129,8 @@ class PartitionCore:
     def archive(self, answer: Answer) -> None:
         """The ended request is stored elsewhere now."""
         key = answer.state.key
-        if self.answers.pop(key, None) is not None:
+        if self.answers.get(key) is answer:  # else a new request has the id
+            del self.answers[key]
             self._dirty.pop(key, None)
             self.settled.discard(key)
             self.archived.add(key)
@@ -138,11 +139,22 @@ class PartitionCore:
     def prune(self, window: float) -> None:
         """Forgets what ended more than `window` seconds of stream time ago."""
         for key in self.fold.prune(self.stamp - window):
-            self.answers.pop(key, None)
-            self._dirty.pop(key, None)
-            self.settled.discard(key)
-            self.archived.discard(key)
+            self._forget(key)
         self._attaching = {at: cursors for at, cursors in self._attaching.items() if at[0] in self.answers}
+
+    def make_way(self, opened: Open, before: float) -> bool:
+        """An OPEN comes: what had the id before, and ended before the stream time `before`, is another request. It need not be pruned
+        yet: stream time stands still while nothing is written. Returns whether there was something to forget."""
+        forgotten = self.fold.make_way(opened, before)
+        if forgotten:
+            self._forget(opened.key)
+        return forgotten
+
+    def _forget(self, key: str) -> None:
+        self.answers.pop(key, None)
+        self._dirty.pop(key, None)
+        self.settled.discard(key)
+        self.archived.discard(key)
 
     def snapshot(self) -> bytes:
         return pack(self.seq, self.stamp, self.fold, self.answers, self.settled, self.archived)

@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from services.detokenizer import parts
 from services.detokenizer.answer import Answer
 from services.detokenizer.core import PartitionCore
 from services.detokenizer.decoding import NewDecoding
@@ -22,7 +23,19 @@ from shared import codec, subjects
 from shared.api import encode_event, encode_for, encoding_of, error_event
 from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
-from shared.messages import Assignment, Attach, End, LogEntry, PrefixQuery, PrefixReply, ReplyTo, StepTokens, Tombstone
+from shared.messages import (
+    Assignment,
+    Attach,
+    End,
+    Failure,
+    LogEntry,
+    Open,
+    PrefixQuery,
+    PrefixReply,
+    ReplyTo,
+    StepTokens,
+    Tombstone,
+)
 from shared.micro import Endpoint
 from shared.retry import until_done
 
@@ -36,6 +49,10 @@ BEHIND = 0.01  # while there is a backlog, events are sent this often, seconds
 # the server. A new owner must fold what came since the last one: a second of work for three at 40,000 tokens a second.
 SNAPSHOT_RATE, LONGEST_PAUSE = 2**20, 3.0
 REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a redelivered REQ still finds it
+# An ended request is known here for longer than its tombstone lives, which is written a little later: as long as there is one,
+# whoever sends the request again is attached to it, and must be told something.
+FORGOTTEN_AFTER = REDELIVERY + 10.0
+END_LOST = Failure("internal", "how the request ended is no longer in the log")
 EVENTS_PER_MESSAGE = 256
 PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
@@ -75,6 +92,7 @@ class Partition:
         self._assignments: Bucket
         self._saved_seq = 0
         self._saved_bytes = 0
+        self._log_was_trimmed = False  # further than the snapshot that this began with: entries may be missing
         self._delivered_at = 0.0
         self._writers: dict[str, ResultsWriter] = {}
         self._settling: set[str] = set()
@@ -125,13 +143,13 @@ class Partition:
     async def _load(self) -> Follower:
         self._snapshots = await self._bus.bucket(subjects.BUCKET_SNAPSHOT)
         self._assignments = await self._bus.bucket(subjects.BUCKET_ASSIGN)
-        entry = await self._snapshots.get(subjects.snapshot_key(self._settings.model, self.number))
         snapshot = None
-        if entry is not None and entry.value is not None:
-            try:
-                snapshot = unpack(entry.value, self._new_decoding)
-            except ValueError as error:
-                self._log.error("snapshot_unreadable", error=str(error))
+        try:
+            data = await parts.get(self._snapshots, subjects.snapshot_key(self._settings.model, self.number))
+            if data is not None:
+                snapshot = unpack(data, self._new_decoding)
+        except ValueError as error:
+            self._log.error("snapshot_unreadable", error=str(error))
         if snapshot is not None and not await self._is_of_this_stream(snapshot):
             self._log.error("snapshot_ahead_of_stream", seq=snapshot.seq)
             snapshot = None
@@ -144,11 +162,12 @@ class Partition:
         stored = await self._bus.read(subjects.STREAM_TOK, snapshot.seq)
         if stored is not None:
             return stored.subject == self._subject and stored.stamp <= snapshot.stamp + 0.001
-        if await self._bus.last_seq(subjects.STREAM_TOK, self._subject) > snapshot.seq:
-            return True  # it has been trimmed since
-        # Trimmed as well, or not reached yet: the place of a new (empty) entry tells.
-        appended = await self._bus.append(self._subject, codec.encode(StepTokens("", 0, ())))
-        return appended.seq > snapshot.seq
+        # It has been trimmed since, or it was not reached yet: then the place of a new (empty) entry tells.
+        newest = await self._bus.last_seq(subjects.STREAM_TOK, self._subject)
+        if newest <= snapshot.seq:
+            newest = (await self._bus.append(self._subject, codec.encode(StepTokens("", 0, ())))).seq
+        self._log_was_trimmed = newest > snapshot.seq
+        return self._log_was_trimmed
 
     async def _serve(self) -> None:
         self.core.drop_stale()
@@ -165,7 +184,21 @@ class Partition:
         if self._settings.vanished_after:
             self._spawn(self._probe_forever(), "probe")
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
+        if self._log_was_trimmed and (live := [a for a in self.core.answers.values() if not a.ended]):
+            self._spawn(self._end_what_has_ended(live), "look")
         self.deliver()
+
+    async def _end_what_has_ended(self, live: list[Answer]) -> None:
+        """The log may lack the end of what the snapshot holds: whose tombstone is there, or is gone again, has ended. What lacks tokens
+        only is generated again from where it stands here, as its worker reports it no more."""
+        self._log.error("snapshot_older_than_the_log", live=len(live))
+        for answer in live:
+            key = answer.state.key
+            entry = await until_done("assign", key, lambda key=key: self._assignments.get(key))  # type: ignore[misc]
+            known = codec.decode(entry.value) if entry is not None and entry.value is not None else None
+            if not answer.ended and not (isinstance(known, Assignment) and known.req_seq == answer.opened.req_seq):
+                self._log.error("end_lost", request_id=key)
+                self._append(End(key, "error", failure=END_LOST))
 
     async def _listen(self, subject: str, handler: Callable[[Message], str | None], endpoint: Endpoint) -> None:
         counting = endpoint.counting(handler)
@@ -187,6 +220,8 @@ class Partition:
             self._log.error("entry_unreadable", seq=stored.seq, error=f"{type(entry).__name__} does not belong here")
             self.core.skip(stored.seq, stored.stamp)
             return
+        if isinstance(entry, Open) and self.core.make_way(entry, stored.stamp - self._settings.attach_window):
+            self._settling.discard(entry.key)
         self.core.apply(stored.seq, stored.stamp, entry)
 
     async def _deliver_in_time(self, stored: Stored) -> None:
@@ -288,9 +323,10 @@ class Partition:
             del self._writers[key]
         window = self._settings.attach_window + REDELIVERY
         archive_key = subjects.archive_key(self._settings.model, key)
+        data = pack_answer(answer)
         try:
-            await until_done("archive", key, lambda: self._snapshots.put(archive_key, pack_answer(answer), window))
-        except PayloadTooLarge as error:
+            await until_done("archive", key, lambda: parts.put(self._snapshots, archive_key, data, window))
+        except PayloadTooLarge as error:  # of a server that takes less than a part
             self._log.warning("archive_too_large", request_id=key, error=str(error))  # it stays in memory until pruned
             return
         self.core.archive(answer)
@@ -309,13 +345,15 @@ class Partition:
             if isinstance(known, Assignment):
                 body_hash = known.body_hash
         tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
-        await self._assignments.put(state.key, codec.encode(tombstone), self._settings.attach_window + REDELIVERY)
+        # Of a job it is kept as long as the results, so that these are never taken for those of another job with the same id.
+        kept = self._settings.results_max_age if answer.opened.durable else self._settings.attach_window
+        await self._assignments.put(state.key, codec.encode(tombstone), kept + REDELIVERY)
         self._recorder.ended(answer)
 
     async def _prune_forever(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            self.core.prune(self._settings.attach_window)
+            self.core.prune(self._settings.attach_window + FORGOTTEN_AFTER)
             self._settling &= self.core.answers.keys()
 
     # ------------------------------------------------ questions
@@ -348,19 +386,17 @@ class Partition:
 
     async def _answer_from_archive(self, asked: Replay) -> None:
         try:
-            entry = await self._snapshots.get(subjects.archive_key(self._settings.model, asked.key))
+            data = await parts.get(self._snapshots, subjects.archive_key(self._settings.model, asked.key))
+            answer = None if data is None else unpack_answer(data, self._new_decoding)
         except BusError as error:
             self._log.warning("archive_unreachable", request_id=asked.key, error=repr(error))
             return  # the asker asks again
-        if entry is None or entry.value is None:
+        except ValueError as error:
+            self._log.error("archive_unreadable", request_id=asked.key, error=str(error))
+            answer = None
+        if answer is None:
             self._publish_not_found(asked)
         else:
-            try:
-                answer = unpack_answer(entry.value, self._new_decoding)
-            except ValueError as error:
-                self._log.error("archive_unreadable", request_id=asked.key, error=str(error))
-                self._publish_not_found(asked)
-                return
             self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
 
     def _on_attach(self, message: Message) -> str | None:
@@ -440,7 +476,7 @@ class Partition:
         data = self.core.snapshot()
         self._recorder.packed(time.perf_counter() - began)
         self._saved_bytes = len(data)
-        await self._snapshots.put(subjects.snapshot_key(self._settings.model, self.number), data)
+        await parts.put(self._snapshots, subjects.snapshot_key(self._settings.model, self.number), data)
         self._saved_seq = seq
 
     # ------------------------------------------------ clients that are gone

@@ -5,6 +5,7 @@ JSON of chunks is put together by hand: they differ in a few values, and there i
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -219,6 +220,9 @@ class ChatRenderer(Renderer):
 # ---------------------------------------------------------------- completions
 
 
+_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of a UTF-8 character that are not its first
+
+
 def _token_text(piece: bytes) -> str:
     """The older endpoint's form of a token that is no valid UTF-8 by itself."""
     try:
@@ -235,11 +239,17 @@ def completion_logprobs(
     offsets: list[int] = []
     chosen: list[float | None] = []
     tops: list[dict[str, float] | None] = []
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be of several tokens
+    at_border = offset == 0  # else the first tokens may be the rest of a character that began before them
     for token, entry in zip(ids, entries, strict=True):
         text = _token_text(pieces.pieces[token])
         tokens.append(text)
         offsets.append(offset)
-        offset += 0 if token in pieces.special else len(pieces.pieces[token].decode("utf-8", "ignore"))
+        shown = b"" if token in pieces.special else pieces.pieces[token]
+        if not at_border:
+            shown = shown.lstrip(_CONTINUATION)
+            at_border = bool(shown)
+        offset += len(utf8.decode(shown))
         if entry is None:
             chosen.append(None)
             tops.append(None)

@@ -63,7 +63,14 @@ class EndedRuns:
         if epoch >= self.epoch(key):
             runs[key] = (epoch, completed, now)
             runs.move_to_end(key)
-        while runs and (len(runs) > self._limit or now - next(iter(runs.values()))[2] > REMEMBER_ENDED):
+        while len(runs) > self._limit:
+            runs.popitem(last=False)
+        self.forget(now)
+
+    def forget(self, now: float) -> None:
+        """What ended too long ago: whoever has its id now is another request."""
+        runs = self._runs
+        while runs and now - next(iter(runs.values()))[2] > REMEMBER_ENDED:
             runs.popitem(last=False)
 
     def epoch(self, key: str) -> int:
@@ -239,6 +246,7 @@ class WorkerService(Service):
     def _accept(self, run: m.Run) -> m.RunReply:
         if self.draining:
             return m.RunReply(False, "draining")
+        self._ended.forget(asyncio.get_running_loop().time())
         present = self._runs.get(run.key)
         if (present is not None and present.epoch == run.epoch) or self._ended.completed(run.key, run.epoch):
             return m.RunReply(True)

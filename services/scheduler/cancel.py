@@ -65,12 +65,14 @@ class CancelDoor:
     async def _cancel(self, key: str, encoding: str, reply: str, began: float) -> None:
         """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
         entry = await until_done("assign", key, lambda: self._assignments.get(key))
-        if entry is None or not isinstance(codec.decode(entry.value or b""), m.Tombstone):
+        known = codec.decode(entry.value or b"") if entry is not None else None
+        state = "unknown" if known is None else "ended" if isinstance(known, m.Tombstone) else "live"
+        if state != "ended":
             await self._entries.append(m.End(key, "cancelled"))
             self._stage.meter.count("gorgon_scheduler_cancelled_total")
             self._stage.log.info("cancelled", request_id=key)
         if reply:
-            self._stage.bus.publish(reply, api.encode_event({"ok": True}, encoding))
+            self._stage.bus.publish(reply, api.encode_event({"ok": True, "request": state}, encoding))
         self._endpoint.done(self._loop.time() - began)
 
 

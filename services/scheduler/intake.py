@@ -191,10 +191,11 @@ class Intake:
             self._stage.log.info("attached", request_id=request.key, reason="the same request is known already")
         else:
             error = GorgonError(ErrorCode.ID_CONFLICT, "the id belongs to a request with another body")
-            tenant_id = subjects.split_request_key(request.key)[1]
-            event = api.error_event(tenant_id, error, metadata=request.metadata)
+            tenant, request_id = subjects.split_request_key(request.key)
+            event = api.error_event(request_id, error, metadata=request.metadata)
             if request.durable:
-                subject, msg_id = subjects.results(request.key), f"{request.key}:conflict:{known.seq}"
+                told_as = subjects.request_key(tenant, request.refused_as or request_id)
+                subject, msg_id = subjects.results(told_as), f"{request.key}:conflict:{known.seq}"
                 data = api.encode_event(event, request.reply.encoding)
                 await until_done("result", request.key, lambda: self._stage.bus.append(subject, data, msg_id=msg_id))
             else:

@@ -111,7 +111,7 @@ class Migrations:
         await self._entries.open(known)
         await self._entries.append(m.Fence(key, epoch))
         span.event("fenced")
-        prefix = await self._prefix(key, epoch)
+        prefix = await self._prefix(known, epoch)
         if prefix is None:
             span.end(error="it has ended, or goes on in a higher epoch")
             return True
@@ -143,8 +143,9 @@ class Migrations:
         span.end(error="" if accepted else "refused")
         return accepted
 
-    async def _prefix(self, key: str, epoch: int) -> m.PrefixReply | None:
+    async def _prefix(self, known: Known, epoch: int) -> m.PrefixReply | None:
         """What the fence fixed. None if the request ended, or a higher epoch is in force."""
+        key = known.request.key
         partition = subjects.partition_of(key, self._settings.partitions)
         subject = subjects.prefix(self._settings.model, partition)
         question = codec.encode(m.PrefixQuery(key, epoch))
@@ -157,6 +158,9 @@ class Migrations:
                     return reply
                 if reply.state in ("ended", "superseded"):
                     return None
+                # The owner may know nothing of the request: its OPEN has left the log before anybody folded it.
+                known.opened = False
+                await self._entries.open(known)
             except (BusError, codec.CodecError) as error:
                 self._stage.log.info("prefix_unknown", request_id=key, epoch=epoch, error=repr(error))
             await asyncio.sleep(next(pauses, RETRY_PAUSES[-1]))

@@ -414,6 +414,10 @@ class TokenizerService(Service):
         if isinstance(outcome, Admitted):
             accepted_seq = await self._job_results.store_accepted(outcome, self._accepted_event(outcome), seq)
             try:
+                if not accepted_seq:
+                    # The id has results: of this job, which comes again, or of an earlier one, which may be another.
+                    outcome = outcome._replace(request=outcome.request._replace(refused_as=job_id(seq)))
+                    await self._store.check_id(outcome.request)
                 await self._put(outcome)
             except GorgonError as error:
                 if error.retryable:

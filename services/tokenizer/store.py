@@ -17,6 +17,7 @@ from shared.messages import Assignment, Attach, ReplyTo, Request, Tombstone
 log = structlog.get_logger()
 T = TypeVar("T")
 
+_CONFLICT = "the id belongs to a request with another body"
 _PAUSE = 0.05  # seconds after an attempt that failed at once
 
 
@@ -51,12 +52,20 @@ class RequestStore:
             return True
         body_hash, reply = await self._first(request.key, appended.seq)
         if body_hash != request.body_hash:
-            raise GorgonError(ErrorCode.ID_CONFLICT, "the id belongs to a request with another body")
+            raise GorgonError(ErrorCode.ID_CONFLICT, _CONFLICT)
         if unsure and reply == request.reply:
             return True  # an attempt of ours did arrive
         if not request.durable:
             await self._attach(request)
         return False
+
+    async def check_id(self, request: Request) -> None:
+        """Raises GorgonError: ID_CONFLICT if the id belongs to another request that a scheduler knows of, UNAVAILABLE."""
+        entry = await self._insist("read", request.key, lambda: self._assignments.get(request.key))
+        if entry is not None and entry.value is not None:
+            known: Assignment | Tombstone = codec.decode(entry.value)
+            if known.body_hash != request.body_hash:
+                raise GorgonError(ErrorCode.ID_CONFLICT, _CONFLICT)
 
     async def _first(self, key: str, seq: int) -> tuple[bytes, ReplyTo | None]:
         """Body hash and reply of the request that has the id."""

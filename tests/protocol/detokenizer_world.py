@@ -112,6 +112,7 @@ class Backend:
         self.asked: list[str] = []
         self.paused = False
         self.queue_time = 0.0
+        self.req_seq = 7
         self.folds: dict[int, PartitionFold] = {}
         self._opened: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,7 +169,7 @@ class Backend:
         opened = m.Open(
             key,
             reply,
-            7,
+            self.req_seq,
             PROMPT_TOKENS,
             max(map(len, plan.choices)),
             plan.stops,

@@ -275,6 +275,47 @@ async def test_not_found_before_the_first_token_sends_the_request_again():
 
 
 @virtual
+async def test_a_tokenizer_that_has_forgotten_the_id_is_believed_in_the_end():
+    async with Script() as script:
+        script.on_request = lambda: script.refuse(ErrorCode.NOT_FOUND)
+        with pytest.raises(GorgonError) as failed:
+            await script.client.generate("x", id="r").result()
+        assert failed.value.code == ErrorCode.NOT_FOUND
+        assert 3 <= len(script.asked) <= 8
+        script.asked.clear()
+        script.on_request = lambda: script.accept() if len(script.asked) > 2 else script.refuse(ErrorCode.NOT_FOUND)
+        stream = script.client.generate("x", id="r")
+        await until(lambda: stream.accepted)
+
+
+@virtual
+async def test_not_found_is_not_answered_without_a_pause():
+    """An accepted request that nobody knows any more: partition and tokenizer say the same, and at once."""
+    async with Script() as script:
+        script.beacon(True)
+        stream = script.client.generate("x", id="r")
+        await until(lambda: stream.accepted)
+        script.on_request = lambda: script.refuse(ErrorCode.NOT_FOUND)
+        script.on_replay = lambda body: script.refuse(ErrorCode.NOT_FOUND)
+        await asyncio.sleep(20.0)
+        assert 4 <= len(script.asked) <= 20
+        stream.abandon()
+
+
+@pytest.mark.parametrize("cursor", [Cursor(0, 9, 6), Cursor(0, 6, 9)])
+@virtual
+async def test_cursors_beyond_the_end_are_told_so(cursor):
+    async with Script() as script:
+        script.on_replay = lambda body: script.send(script.finished(6))
+        stream = script.client.attach("r", [cursor])
+        stream.partition = PARTITION
+        with pytest.raises(GorgonError, match="beyond the end") as failed:
+            async with asyncio.timeout(10):
+                await stream.result()
+        assert failed.value.code == ErrorCode.INVALID_REQUEST
+
+
+@virtual
 async def test_not_found_is_believed_after_a_while_once_there_were_tokens_or_when_attaching():
     async with Script() as script:
         script.on_replay = lambda body: script.refuse(ErrorCode.NOT_FOUND)

@@ -12,13 +12,14 @@ from typing import Any
 import msgpack
 import pytest
 
+from services.detokenizer import parts
 from services.detokenizer.answer import Answer
 from services.detokenizer.service import DetokenizerService
 from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
 from shared import messages as m
 from shared.broker import Broker
-from shared.bus import Message
+from shared.bus import HEADROOM, BusTimeout, Message
 from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults
 from shared.nats_bus import NatsBus
@@ -257,12 +258,105 @@ async def test_a_snapshot_is_kept_when_the_log_before_it_is_trimmed():
         world.backend.paused = True
         await asyncio.sleep(1.0)
         await world.crash(first)
+        assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+        await assignments.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"")))
         tok = world.broker.stream(subjects.STREAM_TOK)
         tok.trim(tok.last_seq + 1)
         second = await world.detokenizer("b")
         await until(lambda: world.serving(second))
         world.backend.paused = False
         await world.check(stream, plan)
+
+
+@virtual
+async def test_a_snapshot_larger_than_a_message_is_stored_in_parts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared.memory_bus.MAX_PAYLOAD", HEADROOM + 60_000)
+        patch.setattr(parts, "PART_BYTES", 50_000)
+        async with World(partitions=1) as world, world.client() as client:
+            first = await world.detokenizer("a")
+            ids = [i % 26 for i in range(6000)]
+            plan = world.plan("r", choices=[ids], per_step=20)
+            world.backend.open("default.r", m.ReplyTo(client.inbox, "msgpack", batched=True), False, logprobs=True)
+            stream = client.generate("x", id="r")
+            await asyncio.sleep(4.0)
+            world.backend.paused = True
+            await asyncio.sleep(4.0)
+            await world.crash(first)
+            assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+            await assignments.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"")))
+            tok = world.broker.stream(subjects.STREAM_TOK)
+            tok.trim(tok.last_seq + 1)
+            bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
+            assert len(await parts.get(bucket, subjects.snapshot_key(MODEL, 0)) or b"") > 60_000
+            second = await world.detokenizer("b")
+            await until(lambda: world.serving(second))
+            world.backend.paused = False
+            await world.check(stream, plan)
+            # So is the archive.
+            await until(lambda: "default.r" in second.partitions[0].core.archived)
+            assert [i for e in await ask(world, "default.r") if e["event"] == "tokens" for i in e["ids"]] == ids
+
+
+@virtual
+async def test_parts_of_two_values_are_never_taken_for_one():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared.memory_bus.MAX_PAYLOAD", HEADROOM + 60_000)
+        patch.setattr(parts, "PART_BYTES", 50_000)
+        async with World(partitions=1) as world:
+            bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
+            assert await parts.get(bucket, "k") is None
+            values = [bytes([n]) * size for n, size in enumerate((70_000, 200_000, 10, 130_000, 120_000))]
+            for value in values:
+                await parts.put(bucket, "k", value)
+                assert await parts.get(bucket, "k") == value
+
+            # A writer that dies half-way leaves the value as it is.
+            class Dies:
+                get, left = bucket.get, 2
+
+                async def put(self, key: str, value: bytes, ttl: float | None = None) -> int:
+                    if len(value) <= 60_000:
+                        self.left -= 1
+                    if not self.left:
+                        raise BusTimeout("dead")
+                    return await bucket.put(key, value, ttl)
+
+            with pytest.raises(BusTimeout):
+                await parts.put(Dies(), "k", b"x" * 200_000)  # type: ignore[arg-type]
+            assert await parts.get(bucket, "k") == values[-1]
+            (place,) = {e.key.split(".")[2] for e in await bucket.entries() if e.value == values[-1][:50_000]}
+            await bucket.put(f"k.part.{place}.1", b"of another")
+            with pytest.raises(ValueError, match="several values"):
+                await parts.get(bucket, "k")
+
+
+@virtual
+async def test_what_ended_in_a_part_of_the_log_that_is_gone_ends_and_what_goes_on_goes_on():
+    async with World(partitions=1) as world, world.client() as client:
+        assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+        first = await world.detokenizer("a", snapshot_interval=0.1)
+        for name in ("ended", "forgotten", "lives"):
+            world.plan(name, choices=[[1] * 5000])
+            if name != "forgotten":
+                await assignments.create(f"default.{name}", codec.encode(m.Assignment(7, 1, "w", b"")))
+        streams = {name: client.generate("x", id=name) for name in ("ended", "forgotten", "lives")}
+        await asyncio.sleep(2.0)
+        await world.crash(first)
+        await world.backend.append(m.End("default.ended", "cancelled"), 0)
+        await world.backend.append(m.End("default.forgotten", "cancelled"), 0)
+        await assignments.put("default.ended", codec.encode(m.Tombstone(7, 1, "cancelled", b"")))
+        await asyncio.sleep(1.0)
+        tok = world.broker.stream(subjects.STREAM_TOK)
+        tok.trim(tok.last_seq + 1)
+        await world.detokenizer("b")
+        for name in ("ended", "forgotten"):
+            with pytest.raises(GorgonError) as failed:
+                async with asyncio.timeout(30):
+                    await streams[name].result()
+            assert failed.value.code == ErrorCode.INTERNAL
+        assert not streams["lives"].done
+        assert await world.tombstone("default.lives") is None
 
 
 @virtual
@@ -320,6 +414,19 @@ async def test_durable_results_are_stored_once_and_in_order_across_takeovers(see
             await world.detokenizer(f"n{round}")
         for key, plan in plans.items():
             await check_durable(world, key, plan)
+
+
+@virtual
+async def test_a_jobs_tombstone_lives_as_long_as_its_results():
+    async with World(attach_window=5.0, results_max_age=1000.0) as world:
+        await world.detokenizer("a")
+        for name, durable in (("d", True), ("r", False)):
+            world.plan(name, choices=[[1] * 5])
+            world.backend.open(f"default.{name}", m.ReplyTo("", "json"), durable=durable)
+            await until_tombstone(world, f"default.{name}")
+        await asyncio.sleep(1000.0)
+        assert await world.tombstone("default.d") is not None
+        assert await world.tombstone("default.r") is None
 
 
 @virtual
@@ -698,12 +805,72 @@ async def test_ended_requests_are_forgotten_after_the_attach_window():
         await until(lambda: len(core.archived) == 20 and not core.answers)
         assert all(not request.choices for request in core.fold.requests.values())
         # Stream time goes on with other requests only.
-        world.plan("later", choices=[[1] * 400])
+        world.plan("later", choices=[[1] * 7000], per_step=1)
         await client.generate("x", id="later").result()
         assert core.archived <= {"default.later"}
         assert core.fold.requests.keys() <= {"default.later"}
         (unknown,) = [e for e in await ask(world, "default.r0")]
         assert unknown["code"] == "not_found"
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+@virtual
+async def test_an_id_is_free_again_though_nothing_was_written_since(taken_over):
+    """Stream time stands still on a quiet partition, so nobody has forgotten the request that had the id before."""
+    async with World(partitions=1, attach_window=5.0, snapshot_interval=1000.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("first")]))
+        await until(lambda: "default.r" in service.partitions[0].core.archived)
+        for again in ("second", "third"):
+            await asyncio.sleep(200.0)
+            assert await world.tombstone("default.r") is None
+            world.backend.folds[0].requests.clear()
+            world.backend._opened.clear()
+            world.backend.req_seq += 1
+            plan = world.plan("r", choices=[letters(again)])
+            async with asyncio.timeout(30):
+                await world.check(client.generate("x", id="r"), plan)
+            await until_tombstone(world, "default.r")
+        if taken_over:  # there is no snapshot: all three are folded again
+            await world.crash(service)
+            service = await world.detokenizer("b")
+            await until(lambda: world.serving(service))
+        events = await ask(world, "default.r")
+        assert "".join(event.get("text", "") for event in events) == "third"
+
+
+@virtual
+async def test_a_cancel_of_long_ago_does_not_end_a_request_to_come():
+    async with World(partitions=1, attach_window=5.0) as world, world.client() as client:
+        await world.detokenizer("a")
+        assert await client.cancel("r")
+        await asyncio.sleep(200.0)
+        world.backend.folds[0].requests.clear()
+        async with asyncio.timeout(30):
+            await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("hello")]))
+
+
+@virtual
+async def test_whoever_is_attached_to_an_ended_request_is_told_something_while_its_tombstone_lives():
+    """Also when others kept stream time going, and when it was asked for before: that does not prolong its life."""
+    async with World(partitions=1, attach_window=5.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await world.check(client.generate("x", id="r"), world.plan("r", choices=[letters("hello")]))
+        ended = asyncio.get_running_loop().time()
+        await until_tombstone(world, "default.r")
+        world.plan("later", choices=[[1] * 9000])
+        going_on = client.generate("x", id="later")
+        told: list[dict[str, Any]] = []
+        await world.bus.subscribe("here", lambda message: told.append(json.loads(message.data)))
+        while await world.tombstone("default.r") is not None:
+            told.clear()
+            await world.backend.append(m.Attach("default.r", m.ReplyTo("here")), 0)
+            await until(lambda: told)
+            await asyncio.sleep(20.0)
+        assert asyncio.get_running_loop().time() - ended > 120.0
+        await asyncio.sleep(20.0)
+        assert "default.r" not in service.partitions[0].core.fold.requests
+        going_on.abandon()
 
 
 @virtual

@@ -183,7 +183,7 @@ class Owner(Actor):
     def _on_query(self, message: Message) -> None:
         query = codec.decode_as(m.PrefixQuery, message.data)
         state = self.state(query.key)
-        if state is None or state.epoch < query.epoch:
+        if state is None or state.opened is None or state.epoch < query.epoch:
             reply = m.PrefixReply("pending")
         elif state.terminal is not None:
             reply = m.PrefixReply("ended", state.epoch)
@@ -355,7 +355,7 @@ async def test_cancel_before_open_while_waiting_and_while_running() -> None:
     world = await World(schedulers=2).start(workers=0)
     body = msgpack.packb(dict(id="early", tenant="t"))
     answer = await world.client.request(subjects.cancel(MODEL), body, 1.0)
-    assert msgpack.unpackb(answer.data) == {"ok": True}
+    assert msgpack.unpackb(answer.data) == {"ok": True, "request": "unknown"}
     waiting, early = world.submit("waiting"), world.submit("early")
     await asyncio.sleep(0.1)
     await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="waiting", tenant="t")), 1.0)
@@ -364,14 +364,15 @@ async def test_cancel_before_open_while_waiting_and_while_running() -> None:
     await world.ended(early)
     running = world.submit("running", tokens=1000)
     await until(lambda: running in worker.runs)
-    await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
+    answer = await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
+    assert msgpack.unpackb(answer.data) == {"ok": True, "request": "live"}
     await world.ended(running)
     assert {world.reason(key) for key in (waiting, early, running)} == {"cancelled"}
     await until(lambda: not worker.runs, within=1)
     assert world.orders(waiting) == []
     await world.idle()
     late = await world.client.request(subjects.cancel(MODEL), msgpack.packb(dict(id="running", tenant="t")), 1.0)
-    assert msgpack.unpackb(late.data) == {"ok": True}
+    assert msgpack.unpackb(late.data) == {"ok": True, "request": "ended"}
     assert len(list(world.entries(m.End, running))) == 1, "nothing is remembered for a request to come"
     await world.stop()
 
@@ -415,6 +416,10 @@ async def test_the_same_id_again_attaches_and_another_body_is_a_conflict() -> No
     assert len(world.orders(key)) == 1
     world.submit("a", body=b"other", durable=True)
     await until(lambda: world.broker.streams[subjects.STREAM_RESULTS].messages)
+    world.submit("a", body=b"other", durable=True, refused_as="job-7")
+    results = world.broker.streams[subjects.STREAM_RESULTS].messages
+    await until(lambda: len(results) == 2)
+    assert [s.subject for s in results.values()] == [subjects.results(key), subjects.results("t.job-7")]
     await world.idle()
     await world.stop()
 
@@ -493,6 +498,22 @@ async def test_without_a_worker_they_wait_for_the_next() -> None:
     assert world.schedulers[0].heartbeat().detail["migrations"] == 1, "it waits in one and the same epoch"
     await world.worker()
     await world.ended(key)
+    await world.idle()
+    await world.stop()
+
+
+@virtual
+async def test_a_request_whose_open_is_no_longer_in_the_log_is_opened_again() -> None:
+    """Nobody folded the log before it was trimmed."""
+    world = await World().start(workers=1)
+    key = world.submit("a", tokens=60)
+    await until(lambda: world.orders(key))
+    await until(lambda: world.owner.state(key) and world.owner.state(key).opened)
+    del world.owner.folds[subjects.partition_of(key, PARTITIONS)].requests[key]
+    world.workers[0].die()
+    await world.worker()
+    await world.ended(key)
+    assert world.reason(key) == "finished"
     await world.idle()
     await world.stop()
 

@@ -551,6 +551,29 @@ async def test_wrong_jobs() -> None:
     await world.stop()
 
 
+@virtual
+async def test_a_job_never_passes_for_an_earlier_one_with_its_id() -> None:
+    """However long ago that was: JetStream remembers message ids for two minutes only."""
+    world = World()
+    await world.start()
+    await world.job({"id": "night", "prompt": "x"})
+    [first] = world.stored(subjects.STREAM_REQ)
+    assert isinstance(first, m.Request)
+    await asyncio.sleep(200)
+    # Nobody knows yet who has the id: the scheduler decides, and tells a refusal where it harms nobody's results.
+    seq = await world.job({"id": "night", "prompt": "y"})
+    assert [(r.key, r.refused_as) for r in world.stored(subjects.STREAM_REQ)[1:]] == [(first.key, f"job-{seq}")]  # type: ignore[union-attr]
+    await asyncio.sleep(200)
+    bucket = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+    await bucket.create(first.key, codec.encode(m.Tombstone(1, 1, "finished", first.body_hash)))
+    seq = await world.job({"id": "night", "prompt": "z"})
+    assert [e["code"] for e in world.results(f"default.job-{seq}")] == ["id_conflict"]
+    assert [e["event"] for e in world.results("default.night")] == ["accepted"]
+    assert len(world.stored(subjects.STREAM_REQ)) == 2
+    assert not world.broker.streams[subjects.STREAM_JOBS].messages
+    await world.stop()
+
+
 @pytest.mark.parametrize("fault", ["lose_append", "late_append", "lose_ack", "drop"])
 @virtual
 async def test_jobs_are_neither_lost_nor_doubled(fault: str) -> None:

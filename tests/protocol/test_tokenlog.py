@@ -172,6 +172,18 @@ def test_prune_forgets_what_ended_and_nothing_else() -> None:
     assert list(fold.requests) == ["t.live"]
 
 
+def test_what_comes_after_the_end_does_not_prolong_its_memory() -> None:
+    fold = PartitionFold()
+    fold.apply(_open(), 0)
+    fold.apply(_tokens(0, [1], finish="length"), 1)
+    for entry in (_tokens(1, [2]), m.Fence("t.a", 2), m.Attach("t.a", m.ReplyTo("there"))):
+        fold.apply(entry, 9)
+    later = _open()._replace(req_seq=99)
+    assert not fold.make_way(later, before=1.0) and not fold.make_way(_open("t.b"), before=9.0)
+    assert not fold.make_way(_open(), before=9.0), "a scheduler repeats itself"
+    assert fold.make_way(later, before=1.5) and not fold.requests
+
+
 def test_choices_wait_for_the_prompt_and_a_fence_fixes_how_much_of_it_is_told() -> None:
     fold = PartitionFold()
     fold.apply(_open()._replace(prompt_logprobs=True), 0)

@@ -164,6 +164,11 @@ async def test_a_repeated_run_changes_nothing() -> None:
     assert (await world.order(run)).accepted, "also when it has ended"
     await asyncio.sleep(1)
     assert [t.position for t in world.tokens_of("t.a")] == list(range(10))
+    await asyncio.sleep(REMEMBER_ENDED)
+    assert (await world.order(run)).accepted
+    await world.idle()
+    await asyncio.sleep(1)
+    assert len(world.tokens_of("t.a")) == 20, "another request of that name, by now"
     await worker.stop()
 
 

@@ -152,6 +152,10 @@ def test_what_keeps_a_benchmark_from_its_beginning_is_said_in_one_line() -> None
         (["--nats", "nats://127.0.0.1:1"], "no NATS server answers at nats://127.0.0.1:1"),
         (["--engine", "/no/such/model"], "config_missing"),
         (["--engine", "/no/such/model", "--option", "no_such_field=1"], "no_such_field"),
+        (
+            ["--engine", "/no/such/model", "--option", "max_seqs=many"],
+            "--option: max_seqs: Input should be a valid integer",
+        ),
     ):
         result = CliRunner().invoke(app, ["bench", *arguments])
         assert result.exit_code == 1 and said in result.output.splitlines()[-1], result.output

@@ -50,7 +50,7 @@ def test_no_field_is_forgotten() -> None:
     counted = {
         "run": {"constraint", "prompt_done"},
         "open": {"tool_format", "best", "prompt_logprobs", "prompt_ids"},
-        "request": {"tool_format", "best", "echo", "constraint"},
+        "request": {"tool_format", "best", "echo", "constraint", "refused_as"},
     }
     first = {"run": m.Run._fields[:11], "open": m.Open._fields[:13], "request": m.Request._fields[:14]}
     for kind, cls in (("run", m.Run), ("open", m.Open), ("request", m.Request)):

@@ -198,6 +198,26 @@ def test_bytes_that_are_no_text() -> None:
     assert said["top_logprobs"] == [{"bytes:\\xc3": -9999.0, "bytes:\\xa9": -3.0}]
 
 
+def test_places_of_tokens_count_the_characters_that_are_made_of_several() -> None:
+    whale = "🐳".encode()
+    pieces = Known({1: b"a", 2: whale[:2], 3: whale[2:], 4: b"b", 5: b"\xff"}, set())
+    renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=0)
+
+    def rows(ids: list[int]) -> list[dict[str, Any]]:
+        return [dict(id=token, logprob=-1.0, top=[]) for token in ids]
+
+    ids = [1, 2, 3, 4, 5, 4]
+    choice = Choice(0)
+    renderer.absorb(choice, Delta(0, 0, ids, "a🐳b\N{REPLACEMENT CHARACTER}b", 0, rows(ids)))
+    assert renderer.choice(choice, "stop", pieces)["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4]
+    choice, places = Choice(0), []
+    for token, text in zip(ids[:4], ("a", "", "🐳", "b"), strict=True):
+        chunk = renderer.delta(choice, Delta(0, 0, [token], text, choice.chars, rows([token])), pieces)
+        assert chunk is not None
+        places += json.loads(chunk)["logprobs"]["text_offset"]
+    assert places == [0, 1, 1, 2]
+
+
 def test_echoed_logprobs_come_first() -> None:
     pieces = Known({0: b"<s>", 1: b"ab", 2: b"c", 3: b"d"}, {0})
     renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=1)

@@ -71,6 +71,20 @@ def test_figures_stay_whole_on_a_narrow_terminal() -> None:
         assert figure in lines[3]
 
 
+def test_a_terminal_that_is_too_narrow_for_all_figures_shows_the_first_ones_whole() -> None:
+    view = View()
+    for n in range(21):
+        view.hear(worker("model_worker-1-6a156a1e4d", 50 * n, tokens_per_step=2.5), n / 10)
+        view.hear(beat("scheduler", "scheduler-1-2737c165ba", live=17, waiting=3, workers=2), n / 10)
+    assert "waiting=1" in shown(view, 2.0, width=100)[-1]
+    for width, whole in ((79, "25% 8 2.50"), (70, "25% 8 8/32"), (60, "8 8/32"), (50, "8/32")):
+        lines = shown(view, 2.0, width)
+        assert all(len(line) <= width for line in lines)
+        worker_line = lines[-1].split()
+        assert worker_line[0] == "model_worker" and worker_line[1].startswith("model_worker-1")
+        assert {"ready", "500", "tok/s", *whole.split()} <= set(worker_line), lines[-1]
+
+
 def test_who_is_silent_disappears_and_rates_follow_the_window() -> None:
     view = View()
     view.hear(worker("w", 0), 0.0)
