@@ -35,6 +35,43 @@ STAGES = 2
 
 
 @gluon.jit
+def _spread(first, rows, before, POSITIONS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(end of the positions that a tile of rows sees, its KV tiles, those of them that need no mask). A padded sequence, whose end is
+    ≤ 0, takes one tile, of which it sees nothing."""
+    limit = before + gl.minimum(first + POSITIONS, rows)
+    return limit, gl.maximum((limit + BLOCK_N - 1) // BLOCK_N, 1), (before + first + 1) // BLOCK_N
+
+
+@gluon.jit
+def _load_tile(
+    desc,
+    pages,
+    smem,
+    full,
+    empty,
+    n,
+    first_page,
+    last_page,
+    kv_head,
+    PAGE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HALF: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Starts the loads of the n-th tile of keys or values, once its place is free."""
+    stage = n % STAGES
+    # The first round waits for a phase that counts as done: the buffers are empty.
+    mbarrier.wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), 2 * BLOCK_N * HALF * 2)
+    for j in gl.static_range(BLOCK_N // PAGE):
+        row = gl.load(pages + gl.minimum(first_page + j, last_page)) * PAGE
+        for half in gl.static_range(2):
+            target = smem.index(stage * 2 + half).slice(j * PAGE, PAGE, 0)
+            column = kv_head * 2 * HALF + half * HALF
+            tma.async_copy_global_to_shared(desc, [row, column], full.index(stage), target)
+
+
+@gluon.jit
 def _produce(
     k_desc,
     v_desc,
@@ -54,25 +91,9 @@ def _produce(
     STAGES: gl.constexpr,
 ):
     for i in range(tiles):
-        stage = i % STAGES
-        free = ((i // STAGES) & 1) ^ 1  # the first round waits for a phase that counts as done: the buffers are empty
-        first_page = (tiles - 1 - i) * (BLOCK_N // PAGE)
-        mbarrier.wait(k_empty.index(stage), free)
-        mbarrier.expect(k_full.index(stage), 2 * BLOCK_N * HALF * 2)
-        for j in gl.static_range(BLOCK_N // PAGE):
-            row = gl.load(table_ptr + gl.minimum(first_page + j, last_page)) * PAGE
-            for half in gl.static_range(2):
-                target = k_smem.index(stage * 2 + half).slice(j * PAGE, PAGE, 0)
-                column = kv_head * 2 * HALF + half * HALF
-                tma.async_copy_global_to_shared(k_desc, [row, column], k_full.index(stage), target)
-        mbarrier.wait(v_empty.index(stage), free)
-        mbarrier.expect(v_full.index(stage), 2 * BLOCK_N * HALF * 2)
-        for j in gl.static_range(BLOCK_N // PAGE):
-            row = gl.load(table_ptr + gl.minimum(first_page + j, last_page)) * PAGE
-            for half in gl.static_range(2):
-                target = v_smem.index(stage * 2 + half).slice(j * PAGE, PAGE, 0)
-                column = kv_head * 2 * HALF + half * HALF
-                tma.async_copy_global_to_shared(v_desc, [row, column], v_full.index(stage), target)
+        page = (tiles - 1 - i) * (BLOCK_N // PAGE)
+        _load_tile(k_desc, table_ptr, k_smem, k_full, k_empty, i, page, last_page, kv_head, PAGE, BLOCK_N, HALF, STAGES)
+        _load_tile(v_desc, table_ptr, v_smem, v_full, v_empty, i, page, last_page, kv_head, PAGE, BLOCK_N, HALF, STAGES)
 
 
 @gluon.jit
@@ -99,6 +120,19 @@ def _softmax(
     weights = gl.exp2(scores * scale - base[:, None])
     keep = gl.exp2(peak - base)
     return weights, keep, new_peak, total * keep + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _clear_stale(v_smem, stage, start, limit, BLOCK_N: gl.constexpr):
+    """Zeroes the values of a tile behind `limit`: a block's stale rows may hold NaN, and 0 × NaN is NaN. Both consumers write the same,
+    so it matters not who is first."""
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LOAD))
+    for half in gl.static_range(2):
+        v = v_smem.index(stage * 2 + half)
+        v.store(gl.where((n < limit)[:, None], v.load(LOAD), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -208,13 +242,7 @@ def _consume(
     weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), P_LAYOUT)
     mbarrier.wait(v_full.index(0), 0)
     if start + BLOCK_N > limit:
-        # A block's stale rows may hold NaN, and 0 × NaN is NaN. Both consumers write the same, so it matters not who is first.
-        n = start + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LOAD))
-        for half in gl.static_range(2):
-            v = v_smem.index(half)
-            v.store(gl.where((n < limit)[:, None], v.load(LOAD), 0.0))
-        fence_async_shared()
-        gl.thread_barrier()
+        _clear_stale(v_smem, 0, start, limit, BLOCK_N)
 
     low = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     high = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
@@ -279,10 +307,7 @@ def _prefill_hopper_kernel(
         return
     before = gl.load(context_len_ptr + seq) - rows
     table_ptr = block_table_ptr + seq.to(gl.int64) * table_stride
-    limit = before + gl.minimum(first + POSITIONS, rows)
-    # A padded sequence (limit ≤ 0) takes one tile, of which it sees nothing.
-    tiles = gl.maximum((limit + BLOCK_N - 1) // BLOCK_N, 1)
-    whole = (before + first + 1) // BLOCK_N
+    limit, tiles, whole = _spread(first, rows, before, POSITIONS, BLOCK_N)
     last_page = gl.maximum((limit - 1) // PAGE, 0)
 
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -329,6 +354,14 @@ def fits(q: Tensor, k_cache: Tensor, window: int) -> bool:
     return narrow and 8 <= page <= BLOCK_N and BLOCK_N % page == 0 and q.shape[1] // kv_heads <= CONSUMERS * ROWS
 
 
+def cache_descriptor(cache: Tensor) -> TensorDescriptor:
+    """Keys or values [B, P, Hkv, D] as rows of all heads, in boxes of half a head's dimensions of one block."""
+    blocks, page, kv_heads, head_dim = cache.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    width = kv_heads * head_dim
+    return TensorDescriptor(cache, [blocks * page, width], [width, 1], [page, HALF], layout)
+
+
 def prefill_attention_hopper(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, out: Tensor
 ) -> None:
@@ -336,11 +369,9 @@ def prefill_attention_hopper(
     sequences = batch.context_len.shape[0] - batch.decode_seqs
     if sequences <= 0 or batch.max_query <= 0:
         return
-    blocks, page, kv_heads, head_dim = k_cache.shape
+    page, kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // kv_heads
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    shape, strides = [blocks * page, kv_heads * head_dim], [kv_heads * head_dim, 1]
-    k_desc, v_desc = (TensorDescriptor(cache, shape, strides, [page, HALF], layout) for cache in (k_cache, v_cache))
+    k_desc, v_desc = cache_descriptor(k_cache), cache_descriptor(v_cache)
     tiles = triton.cdiv(batch.max_query, CONSUMERS * ROWS // group)
     _prefill_hopper_kernel[(tiles, kv_heads, sequences)](
         q,

@@ -33,9 +33,13 @@ from kernels.attention_prefill_hopper import (
     HALF,
     ROWS,
     STAGES,
+    _clear_stale,
     _consume_tile,
+    _load_tile,
     _softmax,
+    _spread,
     _start_scores,
+    cache_descriptor,
 )
 from kernels.ops import AttentionBatch
 
@@ -51,13 +55,6 @@ def _locate(number, query_start_ptr, context_len_ptr, first_seq, row_tiles, HKV:
     rows = gl.load(query_start_ptr + seq + 1) - query_start
     before = gl.load(context_len_ptr + seq) - rows
     return first, pair % HKV, seq, query_start, rows, before
-
-
-@gluon.jit
-def _spread(first, rows, before, POSITIONS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(end of the positions that the tile sees, its KV tiles, how many of them need no mask)"""
-    limit = before + gl.minimum(first + POSITIONS, rows)
-    return limit, gl.maximum((limit + BLOCK_N - 1) // BLOCK_N, 1), (before + first + 1) // BLOCK_N
 
 
 @gluon.jit
@@ -110,27 +107,9 @@ def _produce(
                 place = [query_start + first + consumer * (ROWS // GROUP), kv_head * GROUP, half * HALF]
                 tma.async_copy_global_to_shared(q_desc, place, q_full.index(buffer), q_target)
         for i in range(tiles):
-            stage = n % STAGES
-            free = (
-                (n // STAGES) & 1
-            ) ^ 1  # the first round waits for a phase that counts as done: the buffers are empty
-            first_page = (tiles - 1 - i) * (BLOCK_N // PAGE)
-            mbarrier.wait(k_empty.index(stage), free)
-            mbarrier.expect(k_full.index(stage), 2 * BLOCK_N * HALF * 2)
-            for j in gl.static_range(BLOCK_N // PAGE):
-                row = gl.load(pages + gl.minimum(first_page + j, last_page)) * PAGE
-                for half in gl.static_range(2):
-                    target = k_smem.index(stage * 2 + half).slice(j * PAGE, PAGE, 0)
-                    column = kv_head * 2 * HALF + half * HALF
-                    tma.async_copy_global_to_shared(k_desc, [row, column], k_full.index(stage), target)
-            mbarrier.wait(v_empty.index(stage), free)
-            mbarrier.expect(v_full.index(stage), 2 * BLOCK_N * HALF * 2)
-            for j in gl.static_range(BLOCK_N // PAGE):
-                row = gl.load(pages + gl.minimum(first_page + j, last_page)) * PAGE
-                for half in gl.static_range(2):
-                    target = v_smem.index(stage * 2 + half).slice(j * PAGE, PAGE, 0)
-                    column = kv_head * 2 * HALF + half * HALF
-                    tma.async_copy_global_to_shared(v_desc, [row, column], v_full.index(stage), target)
+            page = (tiles - 1 - i) * (BLOCK_N // PAGE)
+            _load_tile(k_desc, pages, k_smem, k_full, k_empty, n, page, last_page, kv_head, PAGE, BLOCK_N, HALF, STAGES)
+            _load_tile(v_desc, pages, v_smem, v_full, v_empty, n, page, last_page, kv_head, PAGE, BLOCK_N, HALF, STAGES)
             n += 1
         turn += 1
         number = _seek(
@@ -149,7 +128,6 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     D: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = out_ptr.dtype.element_ty
 
@@ -182,13 +160,7 @@ def _consume(
         weights = gl.convert_layout(weights.to(dtype), P_LAYOUT)
         mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)
         if start + BLOCK_N > limit:
-            # A block's stale rows may hold NaN, and 0 × NaN is NaN. Both consumers write the same, so it matters not who is first.
-            there = start + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LOAD)) < limit
-            for half in gl.static_range(2):
-                v = v_smem.index(stage * 2 + half)
-                v.store(gl.where(there[:, None], v.load(LOAD), 0.0))
-            fence_async_shared()
-            gl.thread_barrier()
+            _clear_stale(v_smem, stage, start, limit, BLOCK_N)
 
         low = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
         high = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
@@ -329,12 +301,10 @@ def prefill_attention_persistent(
     sequences = batch.context_len.shape[0] - batch.decode_seqs
     if sequences <= 0 or batch.max_query <= 0:
         return
-    blocks, page, kv_heads, head_dim = k_cache.shape
+    page, kv_heads, head_dim = k_cache.shape[1:]
     rows, heads, _ = q.shape
     group = heads // kv_heads
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    shape, strides = [blocks * page, kv_heads * head_dim], [kv_heads * head_dim, 1]
-    k_desc, v_desc = (TensorDescriptor(cached, shape, strides, [page, HALF], layout) for cached in (k_cache, v_cache))
+    k_desc, v_desc = cache_descriptor(k_cache), cache_descriptor(v_cache)
     q_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     tile = [ROWS // group, group, HALF]
     q_desc = TensorDescriptor(q, [rows, heads, head_dim], [heads * head_dim, head_dim, 1], tile, q_layout)

@@ -340,8 +340,6 @@ class NatsBus:
         if len(data) > nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {nc._max_payload - HEADROOM} are allowed")
         if nc._pending_data_size <= MAX_UNSENT and self.is_up():
-            if nc.join_burst(subject, data, reply):
-                return
             try:
                 self._send(subject, data, reply)
                 return

@@ -113,14 +113,17 @@ class PromptGraphs:
         if (sequences := self._sequences_of_whole(size, batch)) is not None:
             self._lay_out(batch, rows, sequences)
             self._graphs.replay(("prompts", size, sequences))
-            return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
-        queries, attended = self._queries[:rows], self._attended[:rows]
-        for index, (keys, values) in enumerate(self._caches):
-            self._graphs.replay(("prompt", size, index))
-            window = decoder.config.windows[index]
-            decoder.ops.attention(queries, keys, values, batch, decoder.scale, window, attended)
-        self._graphs.replay(("prompt", size, len(self._caches)))
+        else:
+            for index in range(len(self._caches)):
+                self._graphs.replay(("prompt", size, index))
+                self._attend(rows, index, batch)
+            self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
+
+    def _attend(self, rows: int, index: int, batch: AttentionBatch) -> None:
+        decoder, (keys, values) = self._decoder, self._caches[index]
+        queries, attended, window = self._queries[:rows], self._attended[:rows], decoder.config.windows[index]
+        decoder.ops.attention(queries, keys, values, batch, decoder.scale, window, attended)
 
     # A step as a whole.
 
@@ -142,15 +145,14 @@ class PromptGraphs:
             self._contexts[count:sequences].fill_(0)
 
     def _whole(self, size: int, sequences: int) -> None:
-        decoder, layers = self._decoder, len(self._caches)
         starts, contexts, table = self._starts[: sequences + 1], self._contexts[:sequences], self._table[:sequences]
-        batch = AttentionBatch(starts, contexts, table, 0, 1, max_query=size, max_context=len(decoder.cos_sin))
+        longest = len(self._decoder.cos_sin)
+        batch = AttentionBatch(starts, contexts, table, 0, 1, max_query=size, max_context=longest)
         self._begin(size)
-        for index, (keys, values) in enumerate(self._caches):
-            window, attended = decoder.config.windows[index], self._attended[:size]
-            decoder.ops.attention(self._queries[:size], keys, values, batch, decoder.scale, window, attended)
-            if index + 1 < layers:
-                self._between(size, index + 1)
+        self._attend(size, 0, batch)
+        for index in range(1, len(self._caches)):
+            self._between(size, index)
+            self._attend(size, index, batch)
         self._end(size)
 
     # The pieces: from the ids to the first layer's attention, from one attention to the next, from the last one on.

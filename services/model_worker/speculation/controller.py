@@ -81,7 +81,8 @@ class Acceptances:
         self.promised[places] = MEMORY * self.promised[places] + _promise(tree)
 
     def summary(self, place: int) -> RequestSpeculation:
-        by_head = _by_head(self.accepted[place])
+        # Up to the last head whose guess was ever accepted.
+        by_head = tuple(count for count in _by_head(self.accepted[place]) if count)
         return RequestSpeculation(int(self.plain[place]), int(self.steps[place]), by_head, int(self.nodes[place]))
 
 
@@ -89,12 +90,10 @@ def _promise(tree: Tree) -> float:
     return max(tree.expected_extra, 1e-3)
 
 
-def _by_head(accepted: NDArray[np.int64]) -> tuple[int, ...]:
-    """Steps by the number of their accepted guesses → steps in which each head's guess was accepted, up to the last that ever was."""
+def _by_head(accepted: NDArray[np.int64]) -> list[int]:
+    """Steps by the number of their accepted guesses → steps in which each head's guess was accepted."""
     by_head: list[int] = accepted[::-1].cumsum()[::-1][1:].tolist()
-    while by_head and not by_head[-1]:
-        by_head.pop()
-    return tuple(by_head)
+    return by_head
 
 
 @dataclass(slots=True)
@@ -197,5 +196,4 @@ class TreeController:
     def stats(self) -> SpeculationStats:
         # Copies: another thread may be asking.
         steps, accepted = dict(self._steps), self._accepted.copy()
-        by_head = accepted[::-1].cumsum()[::-1][1:].tolist()
-        return SpeculationStats(steps, int(accepted.sum()), by_head, self.average)
+        return SpeculationStats(steps, int(accepted.sum()), _by_head(accepted), self.average)
