@@ -248,6 +248,15 @@ async def test_a_snapshot_ahead_of_the_stream_is_discarded():
         del stream, plan
 
 
+async def crash_and_lose_the_log(world: World, detokenizer: DetokenizerService) -> None:
+    """Request r is still live, and nothing of the log is there but what a snapshot holds."""
+    await world.crash(detokenizer)
+    assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+    await assignments.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"")))
+    tok = world.broker.stream(subjects.STREAM_TOK)
+    tok.trim(tok.last_seq + 1)
+
+
 @virtual
 async def test_a_snapshot_is_kept_when_the_log_before_it_is_trimmed():
     async with World(partitions=1) as world, world.client() as client:
@@ -257,11 +266,7 @@ async def test_a_snapshot_is_kept_when_the_log_before_it_is_trimmed():
         await asyncio.sleep(1.5)
         world.backend.paused = True
         await asyncio.sleep(1.0)
-        await world.crash(first)
-        assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
-        await assignments.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"")))
-        tok = world.broker.stream(subjects.STREAM_TOK)
-        tok.trim(tok.last_seq + 1)
+        await crash_and_lose_the_log(world, first)
         second = await world.detokenizer("b")
         await until(lambda: world.serving(second))
         world.backend.paused = False
@@ -282,11 +287,7 @@ async def test_a_snapshot_larger_than_a_message_is_stored_in_parts():
             await asyncio.sleep(4.0)
             world.backend.paused = True
             await asyncio.sleep(4.0)
-            await world.crash(first)
-            assignments = await world.bus.bucket(subjects.BUCKET_ASSIGN)
-            await assignments.create("default.r", codec.encode(m.Assignment(7, 1, "w", b"")))
-            tok = world.broker.stream(subjects.STREAM_TOK)
-            tok.trim(tok.last_seq + 1)
+            await crash_and_lose_the_log(world, first)
             bucket = await world.bus.bucket(subjects.BUCKET_SNAPSHOT)
             assert len(await parts.get(bucket, subjects.snapshot_key(MODEL, 0)) or b"") > 60_000
             second = await world.detokenizer("b")
