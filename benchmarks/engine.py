@@ -198,7 +198,7 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> bool:
                 Path(folder), load_format="dummy", device=arguments.device, max_model_len=CONTEXT, max_seqs=256,
                 max_batched_tokens=arguments.max_batched_tokens, block_size=arguments.block_size, prefix_cache=False,
                 cuda_graphs=not arguments.no_graphs, overlap=False if arguments.no_overlap else None,
-                batch_invariant=arguments.batch_invariant, whole_prompts=arguments.whole_prompts,
+                batch_invariant=arguments.batch_invariant, whole_prompts=not arguments.no_whole_prompts,
             )
         )  # fmt: skip
         start = time.perf_counter()
@@ -250,7 +250,9 @@ def main() -> int:
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-overlap", action="store_true")
-    parser.add_argument("--whole-prompts", action="store_true", help="capture steps of few prompts whole")
+    parser.add_argument(
+        "--no-whole-prompts", action="store_true", help="steps of few prompts in pieces, as longer ones"
+    )
     parser.add_argument(
         "--batch-invariant", action="store_true", help="what the mode costs; give it an --out of its own"
     )

@@ -29,7 +29,12 @@ def select_ops(device: torch.device | str, batch_invariant: bool = False) -> Ops
 
             return TritonOps(fixed_split=SPAN)
 
-        return TritonOps(hopper_prefill=_torch.cuda.get_device_capability(device)[0] == 9 and _gluon_fits())
+        hopper = _torch.cuda.get_device_capability(device)[0] == 9 and _gluon_fits()
+        if hopper:
+            from kernels.attention_prefill_hopper import counters
+
+            counters(_torch.empty(0, device=device).device)  # with its number
+        return TritonOps(hopper_prefill=hopper)
     from kernels.reference import ReferenceOps
 
     return ReferenceOps()

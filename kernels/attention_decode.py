@@ -117,7 +117,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fill"])
 def _decode_kernel(
     q_ptr,
     k_cache,
@@ -206,7 +206,7 @@ def _decode_kernel(
         tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fill", "splits"])
 def _merge_kernel(
     partial_ptr,
     lse_ptr,

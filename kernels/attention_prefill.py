@@ -57,7 +57,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_seq"])
 def _prefill_kernel(
     q_ptr,
     k_cache,

@@ -147,7 +147,6 @@ def production_calls() -> dict[str, Callable[[], object]]:
     from kernels.triton_ops import TritonOps
 
     ops, hopper, same_bits = TritonOps(), TritonOps(hopper_prefill=True), TritonOps(fixed_split=512)
-    persistent = TritonOps(persistent_prefill=True)
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)
@@ -171,10 +170,18 @@ def production_calls() -> dict[str, Callable[[], object]]:
     counts, mask = torch.zeros(1, vocabulary, dtype=torch.int32), torch.zeros(1, vocabulary, dtype=torch.bool)
     token_bits = torch.zeros(2, vocabulary // 32, dtype=torch.int32)
 
-    def cache(page: int) -> torch.Tensor:
-        return torch.zeros(2, page, kv_heads, head_dim, dtype=bf16)
+    def cache(page: int, kv: int = kv_heads) -> torch.Tensor:
+        return torch.zeros(2, page, kv, head_dim, dtype=bf16)
 
-    def attend(decodes: int, rows: int, page: int, window: int = 0, tree: bool = False, ops: TritonOps = ops) -> object:
+    def attend(
+        decodes: int,
+        rows: int,
+        page: int,
+        window: int = 0,
+        tree: bool = False,
+        ops: TritonOps = ops,
+        kv: int = kv_heads,
+    ) -> object:
         batch = AttentionBatch(
             torch.zeros(3, dtype=torch.int32),
             torch.zeros(2, dtype=torch.int32),
@@ -185,8 +192,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
             16384,
             torch.zeros(rows, dtype=torch.int64) if tree else None,
         )
-        q = torch.zeros(2 * rows, q_heads, head_dim, dtype=bf16)
-        return ops.attention(q, cache(page), cache(page), batch, 0.1, window)
+        q = torch.zeros(2 * rows, q_heads if kv == kv_heads else 7 * kv, head_dim, dtype=bf16)
+        return ops.attention(q, cache(page, kv), cache(page, kv), batch, 0.1, window)
 
     def rope(norm: torch.Tensor | None, qkv: Product = qkv) -> object:
         k = cache(64)
@@ -235,7 +242,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "attention prefill, P 16": lambda: attend(0, 1, 16),
         "prefill on Hopper, P 64": lambda: attend(0, 1, 64, ops=hopper),
         "prefill on Hopper, P 16": lambda: attend(0, 1, 16, ops=hopper),
-        "persistent prefill on Hopper": lambda: attend(0, 1, 64, ops=persistent),
+        "prefill on Hopper, 7 heads a group": lambda: attend(0, 1, 64, ops=hopper, kv=4),
         "attention prefill, window": lambda: attend(0, 1, 64, window=4096),
         "attention decode, P 64": lambda: attend(2, 1, 64),
         "attention decode, P 16": lambda: attend(2, 1, 16),

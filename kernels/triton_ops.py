@@ -24,17 +24,13 @@ class TritonOps:
     decoded. Contexts are cut into spans of so many tokens (a multiple of 64), and a product's kernel depends on the weights' shape
     alone. Rows of speculation trees are equal among themselves only: the mode is for engines without.
     hopper_prefill: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window).
-    persistent_prefill: by its persistent sister where that fits. It has been compiled, but never run.
     """
 
     name = "triton"
 
-    def __init__(
-        self, fixed_split: int | None = None, hopper_prefill: bool = False, persistent_prefill: bool = False
-    ) -> None:
+    def __init__(self, fixed_split: int | None = None, hopper_prefill: bool = False) -> None:
         self.fixed_split = fixed_split
         self.hopper_prefill = hopper_prefill
-        self.persistent_prefill = persistent_prefill
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return add_up(self.product(x, weight, bias))
@@ -106,12 +102,6 @@ class TritonOps:
             )
             return out
         decode_attention(q, k_cache, v_cache, batch, scale, window, out)
-        if self.persistent_prefill:
-            from kernels import attention_prefill_persistent as persistent
-
-            if persistent.fits(q, k_cache, window):
-                persistent.prefill_attention_persistent(q, k_cache, v_cache, batch, scale, out)
-                return out
         if self.hopper_prefill:
             from kernels import attention_prefill_hopper as hopper  # Gluon: has no interpreter, so not for every import
 

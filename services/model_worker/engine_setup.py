@@ -81,7 +81,7 @@ class EngineConfig:
     memory_tokens: int = 4096
     prefix_cache: bool = True
     cuda_graphs: bool = True
-    whole_prompts: bool = False
+    whole_prompts: bool = True
     overlap: bool | None = None
     max_waiting: int = 4096
     min_step_bound: float = 2.0

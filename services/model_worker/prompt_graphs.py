@@ -4,9 +4,8 @@ A step of prompts has as many shapes as there are ways to cut prompts up, so it 
 sequences; everything else sees rows. That is captured, padded to some number of rows, and attention is launched between the pieces.
 Of a small model's step the host's launches take longer than the device's work: they are what this saves.
 
-A step of few sequences can be captured whole all the same: its attention is launched for as many sequences, each as long as the step,
-as the graph is made for, and programs of those that are not there, or shorter, end at once. That is not the default: it has been
-tried on a CPU only.
+A step of few sequences is captured whole all the same: its attention is launched for as many sequences, each as long as the step,
+as the graph is made for, and programs of those that are not there, or shorter, end at once.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ _SIZES = (
     3584, 4096, 5120, 6144, 7168, 8192,
 )  # fmt: skip
 
-# (sequences, most rows) of steps that are captured whole: beyond, programs without work cost more than launches.
-WHOLE = ((1, 2048), (8, 1024))
+# (sequences, most rows) of steps that are captured whole. Longer ones keep the device busy for as long as the host launches their
+# pieces, and the first piece is there sooner than a whole graph.
+WHOLE = ((1, 1024), (8, 1024))
 # Tokens in the cache up to which a whole step also takes decodes, as prompts of one row: their contexts are not split.
 WHOLE_CONTEXT = 2048
 

@@ -80,9 +80,6 @@ class WorkerSettings(StageSettings):
     memory_tokens: int = Field(4096, ge=2, description="longest sequence of contrastive search")
     prefix_cache: bool = Field(True, description="keep the KV blocks of prompts for those that begin alike")
     cuda_graphs: bool = Field(True, description="replay common steps as graphs: a longer start, shorter steps")
-    whole_prompts: bool = Field(
-        False, description="with graphs: also those of steps of few prompts as a whole; not measured on a GPU yet"
-    )
     min_step_bound: float = Field(2.0, gt=0, description="seconds; no step is taken for stalled before")
     first_step_bound: float = Field(
         60.0, gt=0, description="the same for the first step of a kind, which may have to compile"

@@ -41,7 +41,6 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         memory_tokens=settings.memory_tokens,
         prefix_cache=settings.prefix_cache,
         cuda_graphs=settings.cuda_graphs,
-        whole_prompts=settings.whole_prompts,
         max_waiting=settings.max_waiting,
         min_step_bound=settings.min_step_bound,
         first_step_bound=settings.first_step_bound,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from services.model_worker import train_heads
 from services.model_worker.engine import EngineRequest, FinishReason
@@ -70,7 +72,7 @@ def same_numbers(got: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"whole_prompts": True}, {"speculate": False, "cuda_graphs": False, "overlap": False}],
+    [{}, {"whole_prompts": False}, {"speculate": False, "cuda_graphs": False, "overlap": False}],
     ids=str,
 )
 def test_every_kind_of_request_is_answered_as_on_a_cpu(amateur: Path, options: dict[str, Any]) -> None:
@@ -94,6 +96,41 @@ def test_every_kind_of_request_is_answered_as_on_a_cpu(amateur: Path, options: d
             assert harness.engine.runner.prompts is not None
             speculation = harness.engine.stats().speculation
             assert speculation is not None and speculation.accepted[0] > 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_is_compiled_while_requests_wait(
+    tmp_path: Path, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles a kernel anew for an integer argument of 1 or of a multiple of 16: seconds in the middle of a stream. Prompts and
+    decodes in many numbers and lengths, together and apart."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "vocab_size": 512,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    compiled: list[str] = []
+    values: dict[str, Any] = {
+        "load_format": "dummy", "device": "cuda", "dtype": "bfloat16", "max_seqs": 48, "gpu_memory_fraction": 0.2,
+        "max_batched_tokens": 2048, "prefix_cache": False,
+    }  # fmt: skip
+    lengths = [1, 15, 16, 17, 33, 100, 128, 129, 300, 512, 700, 1024, 2000, 2048, 3000, 6000]
+    with running(tmp_path, **values) as harness:
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["fn"].name)
+        )
+        for together in (1, 2, 3, 5, 16, 17, 31, 48):
+            waiting = []
+            for n in range(together):
+                ids = [1 + n % 500] * lengths[(n * 7 + together) % len(lengths)]
+                params = SamplingParams(max_tokens=9 + n % 23, temperature=float(n % 2), ignore_eos=True)
+                waiting.append(harness.submit(EngineRequest(f"{together} {n}", 0, 1, ids, params)))
+                if n % 5 == 0:
+                    harness.wait_for(lambda so_far=tuple(waiting): all(output.ids for output in so_far))
+            harness.wait(waiting)
+            assert all(output.error is None for output in waiting)
+    assert compiled == []
 
 
 def test_masks_are_in_time(amateur: Path) -> None:

@@ -15,9 +15,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 8), (28, 4), (8, 8), (16, 8)])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_prefill(page, q_heads, kv_heads, persistent):
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 8), (28, 4), (24, 8), (8, 8), (16, 8), (64, 1)])
+def test_prefill(page, q_heads, kv_heads):
     """Chunks that end in and on tiles, a padded sequence, a decode before them, and NaN in what blocks hold past the context."""
     from kernels.triton_ops import TritonOps
 
@@ -31,7 +30,7 @@ def test_prefill(page, q_heads, kv_heads, persistent):
             for cache in caches:
                 cache[batch.block_table[s, context // page].item(), context % page :] = float("nan")
     q = torch.randn(sum(rows), q_heads, 128, device="cuda").to(torch.bfloat16)
-    got = TritonOps(hopper_prefill=True, persistent_prefill=persistent).attention(q, *caches, batch, 0.1)
+    got = TritonOps(hopper_prefill=True).attention(q, *caches, batch, 0.1)
     expected = ReferenceOps().attention(q.float(), *caches, batch, 0.1)
     error = (got.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-6)
     assert got.isfinite().all()
