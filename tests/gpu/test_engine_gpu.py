@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 
+from kernels.triton_ops import TritonOps
 from services.model_worker import train_heads
 from services.model_worker.engine import EngineRequest, FinishReason
 from shared.sampling import SamplingParams
@@ -130,7 +131,10 @@ def test_nothing_is_compiled_while_requests_wait(
                     harness.wait_for(lambda so_far=tuple(waiting): all(output.ids for output in so_far))
             harness.wait(waiting)
             assert all(output.error is None for output in waiting)
-    assert compiled == []
+        assert compiled == []
+        other_type = torch.ones(1, 256, device="cuda", dtype=torch.float32)
+        TritonOps().rms_norm(other_type, other_type[0], 1e-6)
+        assert compiled  # the hook would have told of one
 
 
 def test_masks_are_in_time(amateur: Path) -> None:
