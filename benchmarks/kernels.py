@@ -216,7 +216,7 @@ def bench_hopper(report: Report) -> None:
 
 def hopper_case(report: Report, sequences: int, length: int, before: int = 0, q_heads: int = Q_HEADS) -> None:
     from kernels.attention_prefill import prefill_attention
-    from kernels.attention_prefill_hopper import prefill_attention_hopper
+    from kernels.attention_prefill_hopper import new_counters, prefill_attention_hopper
     from kernels.ops import AttentionBatch
 
     rows = length - before
@@ -226,12 +226,12 @@ def hopper_case(report: Report, sequences: int, length: int, before: int = 0, q_
     q = torch.randn(sequences * rows, q_heads, HEAD_DIM, device="cuda", dtype=BF16)
     starts = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * rows
     lengths = torch.full((sequences,), length, device="cuda", dtype=torch.int32)
-    out, expected = torch.empty_like(q), torch.empty_like(q)
+    out, expected, counters = torch.empty_like(q), torch.empty_like(q), new_counters("cuda")
     for page in (128, 64, 16):
         cache, table = paged(sequences, length, page)
         batch = AttentionBatch(starts, lengths, table, 0, 1, rows, length)
         prefill_attention(q, *cache, batch, scale, 0, expected)
-        call = partial(prefill_attention_hopper, q, *cache, batch, scale, out)
+        call = partial(prefill_attention_hopper, q, *cache, batch, scale, out, counters)
         report.add("hopper", case, f"P{page}", [call], flop, "TFLOP/s", partial(checked, call, out, expected))
 
 

@@ -29,12 +29,11 @@ def select_ops(device: torch.device | str, batch_invariant: bool = False) -> Ops
 
             return TritonOps(fixed_split=SPAN)
 
-        hopper = _torch.cuda.get_device_capability(device)[0] == 9 and _gluon_fits()
-        if hopper:
-            from kernels.attention_prefill_hopper import counters
+        if _torch.cuda.get_device_capability(device)[0] == 9 and _gluon_fits():
+            from kernels.attention_prefill_hopper import new_counters
 
-            counters(_torch.empty(0, device=device).device)  # with its number
-        return TritonOps(hopper_prefill=hopper)
+            return TritonOps(hopper_counters=new_counters(device))
+        return TritonOps()
     from kernels.reference import ReferenceOps
 
     return ReferenceOps()

@@ -307,10 +307,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-@cache
-def counters(device: torch.device) -> Tensor:
-    """Zeros [2] int32 between launches: the tiles taken beyond the first of each program, and the programs that have ended. Launches
-    on one device follow one another. To be called before a graph is captured: memory of a graph's own is used for other things."""
+def new_counters(device: torch.device | str) -> Tensor:
+    """Zeros [2] int32 between launches: the tiles taken beyond the first of each program, and the programs that have ended. For
+    launches that follow one another. Not to be made while a graph is captured, whose own memory is used for other things."""
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
@@ -338,8 +337,9 @@ def prefill_attention_hopper(
     batch: AttentionBatch,
     scale: float,
     out: Tensor,
+    counters: Tensor,
 ) -> None:
-    """As `prefill_attention`, for what `fits`, on a GPU of capability 9.0."""
+    """As `prefill_attention`, for what `fits`, on a GPU of capability 9.0. counters: see `new_counters`."""
     sequences = batch.context_len.shape[0] - batch.decode_seqs
     if sequences <= 0 or batch.max_query <= 0:
         return
@@ -355,7 +355,7 @@ def prefill_attention_hopper(
         batch.query_start,
         batch.context_len,
         batch.block_table,
-        counters(q.device),
+        counters,
         batch.block_table.stride(0),
         batch.decode_seqs,
         sequences,

@@ -146,7 +146,11 @@ def production_calls() -> dict[str, Callable[[], object]]:
     from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
-    ops, hopper, same_bits = TritonOps(), TritonOps(hopper_prefill=True), TritonOps(fixed_split=512)
+    ops, hopper, same_bits = (
+        TritonOps(),
+        TritonOps(hopper_counters=torch.zeros(2, dtype=torch.int32)),
+        TritonOps(fixed_split=512),
+    )
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)

@@ -23,14 +23,15 @@ class TritonOps:
     neither on the other rows of the batch, nor on how its prompt was cut into chunks, nor on whether its context was prefilled or
     decoded. Contexts are cut into spans of so many tokens (a multiple of 64), and a product's kernel depends on the weights' shape
     alone. Rows of speculation trees are equal among themselves only: the mode is for engines without.
-    hopper_prefill: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window).
+    hopper_counters: prefill by the warp-specialised kernel where it fits (capability 9.0, heads of 128, no window), which counts tiles
+    in them, see attention_prefill_hopper.new_counters.
     """
 
     name = "triton"
 
-    def __init__(self, fixed_split: int | None = None, hopper_prefill: bool = False) -> None:
+    def __init__(self, fixed_split: int | None = None, hopper_counters: Tensor | None = None) -> None:
         self.fixed_split = fixed_split
-        self.hopper_prefill = hopper_prefill
+        self.hopper_counters = hopper_counters
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return add_up(self.product(x, weight, bias))
@@ -102,11 +103,11 @@ class TritonOps:
             )
             return out
         decode_attention(q, k_cache, v_cache, batch, scale, window, out)
-        if self.hopper_prefill:
+        if self.hopper_counters is not None:
             from kernels import attention_prefill_hopper as hopper  # Gluon: has no interpreter, so not for every import
 
             if hopper.fits(q, k_cache, window):
-                hopper.prefill_attention_hopper(q, k_cache, v_cache, batch, scale, out)
+                hopper.prefill_attention_hopper(q, k_cache, v_cache, batch, scale, out, self.hopper_counters)
                 return out
         prefill_attention(q, k_cache, v_cache, batch, scale, window, out)
         return out

@@ -18,6 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 8), (28, 4), (24, 8), (8, 8), (16, 8), (64, 1)])
 def test_prefill(page, q_heads, kv_heads):
     """Chunks that end in and on tiles, a padded sequence, a decode before them, and NaN in what blocks hold past the context."""
+    from kernels.attention_prefill_hopper import new_counters
     from kernels.triton_ops import TritonOps
 
     torch.manual_seed(0)
@@ -30,8 +31,10 @@ def test_prefill(page, q_heads, kv_heads):
             for cache in caches:
                 cache[batch.block_table[s, context // page].item(), context % page :] = float("nan")
     q = torch.randn(sum(rows), q_heads, 128, device="cuda").to(torch.bfloat16)
-    got = TritonOps(hopper_prefill=True).attention(q, *caches, batch, 0.1)
+    counters = new_counters("cuda")
+    got = TritonOps(hopper_counters=counters).attention(q, *caches, batch, 0.1)
     expected = ReferenceOps().attention(q.float(), *caches, batch, 0.1)
     error = (got.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-6)
     assert got.isfinite().all()
     assert error.max() < 0.01
+    assert not counters.any()  # ready for the next launch
