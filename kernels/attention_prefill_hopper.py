@@ -36,6 +36,7 @@ from kernels.attention_prefill_hopper_tiles import (
     clear_stale,
     consume_tile,
     load_tile,
+    own_rows,
     pass_turn,
     read_job,
     softmax,
@@ -84,8 +85,7 @@ def _produce(
             first = (row_tiles - 1 - (number - earlier) // HKV) * POSITIONS
             kv_head = (number - earlier) % HKV
             before = gl.load(context_len_ptr + seq) - rows
-            write_job(job_smem, buffer, first, kv_head, query_start, rows, before)
-            mbarrier.arrive(job_full.index(buffer), count=1)
+            write_job(job_smem, job_full, buffer, first, kv_head, query_start, rows, before)
             limit, tiles, _ = spread(first, rows, before, POSITIONS, BLOCK_N)
             last_page = gl.maximum((limit - 1) // PAGE, 0)
             pages = table_ptr + seq.to(gl.int64) * table_stride
@@ -108,8 +108,7 @@ def _produce(
             turn += 1
             number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
         else:
-            write_job(job_smem, buffer, -1, 0, 0, -1, 0)  # of no rows: whoever stores its queries loads none
-            mbarrier.arrive(job_full.index(buffer), count=1)
+            write_job(job_smem, job_full, buffer, -1, 0, 0, -1, 0)  # of no rows: whoever stores its queries loads none
     # The last to leave makes the counters ready for the next launch: everybody has taken its last number by then.
     if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counter_ptr, 0)
@@ -122,7 +121,7 @@ def _consume(
     v_full, v_empty, order, scale, HKV: gl.constexpr, GROUP: gl.constexpr, POSITIONS: gl.constexpr, ROWS: gl.constexpr,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The rows CONSUMER * ROWS onwards of all tiles of this program."""
+    """This consumer's rows of all tiles of this program, see own_rows."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -206,14 +205,12 @@ def _consume(
 
         sums = gl.convert_layout(sums, gl.SliceLayout(1, O_LAYOUT))
         share = (1.0 / gl.where(sums == 0, 1.0, sums))[:, None]
-        row = gl.arange(0, ROWS, gl.SliceLayout(1, O_LAYOUT))
-        column = gl.arange(0, HALF, gl.SliceLayout(0, O_LAYOUT))[None, :]
-        lane = first + CONSUMER * (ROWS // GROUP) + row // GROUP
-        inside = ((row < ROWS // GROUP * GROUP) & (lane < rows))[:, None]
-        head_row = (query_start + lane).to(gl.int64) * (HKV * GROUP) + kv_head * GROUP + row % GROUP
-        offset = head_row[:, None] * D + column
-        gl.store(out_ptr + offset, (low * share).to(dtype), mask=inside)
-        gl.store(out_ptr + offset + HALF, (high * share).to(dtype), mask=inside)
+        head_row, inside = own_rows(
+            CONSUMER, first, rows, query_start, kv_head, HKV, GROUP, ROWS, gl.SliceLayout(1, O_LAYOUT)
+        )
+        offset = head_row[:, None] * D + gl.arange(0, HALF, gl.SliceLayout(0, O_LAYOUT))[None, :]
+        gl.store(out_ptr + offset, (low * share).to(dtype), mask=inside[:, None])
+        gl.store(out_ptr + offset + HALF, (high * share).to(dtype), mask=inside[:, None])
         first, kv_head, query_start, rows, before = next_first, next_head, next_start, next_rows, next_before
     warpgroup_mma_wait(0, deps=[scores])
 

@@ -22,7 +22,7 @@ def tiles_of(query_start_ptr, seq, POSITIONS: gl.constexpr):
 
 
 @gluon.jit
-def write_job(job_smem, buffer, first, kv_head, query_start, rows, before):
+def write_job(job_smem, job_full, buffer, first, kv_head, query_start, rows, before):
     """Tells the consumers of a tile of rows: its first row among the sequence's (-1: there are no more tiles), its KV head, the
     sequence's first row, how many it has, and the positions cached before them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
@@ -30,6 +30,7 @@ def write_job(job_smem, buffer, first, kv_head, query_start, rows, before):
     job = gl.where(field == 0, first, gl.where(field == 1, kv_head, gl.where(field == 2, query_start, rows)))
     job_smem.index(buffer).store(gl.where(field == 4, before, job))
     gl.thread_barrier()
+    mbarrier.arrive(job_full.index(buffer), count=1)
 
 
 @gluon.jit
@@ -121,19 +122,28 @@ def pass_turn(order, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
+def own_rows(
+    CONSUMER: gl.constexpr, first, rows, query_start, kv_head, HKV: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """(rows of [rows of all, Hq] that are a consumer's of this tile, which of them there are)"""
+    row = gl.arange(0, ROWS, layout)
+    lane = first + CONSUMER * (ROWS // GROUP) + row // GROUP
+    inside = (row < ROWS // GROUP * GROUP) & (lane < rows)
+    return (query_start + lane).to(gl.int64) * (HKV * GROUP) + kv_head * GROUP + row % GROUP, inside
+
+
+@gluon.jit
 def store_queries(
     q_ptr, q_smem, place, CONSUMER: gl.constexpr, first, rows, query_start, kv_head, HKV: gl.constexpr, GROUP: gl.constexpr,
     ROWS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """A consumer's own queries, for groups of heads that no TMA box of whole positions holds."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
-    lane = first + CONSUMER * (ROWS // GROUP) + row // GROUP
-    inside = ((row < ROWS // GROUP * GROUP) & (lane < rows))[:, None]
-    head_row = (query_start + lane).to(gl.int64) * (HKV * GROUP) + kv_head * GROUP + row % GROUP
+    head_row, inside = own_rows(CONSUMER, first, rows, query_start, kv_head, HKV, GROUP, ROWS, gl.SliceLayout(1, LOAD))
     offset = head_row[:, None] * (2 * HALF) + gl.arange(0, HALF, gl.SliceLayout(0, LOAD))[None, :]
     for half in gl.static_range(2):
-        queries = gl.load(q_ptr + offset + half * HALF, mask=inside, other=0.0)
+        queries = gl.load(q_ptr + offset + half * HALF, mask=inside[:, None], other=0.0)
         q_smem.index(place + half).reshape([ROWS, HALF]).store(queries)
     fence_async_shared()
     gl.thread_barrier()
