@@ -94,11 +94,12 @@ def _compile(fn: Any, args: tuple[object, ...], kwargs: dict[str, object], capab
     signature, attributes = {}, {}
     for index, name in enumerate(fn.arg_names):
         value = values[name]
-        if name in constants or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not fn.params[index].do_not_specialize
+        if name in constants or (special and value == 1):
             constants[name], signature[name] = value, "constexpr"
             continue
         signature[name] = _type_name(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     kind = GluonASTSource if fn.is_gluon() else ASTSource
     source = kind(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
@@ -141,16 +142,13 @@ def _inspect(name: str, binary: Any) -> Resources:
 
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
+    from kernels.attention_prefill_hopper import new_counters
     from kernels.gemm_choice import choose, invariant
     from kernels.ops import AttentionBatch, LogitEdits, Product, SamplingBatch, Sums
     from kernels.skinny_gemm import skinny_linear
     from kernels.triton_ops import TritonOps
 
-    ops, hopper, same_bits = (
-        TritonOps(),
-        TritonOps(hopper_counters=torch.zeros(2, dtype=torch.int32)),
-        TritonOps(fixed_split=512),
-    )
+    ops, hopper, same_bits = TritonOps(), TritonOps(hopper_counters=new_counters("cpu")), TritonOps(fixed_split=512)
     bf16 = torch.bfloat16
     hidden, intermediate, vocabulary, q_heads, kv_heads, head_dim = 4096, 14336, 128256, 32, 8, 128
     x = torch.zeros(2, hidden, dtype=bf16)
@@ -184,7 +182,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         window: int = 0,
         tree: bool = False,
         ops: TritonOps = ops,
-        kv: int = kv_heads,
+        heads: tuple[int, int] = (q_heads, kv_heads),
     ) -> object:
         batch = AttentionBatch(
             torch.zeros(3, dtype=torch.int32),
@@ -196,8 +194,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
             16384,
             torch.zeros(rows, dtype=torch.int64) if tree else None,
         )
-        q = torch.zeros(2 * rows, q_heads if kv == kv_heads else 7 * kv, head_dim, dtype=bf16)
-        return ops.attention(q, cache(page, kv), cache(page, kv), batch, 0.1, window)
+        q = torch.zeros(2 * rows, heads[0], head_dim, dtype=bf16)
+        return ops.attention(q, cache(page, heads[1]), cache(page, heads[1]), batch, 0.1, window)
 
     def rope(norm: torch.Tensor | None, qkv: Product = qkv) -> object:
         k = cache(64)
@@ -246,7 +244,7 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "attention prefill, P 16": lambda: attend(0, 1, 16),
         "prefill on Hopper, P 64": lambda: attend(0, 1, 64, ops=hopper),
         "prefill on Hopper, P 16": lambda: attend(0, 1, 16, ops=hopper),
-        "prefill on Hopper, 7 heads a group": lambda: attend(0, 1, 64, ops=hopper, kv=4),
+        "prefill on Hopper, 7 heads a group": lambda: attend(0, 1, 64, ops=hopper, heads=(28, 4)),
         "attention prefill, window": lambda: attend(0, 1, 64, window=4096),
         "attention decode, P 64": lambda: attend(2, 1, 64),
         "attention decode, P 16": lambda: attend(2, 1, 16),
