@@ -28,9 +28,10 @@ _SIZES = (
     3584, 4096, 5120, 6144, 7168, 8192,
 )  # fmt: skip
 
-# (sequences, most rows) of steps that are captured whole. Longer ones keep the device busy for as long as the host launches their
-# pieces, and the first piece is there sooner than a whole graph.
-WHOLE = ((1, 1024), (8, 1024))
+# Most rows of steps that are captured whole, and the numbers of sequences that such graphs are made for. Longer steps keep the device
+# busy for as long as the host launches their pieces, and the first piece is there sooner than a whole graph.
+WHOLE_ROWS = 1024
+WHOLE_SEQUENCES = (1, 8)
 # Tokens in the cache up to which a whole step also takes decodes, as prompts of one row: their contexts are not split.
 WHOLE_CONTEXT = 2048
 
@@ -45,7 +46,7 @@ def prompt_sizes(parameters: int, most_rows: int) -> list[int]:
 
 def whole_shapes(sizes: list[int]) -> list[tuple[int, int]]:
     """(rows, sequences) of the steps that are captured whole, by falling rows."""
-    return [(size, sequences) for size in reversed(sizes) for sequences, most in WHOLE if size <= most]
+    return [(size, sequences) for size in reversed(sizes) if size <= WHOLE_ROWS for sequences in WHOLE_SEQUENCES]
 
 
 class PromptGraphs:
@@ -71,7 +72,7 @@ class PromptGraphs:
         self._residual = torch.zeros(most, config.hidden_size, dtype=embedding.dtype, device=device)
         self._added = torch.zeros_like(self._residual)
         self._whole_shapes = [] if max_blocks is None else whole_shapes(sizes)
-        sequences = WHOLE[-1][0]
+        sequences = WHOLE_SEQUENCES[-1]
         self._starts, self._contexts = torch.zeros(2, sequences + 1, dtype=torch.int32, device=device)
         self._table = torch.zeros(sequences, max_blocks or 1, dtype=torch.int32, device=device)
         self._graphs: Graphs
