@@ -108,6 +108,11 @@ async def connect(url: str) -> Client:
 # ---------------------------------------------------------------- time to first token
 
 
+def forgetting_after(attach_window: float) -> dict[str, str]:
+    """Environment of stages that forget what has ended after so many seconds, and keep the log for as long as they must."""
+    return {"GORGON_ATTACH_WINDOW": str(attach_window), "GORGON_TOK_MAX_AGE": str(2 * attach_window)}
+
+
 async def time_to_first_token(
     start: Start, url: str, model: str, requests: int, concurrency: int, body: bytes = b""
 ) -> list[float]:

@@ -46,15 +46,20 @@ LOAD_TIMEOUT = 200  # a real engine compiles and captures graphs
 
 @asynccontextmanager
 async def deployment(
-    args: argparse.Namespace, copies: dict[str, int], step_time: float = 0.0, engine: list[str] | None = None
+    args: argparse.Namespace,
+    copies: dict[str, int],
+    step_time: float = 0.0,
+    engine: list[str] | None = None,
+    env: dict[str, str] | None = None,
 ) -> AsyncIterator[Supervisor]:
-    """Server and stages, ready, on data of their own. `engine`: flags of workers with a real engine instead of the fixed one."""
+    """Server and stages, ready, on data of their own. `engine`: flags of workers with a real engine instead of the fixed one; `env`: of
+    all processes."""
     with tempfile.TemporaryDirectory(prefix="gorgon-bench-") as folder:
         vocab = json.loads((args.model_path / "config.json").read_text())["vocab_size"]
         fixed = ["--engine", "fixed", "--fixed.step-time", str(step_time), "--fixed.vocab-size", str(vocab)]
         # Nothing takes the accepted requests of `measure_tokenizer` further.
         flags = {"model_worker": engine or [*fixed, "--max-seqs", "2048"], "tokenizer": ["--max-waiting", "1000000"]}
-        env = {"GORGON_PARTITIONS": str(PARTITIONS)}
+        env = {"GORGON_PARTITIONS": str(PARTITIONS)} | (env or {})
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, env)
         supervisor = Supervisor(plan)
         try:

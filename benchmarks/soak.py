@@ -37,6 +37,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import load  # noqa: E402
 from services.model_worker.fixed_engine import expected_ids  # noqa: E402
 from services.model_worker.interface import EngineRequest  # noqa: E402
 from services.model_worker.settings import FixedEngineSettings  # noqa: E402
@@ -185,9 +186,7 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     worker = ["--engine", "fixed", "--max-seqs", str(args.max_seqs)]
     for name in ("step_time", "max_model_len", "kv_tokens"):
         worker += [f"--fixed.{name.replace('_', '-')}", str(getattr(fixed, name))]
-    env = {"GORGON_ATTACH_WINDOW": str(args.attach_window)} if args.attach_window else {}
-    if args.attach_window:
-        env["GORGON_TOK_MAX_AGE"] = str(2 * args.attach_window)
+    env = load.forgetting_after(args.attach_window) if args.attach_window else {}
     with tempfile.TemporaryDirectory(prefix="gorgon-soak-") as folder:
         model = model_with_context(args.model_path, Path(folder) / "model")
         plan = Plan(Path(folder), MODEL, model, free_port(), dict.fromkeys(STAGES, 2), {"model_worker": worker}, env)
