@@ -60,6 +60,8 @@ class TrainConfig:
     distil                  tokens to generate with the model itself and to train on instead of the text; its texts are the prompts.
                             0: train on the text
     temperature             of the model's own generations
+    hard_targets            heads learn the tokens that follow, as in the paper; False: what the model itself expected in their place,
+                            its distribution there (Ankner et al. 2024, Hydra, arXiv 2402.05109, §4), which says more than one token
     device, dtype           "auto": CUDA in bfloat16 if there is one, else the CPU in float32. The heads are trained in float32
     """
 
@@ -79,6 +81,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     distil: int = 0
     temperature: float = 1.0
+    hard_targets: bool = False
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -204,6 +207,23 @@ def head_losses(heads: MedusaHeads, output: Tensor, hidden: Tensor, targets: Ten
     logits = heads.logits(heads.states(hidden), output)
     pairs = zip(logits, targets, strict=True)
     return torch.stack([F.cross_entropy(own, wanted, ignore_index=-1, reduction="sum") for own, wanted in pairs])
+
+
+@torch.no_grad()
+def expected_tokens(backbone: Backbone, heads: MedusaHeads, hidden: Tensor) -> Tensor:
+    """The model's distribution after each row of hidden [R, H], over the tokens that the heads know: f32 [R, V']."""
+    logits = backbone.decoder.logits(hidden)
+    return (logits if heads.token_map is None else logits[:, heads.token_map]).float().softmax(-1)
+
+
+def distilled_losses(heads: MedusaHeads, output: Tensor, hidden: Tensor, expected: Tensor, valid: Tensor) -> Tensor:
+    """Summed cross-entropy of each head to what the model expects where the head's token goes, f32 [heads]. hidden [R, H]; expected
+    f32 [R + heads, V'] after these rows and those behind them; valid bool [heads, R]: what counts."""
+    logits, rows = heads.logits(heads.states(hidden), output), len(hidden)
+    losses = [
+        F.cross_entropy(own, expected[head + 1 : head + 1 + rows], reduction="none") for head, own in enumerate(logits)
+    ]
+    return torch.where(valid, torch.stack(losses), 0.0).sum(1)
 
 
 @dataclass(slots=True)
@@ -379,20 +399,28 @@ def _train_step(
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(config.learning_rate, progress)
     ids = material.batch(config.rows, config.length, trainer.rng).to(device)
-    hidden = backbone.hidden(ids).flatten(0, 1).float()
+    hidden = backbone.hidden(ids).flatten(0, 1)
     model_head = backbone.decoder.weights.head
     targets = head_targets(ids, heads.num_heads, material.first).flatten(1)
-    targets = known_targets(heads, targets, len(model_head))
-    counts = (targets >= 0).sum(1).clamp(min=1)
+    if config.hard_targets:
+        targets = known_targets(heads, targets, len(model_head))
+    valid = targets >= 0
+    counts = valid.sum(1).clamp(min=1)
     weights = DISCOUNT ** torch.arange(heads.num_heads, device=device) / counts
     output = tied_output(heads, model_head)
     step = rows_per_slice(heads, model_head)
     totals = torch.zeros(heads.num_heads, device=device)
     trainer.optimizer.zero_grad(set_to_none=True)
+    behind = F.pad(hidden, (0, 0, 0, heads.num_heads))  # of rows whose targets lie beyond the end, and do not count
     for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        rows = hidden[part].float()
         with torch.autocast(device.type, torch.bfloat16, enabled=backbone.dtype is torch.bfloat16):
-            part = slice(start, start + step)
-            losses = head_losses(heads, output, hidden[part], targets[:, part])
+            if config.hard_targets:
+                losses = head_losses(heads, output, rows, targets[:, part])
+            else:
+                expected = expected_tokens(backbone, heads, behind[start : start + len(rows) + heads.num_heads])
+                losses = distilled_losses(heads, output, rows, expected, valid[:, part])
         (losses * weights).sum().backward()
         totals += losses.detach()
     torch.nn.utils.clip_grad_norm_([p for g in trainer.optimizer.param_groups for p in g["params"]], 1.0)
@@ -508,6 +536,9 @@ def main(arguments: list[str]) -> int:
         "--joint-learning-rate", type=float, default=5e-5, help="of the model; the heads' is four times that"
     )
     training.add_argument("--distil", type=int, default=0, help="tokens to generate with the model and train on")
+    training.add_argument(
+        "--hard-targets", action="store_true", help="learn the tokens that follow, not what the model expects there"
+    )
     tuning = commands.add_parser("tune-tree", help="design the trees of heads from the model's own generations")
     tuning.add_argument("--prompts", type=Path, nargs="+", required=True, help="text files")
     tuning.add_argument("--tokens", type=int, default=20_000, help="to generate")

@@ -19,7 +19,7 @@ from services.model_worker.models.config import ModelConfig, ModelError, load_co
 from services.model_worker.speculation.acceptance import DeviceTree
 from services.model_worker.speculation.drafter import DraftInputs, MedusaDrafter, load_drafter
 from services.model_worker.speculation.measure import Backbone, head_targets, target_ranks, top_accuracies
-from services.model_worker.speculation.medusa import MedusaHeads, load_heads, save_heads
+from services.model_worker.speculation.medusa import MedusaHeads, load_heads, save_heads, tied_output
 from services.model_worker.speculation.tree import Tree, TreeSet
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import dummy_model, needs_weights, running, weights
@@ -193,7 +193,7 @@ def test_the_backbone_is_the_model() -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize("own", ["tied", "untied", "distilled", "few tokens"])
+@pytest.mark.parametrize("own", ["tied", "untied", "distilled", "few tokens", "hard targets"])
 def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
     """The heads of a tiny model on a text of one sentence: they learn it by heart, in one go or in two."""
     text = tmp_path / "text.txt"
@@ -205,6 +205,7 @@ def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
             weights("stories260K"), (text,), tmp_path / out, heads=2, tied=own in ("tied", "distilled"), rows=4, length=48,
             vocabulary=40 if own == "few tokens" else 0,
             steps=steps, learning_rate=1e-2, distil=400 if own == "distilled" else 0, device="cpu", temperature=0.0,
+            hard_targets=own == "hard targets",
         )  # fmt: skip
 
     report = train_heads.train(config("whole", 40), quiet)
@@ -220,6 +221,39 @@ def test_training_learns_and_resumes(tmp_path: Path, own: str) -> None:
     assert (loaded.token_map is not None) == (own == "few tokens")
     with pytest.raises(ModelError, match="checkpoint_mismatch"):
         train_heads.train(dataclasses.replace(config("whole", 40), rows=5), quiet)
+
+
+@needs_weights
+@pytest.mark.parametrize("few", [False, True])
+def test_a_distilled_loss_is_the_cross_entropy_to_what_the_model_expects(few: bool) -> None:
+    """Position by position, over whole rows; the last positions of a row, whose targets lie beyond it, count for nothing."""
+    backbone = Backbone(weights("stories260K"), torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    heads, head = MedusaHeads.initial(2, 1, backbone.config.hidden_size), backbone.decoder.weights.head
+    heads.weights = torch.randn(heads.weights.shape, generator=generator) * 0.1
+    heads.token_map = torch.arange(5, 95) if few else None
+    known = slice(None) if heads.token_map is None else heads.token_map
+    ids = torch.randint(3, 512, (3, 12), generator=generator)
+    hidden = backbone.hidden(ids)
+    itself = (hidden @ head.T)[..., known].log_softmax(-1)
+    wanted = torch.zeros(2)
+    for row in range(3):
+        guessed = (heads.states(hidden[row]) @ head[known].T).log_softmax(-1)
+        for position in range(12):
+            for k in range(2):
+                if position + 2 + k < 12:
+                    expected = itself[row, position + 1 + k].exp()
+                    wanted[k] -= (expected * guessed[k, position]).sum()
+    flat = hidden.flatten(0, 1)
+    behind = torch.cat((flat, torch.zeros(2, flat.shape[1])))
+    valid = (head_targets(ids, 2) >= 0).flatten(1)
+    got = torch.zeros(2)
+    for start, end in ((0, 7), (7, 36)):
+        expected = train_heads.expected_tokens(backbone, heads, behind[start : end + 2])
+        got += train_heads.distilled_losses(
+            heads, tied_output(heads, head), flat[start:end], expected, valid[:, start:end]
+        )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
 @needs_weights
