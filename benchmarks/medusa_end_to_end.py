@@ -266,7 +266,8 @@ def run(args: argparse.Namespace) -> Progress:
         if clock.left < args.reserve:
             raise OutOfTime("trees")
         # On the text that the model has seen: the held-out books are for measuring.
-        values = train_heads.tune_tree(model, model / "medusa", (train_file,), 0.7, args.tree_tokens, device, console)
+        heat = args.temperatures[0]
+        values = train_heads.tune_tree(model, model / "medusa", (train_file,), heat, args.tree_tokens, device, console)
         progress.add("trees", values)
     for temperature in args.temperatures:
         name = f"speed at temperature {temperature:g}"
@@ -276,7 +277,8 @@ def run(args: argparse.Namespace) -> Progress:
             continue
         options = argparse.Namespace(
             model=model, heads=None, text=held_file, device=device, batches=left, prompt=min(64, size.context // 4),
-            output=min(256, size.context // 2), repeats=args.repeats, temperature=temperature,
+            output=min(256, size.context // 2), repeats=args.repeats, seconds=args.seconds,
+            temperature=temperature,
         )  # fmt: skip
         if clock.left < args.reserve:
             raise OutOfTime(name)
@@ -318,17 +320,16 @@ def main() -> int:
     parser.add_argument("--reserve", type=float, default=20.0, help="seconds left at which nothing new is begun")
     parser.add_argument("--model-seconds", type=float, default=240.0)
     parser.add_argument("--head-seconds", type=float, default=90.0)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument(
-        "--distil", type=int, default=2_000_000, help="tokens of the model's own for the heads; 0: the text"
-    )
+    parser.add_argument("--heads", type=int, default=5)
+    parser.add_argument("--distil", type=int, default=0, help="tokens of the model's own for the heads; 0: the text")
     parser.add_argument("--tree-tokens", type=int, default=50_000)
     parser.add_argument("--measured-tokens", type=int, default=200_000)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 2, 4, 16, 64, 128, 256])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs of a batch size, at least")
+    parser.add_argument("--seconds", type=float, default=10, help="of a batch size, at least")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains in seconds")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

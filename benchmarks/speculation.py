@@ -33,6 +33,7 @@ from services.model_worker.speculation.controller import TreeController
 from services.model_worker.speculation.measure import Backbone
 from services.model_worker.speculation.medusa import MedusaHeads, save_heads
 from services.model_worker.speculation.tree import Tree
+from services.model_worker.threaded_engine import SWITCH_INTERVAL
 from services.model_worker.train_heads import begin_id, read_tokens
 from shared.sampling import SamplingParams
 
@@ -43,6 +44,8 @@ class Client:
     """Runs batches of requests."""
 
     def __init__(self, config: EngineConfig) -> None:
+        # With Python's 5 ms the steps at whose end this thread wakes up would last that long, and mislead the tree controller.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self.config = config
         self.engine = Engine(config, self._on_step, self._on_fatal)
         self._enough, self._idle = threading.Event(), threading.Event()
@@ -122,14 +125,18 @@ def requests_of(
     return requests
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % confidence interval by Student's t."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}.get(len(values) - 1, 2.26)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+def speed_up(plain: list[float], drafted: list[float]) -> tuple[float, float, float]:
+    """How many times faster all of it is, and the 95 % confidence interval, from rates over as many tokens each, in pairs.
+
+    The total time's ratio, not the mean of the pairs' ratios: a prompt whose answer is easily guessed counts as long as it takes.
+    The interval is that of a ratio estimator (Cochran, Sampling Techniques, 6.4)."""
+    slow, fast = 1 / np.array(plain), 1 / np.array(drafted)
+    ratio, pairs = float(slow.sum() / fast.sum()), len(plain)
+    if pairs < 2:
+        return ratio, math.nan, math.nan
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(pairs, 2.23)
+    half = t * float(np.sqrt(((slow - ratio * fast) ** 2).sum() / (pairs * (pairs - 1))) / fast.mean())
+    return ratio, ratio - half, ratio + half
 
 
 def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
@@ -155,30 +162,34 @@ def _rows(arguments: argparse.Namespace, plain: Client, drafted: Client) -> Gene
     print("|---|---|---|---|---|---|---|")
 
     def row_of(batch: int) -> dict[str, Any]:
-        ratios, rates = [], []
+        rates: list[list[float]] = []
         for client in (plain, drafted):  # compiles, and the controller learns
             client.run(requests_of(text, bos, batch, arguments.prompt, 96, arguments.temperature, 1000 + batch))
         before = stats_of(drafted)
-        for repeat in range(arguments.repeats):
+        began = time.monotonic()
+        while (repeat := len(rates)) < arguments.repeats or time.monotonic() - began < arguments.seconds:
             # The fast ones among a batch must not come to their end before the batch has its tokens.
             requests = requests_of(text, bos, batch, arguments.prompt, longest, arguments.temperature, repeat)
             order = [plain, drafted] if repeat % 2 else [drafted, plain]
             found = {id(client): client.rate(requests, batch * arguments.output) for client in order}
             rates.append([found[id(client)] for client in (plain, drafted)])
-            ratios.append(found[id(drafted)] / found[id(plain)])
         after = stats_of(drafted)
         steps = {n: after["steps"].get(n, 0) - before["steps"].get(n, 0) for n in after["steps"]}
         tokens = 1 + (after["accepted"] - before["accepted"]) / max(1, after["drafted"] - before["drafted"])
         shares = {n: round(count / sum(steps.values()), 3) for n, count in sorted(steps.items()) if count}
-        mean, low, high = interval(ratios)
-        slow, fast = (statistics.median(column) for column in zip(*rates, strict=True))
+        columns = [list(column) for column in zip(*rates, strict=True)]
+        ratio, low, high = speed_up(*columns)
+        slow, fast = (statistics.harmonic_mean(column) for column in columns)
         print(
-            f"| {batch} | {slow:,.0f} | {fast:,.0f} | {mean:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
+            f"| {batch} | {slow:,.0f} | {fast:,.0f} | {ratio:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
             flush=True,
         )
+        assert drafted.engine.trees is not None
+        times = {nodes: round(1e3 * seconds, 3) for nodes, seconds in drafted.engine.trees.times(batch).items()}
+        print(f"  ms of a step by nodes: {times}", flush=True)
         return {
-            "batch": batch, "plain": slow, "drafted": fast, "ratio": mean, "low": low, "high": high,
-            "tokens_per_drafted_step": tokens, "shares": shares,
+            "batch": batch, "plain": slow, "drafted": fast, "ratio": ratio, "low": low, "high": high,
+            "pairs": len(rates), "tokens_per_drafted_step": tokens, "shares": shares, "step_ms": times,
         }  # fmt: skip
 
     for batch in arguments.batches:
@@ -299,7 +310,8 @@ def main() -> int:
         command.add_argument("--output", type=int, default=256 if name == "speed" else 48, help="tokens to generate")
         if name == "speed":
             command.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-            command.add_argument("--repeats", type=int, default=5)
+            command.add_argument("--repeats", type=int, default=5, help="pairs of runs of a batch size, at least")
+            command.add_argument("--seconds", type=float, default=10, help="of a batch size, at least")
             command.add_argument("--temperature", type=float, default=0.0)
         else:
             command.add_argument("--count", type=int, default=1000)

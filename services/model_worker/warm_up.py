@@ -118,5 +118,4 @@ def time_decodes(runner: ModelRunner, controller: TreeController) -> None:
     with runner.context():
         for size, nodes in runner.decode_shapes():
             tree = None if runner.verifier is None or nodes == 1 else runner.verifier.trees[nodes].tree
-            for seconds in runner.time_graph(size, nodes, ENOUGH):
-                controller.observe_time(size, tree, seconds)
+            controller.expect(size, tree, runner.time_graph(size, nodes, ENOUGH))

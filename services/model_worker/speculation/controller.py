@@ -3,6 +3,9 @@
 For a batch of R sequences a tree T gives R + Σ m_i E(T) tokens in t(R, T) seconds. E(T) is what the tree's design promises to
 accept for a sequence, m_i how much better or worse a request has done than promised, t the time that such steps took of late.
 The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
+
+A step that follows one of another kind takes longer, for reasons that are not its own: the host launches another graph, from memory
+that is not in its caches. So times count only within a row of alike steps, and small gains are not gone after.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import bisect
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +24,14 @@ from services.model_worker.speculation.tree import Tree
 MEMORY = 0.95  # of a request: a step counts half after some 14 further ones
 PRIOR_WEIGHT = 4.0  # guessed tokens promised, in which a new request is believed to do as the average
 AVERAGE_MEMORY = 0.99  # of the average over all requests, in steps of one sequence
-MARGIN = 1.02
-SAMPLES = 7  # times remembered of each kind of step; their median counts
+ENTER, LEAVE = 1.04, 1.0  # rate over the plain step's at which trees are begun with, and below which they are given up
+CHANGE = 1.02  # over the present tree's at which another one is taken
+SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 ENOUGH = 3  # times before a kind of step is known
-PROBE_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
+TRIAL_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
+TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, too:
+TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
+DOUBT = 0.99  # a kind of step may have become so much faster in the time between two trials
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -98,15 +104,35 @@ def _by_head(accepted: NDArray[np.int64]) -> list[int]:
 
 @dataclass(slots=True)
 class _Arm:
-    """Steps of one batch size with one tree (or none)."""
+    """Steps of one batch size with one tree (or none). last, timed: the picks at which it was taken, and timed, last."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     seconds: float = 0.0
     last: int = 0
+    timed: int = 0
 
     @property
     def known(self) -> bool:
         return len(self.times) >= ENOUGH
+
+    def add(self, seconds: float, picks: int) -> None:
+        self.times.append(seconds)
+        self.seconds = sorted(self.times)[len(self.times) // 4]
+        self.timed = picks
+
+    def least(self, picks: int) -> float:
+        """What a step of this kind may well take by now: one that seems too slow is never taken, so only doubt can mend that."""
+        return self.seconds * float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY))
+
+
+@dataclass(slots=True)
+class _BatchSize:
+    """arms: no tree, then all of them; present: the arm of the newest step; trial: steps still to come before another is chosen."""
+
+    arms: list[_Arm]
+    picks: int = 0
+    present: int = 0
+    trial: int = 0
 
 
 class TreeController:
@@ -114,11 +140,14 @@ class TreeController:
 
     def __init__(self, trees: Sequence[Tree], sizes: Sequence[int], max_rows: int) -> None:
         self.trees = list(trees)
+        self._nodes = [tree.size for tree in trees]
         self._depth = max(tree.depth for tree in trees)
         self._sizes = sorted(sizes)
         self._max_rows = max_rows
-        self._arms: dict[int, list[_Arm]] = {}
-        self._picks: dict[int, int] = {}
+        self._by_size: dict[int, _BatchSize] = {}
+        # (batch size, arm) of the newest step that was picked, and of the last one whose time was told
+        self._picked: tuple[int, int] | None = None
+        self._timed: tuple[int, int] | None = None
         self.average = 1.0  # of all requests' factors
         self.requests = Acceptances(self._depth)
         self._steps: Counter[int] = Counter()  # by nodes
@@ -131,48 +160,84 @@ class TreeController:
     def pick(self, batch: NDArray[np.int64]) -> Tree | None:
         """The tree for a step of the sequences with these places, None: plain decoding."""
         size = self.bucket(len(batch))
-        usable = [tree for tree in self.trees if max(size, len(batch)) * tree.size <= self._max_rows]
+        usable = bisect.bisect_right(self._nodes, self._max_rows // max(size, len(batch)))
         if not usable:
             return None
-        total = self.requests.factors(batch, self.average)
-        arms = self._of(size)
-        picks = self._picks[size] = self._picks.get(size, 0) + 1
+        state = self._of(size)
+        state.picks += 1
+        goes_on = state.trial or not state.arms[state.present].known
+        if not goes_on or state.present > usable:
+            self._choose(state, batch, usable)
+        elif state.trial:
+            state.trial -= 1
+        state.arms[state.present].last = state.picks
+        self._picked = size, state.present
+        return self.trees[state.present - 1] if state.present else None
 
-        def rate(index: int, factors: float) -> float:
+    def _choose(self, state: _BatchSize, batch: NDArray[np.int64], usable: int) -> None:
+        """Sets `present`, and `trial` if it is one. usable: how many trees, from the smallest on, have few enough rows."""
+        arms, count = state.arms, len(batch)
+        total = self.requests.factors(batch, self.average)
+
+        def rate(index: int, factors: float, seconds: float) -> float:
             """Tokens per second of a step with the tree before `index`, if the requests' factors have this sum."""
             if index == 0:
-                return len(batch) / arms[0].seconds
-            tree = usable[index - 1]
-            return (len(batch) + min(factors * tree.expected_extra, len(batch) * tree.depth)) / arms[index].seconds
+                return count / seconds
+            tree = self.trees[index - 1]
+            return (count + min(factors * tree.expected_extra, count * tree.depth)) / seconds
 
         rates: list[float] = []
-        for index in range(len(usable) + 1):
+        for index in range(usable + 1):
             if not arms[index].known:
-                return self._take(arms, index, picks)
-            rates.append(rate(index, total))
-            if rates[-1] < HOPELESS * max(rates):
+                state.present = index
+                return
+            rates.append(rate(index, total, arms[index].seconds))
+            if rate(index, total, arms[index].least(state.picks)) < HOPELESS * max(rates):
                 break
         best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] < MARGIN * rates[0]:
+        present = state.present if state.present < len(rates) else 0
+        if rates[best] < (LEAVE if present else ENTER) * rates[0]:
             best = 0
-        if picks % PROBE_EVERY == 0:
+        elif present and rates[present] >= rates[0] and rates[best] < CHANGE * rates[present]:
+            best = present
+        if state.picks % TRIAL_EVERY == 0:
             # Only what would be better than the best if drafts did as promised: nothing else can turn out to be.
-            near = [index for index in range(len(rates)) if rate(index, max(total, len(batch))) >= rates[best]]
-            best = min(near, key=lambda index: arms[index].last)
-        return self._take(arms, best, picks)
+            hope = max(total, count)
+            near = {i for i in range(len(rates)) if rate(i, hope, arms[i].least(state.picks)) >= rates[best]}
+            timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
+            if timed:  # what plain steps take must be known: trees are measured against them
+                near.add(0)
+            oldest = min(near, key=lambda index: arms[index].timed if timed else arms[index].last)
+            if oldest != best:
+                best, state.trial = oldest, TRIAL - 1 if timed else 0
+        state.present = best
 
-    def _take(self, arms: list[_Arm], index: int, picks: int) -> Tree | None:
-        arms[index].last = picks
-        return self.trees[index - 1] if index else None
+    def _of(self, size: int) -> _BatchSize:
+        if (state := self._by_size.get(size)) is None:
+            state = self._by_size[size] = _BatchSize([_Arm() for _ in range(len(self.trees) + 1)])
+        return state
 
-    def _of(self, size: int) -> list[_Arm]:
-        return self._arms.setdefault(size, [_Arm() for _ in range(len(self.trees) + 1)])
+    def _arm_of(self, sequences: int, tree: Tree | None) -> tuple[int, int]:
+        return self.bucket(sequences), 0 if tree is None else 1 + self._nodes.index(tree.size)
 
-    def observe_time(self, sequences: int, tree: Tree | None, seconds: float) -> None:
-        """A step of so many sequences, decodes alone, took so long."""
-        arm = self._of(self.bucket(sequences))[0 if tree is None else 1 + self.trees.index(tree)]
-        arm.times.append(seconds)
-        arm.seconds = median(arm.times)
+    def expect(self, sequences: int, tree: Tree | None, seconds: Sequence[float]) -> None:
+        """What such steps take, measured before there are any."""
+        size, index = self._arm_of(sequences, tree)
+        for value in seconds:
+            self._of(size).arms[index].add(value, 0)
+
+    def observe_time(self, sequences: int, tree: Tree | None, seconds: float | None) -> None:
+        """A step of so many sequences took so long; None: it had other rows as well."""
+        if seconds is None:
+            self._timed = None
+            return
+        size, index = kind = self._arm_of(sequences, tree)
+        state = self._of(size)
+        arm = state.arms[index]
+        # The step behind it is picked already if steps overlap.
+        if kind == self._timed == self._picked or not arm.known:
+            arm.add(seconds, state.picks)
+        self._timed = kind
 
     def observe(self, batch: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree | None) -> None:
         """How many guessed tokens were accepted for each sequence of a step, by place."""
@@ -192,6 +257,11 @@ class TreeController:
         fading = self._fading[: len(batch) + 1][::-1]
         news = (1.0 - AVERAGE_MEMORY) / _promise(tree) * float(fading[1:] @ accepted)
         self.average = float(fading[0]) * self.average + news
+
+    def times(self, sequences: int) -> dict[int, float]:
+        """Seconds of a step of so many sequences, by nodes: of the kinds that are known."""
+        arms = self._of(self.bucket(sequences)).arms
+        return {nodes: arm.seconds for nodes, arm in zip([1, *self._nodes], arms, strict=True) if arm.known}
 
     def stats(self) -> SpeculationStats:
         # Copies: another thread may be asking.
