@@ -24,7 +24,7 @@ from shared.api import DEFAULT_TENANT, accepted_event, decode_body, encode_for, 
 from shared.bus import Bus, BusError, Consumer, Delivery, Message, PayloadTooLarge, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.logging import note_request
-from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo
+from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo, WorkerHeartbeat
 from shared.retry import until_done
 from shared.service import Service
 from shared.streams import JOB_ACK_WAIT
@@ -143,7 +143,10 @@ class TokenizerService(Service):
     # ------------------------------------------------ load
 
     def _on_heartbeat(self, message: Message) -> None:
-        self._registry.hear(codec.decode(message.data), asyncio.get_running_loop().time())
+        beat = codec.decode(message.data)
+        self._registry.hear(beat, asyncio.get_running_loop().time())
+        if isinstance(beat, WorkerHeartbeat):  # a worker has come whose context may be longer than the files say
+            self._update_context()
 
     def _update_context(self) -> None:
         """A live worker knows better than the model's files what it can hold."""
