@@ -2,6 +2,7 @@
 know at once when the connection is lost, and none may wait for a server that has died.
 
 What differs from nats-py's own:
+    messages are handled as they are read, and written with what else a turn of the loop publishes, without tasks in between
     nothing is buffered while there is no connection (that buffer loses messages silently)
     a server that does not answer a ping in time counts as gone, and its socket is aborted: closing it would wait for it
     streams are read by standing pulls (shared.nats_pull), re-armed at every reconnect, and buckets watched in the same way
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import re
@@ -25,6 +27,7 @@ from nats import errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
+from nats.aio.transport import TcpTransport
 
 from shared.bus import (
     APPEND_TIMEOUT,
@@ -55,7 +58,8 @@ PING_INTERVAL, LINK_STALLED, LINK_DEAD = 0.25, 1.0, 5.0
 API_TIMEOUT, DRAIN_TIMEOUT = 5.0, 1.0
 # A core message is dropped when this many bytes wait for a server that does not read.
 MAX_UNSENT = 64 * 2**20
-PENDING_MESSAGES, PENDING_BYTES = 64 * 2**10, 64 * 2**20
+# The latter two are uvloop's when it has closed a transport, which nats-py's reading loop is yet to notice.
+TRANSPORT_ERRORS = (OSError, RuntimeError, AttributeError)
 NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 
 # nats-server's JetStream error codes (server/errors.json)
@@ -89,28 +93,95 @@ def api_error(error: Mapping[str, Any]) -> BusError:
 
 
 class Connection(Client):
-    """nats-py's, but a pong for somebody who has given up waiting does not end its reading loop (seen in 2.16): the connection
-    would be deaf from then on, and nobody told."""
+    """nats-py's, on a shorter way: a message is handled as it is read, and written as it is published (what else the same turn of the
+    loop publishes, at its end). nats-py's own goes through a queue and a task on each of these ways, at every hop of a request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handlers: dict[int, Callable[[Msg], None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._turn = False  # something was published in this turn of the loop
 
     async def _process_pong(self) -> None:
+        """A pong for somebody who has given up waiting must not end the reading loop (as in 2.16): the connection would be deaf from
+        then on, and nobody told."""
         if self._pongs and self._pongs[0].done():
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
-    def join_burst(self, subject: str, data: bytes, reply: str) -> bool:
-        """Adds a message to those for which a flush is due, as it is for nearly all of a burst: `publish` without what only the first
-        needs. False, and nothing is done, for any other, and for subjects that `publish` is to refuse."""
-        queue = self._flush_queue
-        if queue is None or queue.empty() or not self.is_connected or self.is_draining_pubs:
+    async def listen(self, subject: str, queue: str, handler: Callable[[Msg], None]) -> NatsSubscription:
+        """Subscribes. What is not read yet waits in the socket and then at the server, nothing is dropped here."""
+        number = self._sid + 1  # the first message may be there before `subscribe` returns
+        self._handlers[number] = handler
+        try:
+            return await self.subscribe(subject, queue)
+        except BaseException:
+            self._handlers.pop(number, None)
+            raise
+
+    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
+        self._handlers.pop(sid, None)
+        super()._remove_sub(sid, max_msgs)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        if (handler := self._handlers.get(sid)) is None:
+            return  # of a subscription that has ended
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        parsed = await self._process_headers(headers) if headers else None
+        try:
+            handler(Msg(self, subject.decode(), reply.decode(), data, parsed))
+        except Exception as error:  # must not end the reading loop
+            log.error("receiver_failed", subject=subject.decode(), exc_info=error)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the server has not taken yet."""
+        waiting: int = self._pending_data_size
+        with contextlib.suppress(AttributeError):  # other transports, and uvloop's TLS when it is closed
+            transport: Any = self._transport
+            waiting += transport._io_writer.transport.get_write_buffer_size()
+        return waiting
+
+    def send(self, subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None) -> bool:
+        """Publishes: the first message of a turn of the loop at once, the others together. False, and nothing is done, where it takes
+        nats-py's `publish`: over WebSockets, and to say what is wrong."""
+        if type(self._transport) is not TcpTransport or not self.is_connected or self.is_draining_pubs:
             return False
         if not subject or NO_SUBJECT(subject) or (reply and NO_SUBJECT(reply)):
             return False
-        command = f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"
+        if headers is None:
+            command = f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"
+        else:
+            lines = [f"{name}: {value}" for name, value in headers.items()]
+            if any("\n" in line or "\r" in line for line in lines):
+                return False
+            block = "\r\n".join(["NATS/1.0", *lines, "", ""]).encode()
+            sizes = f"{len(block)} {len(block) + len(data)}"
+            command = f"HPUB {subject} {reply} {sizes}\r\n".encode() + block + data + b"\r\n"
         self._pending.append(command)
         self._pending_data_size += len(command)
+        if not self._turn:
+            # The first of a turn is often the only one, and uvloop sends what is written within the same turn.
+            self._turn = True
+            self._loop.call_soon(self._end_turn)
+            self._write()
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(data)
         return True
+
+    def _end_turn(self) -> None:
+        self._turn = False
+        try:
+            self._write()
+        except TRANSPORT_ERRORS as error:  # who waits for an answer is told when the connection is found to be lost
+            log.warning("not_written", error=repr(error))
+
+    def _write(self) -> None:
+        """All that is pending, nats-py's own commands among it; its flusher then finds nothing. Raises TRANSPORT_ERRORS."""
+        if self._pending and self.is_connected and self._transport is not None:
+            pending, self._pending, self._pending_data_size = b"".join(self._pending), [], 0
+            self._transport.write(pending)
 
 
 class CoreSubscription:
@@ -140,7 +211,6 @@ class NatsBus:
 
     def __init__(self, inbox_prefix: str = "_INBOX") -> None:
         self.dropped = 0  # core messages published while there was no connection
-        self.overflowed = 0  # received, but not handled in time
         self.handler_errors = 0
         self._loop = asyncio.get_running_loop()
         self._nc = Connection()
@@ -185,7 +255,7 @@ class NatsBus:
             tls=_tls(settings),
         )
         await _cancellable(connecting)
-        await bus._nc.subscribe(bus._inbox + "*", cb=bus._answered, pending_msgs_limit=0, pending_bytes_limit=0)
+        await bus._nc.listen(bus._inbox + "*", "", bus._answered)
         bus._up()
         return bus
 
@@ -264,11 +334,7 @@ class NatsBus:
             callback(ConnectionError(self._said))
 
     async def _error(self, error: Exception) -> None:
-        if isinstance(error, errors.SlowConsumerError):
-            self.overflowed += 1
-            if self.overflowed & (self.overflowed - 1) == 0:  # 1, 2, 4, 8 ...
-                log.error("messages_overflowed", subject=error.subject, count=self.overflowed)
-        elif "permissions violation" in str(error).lower():
+        if "permissions violation" in str(error).lower():
             self._not_permitted(str(error))
         elif self._since is None and repr(error) != self._said:
             self._said = repr(error)
@@ -339,7 +405,7 @@ class NatsBus:
         nc = self._nc
         if len(data) > nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {nc._max_payload - HEADROOM} are allowed")
-        if nc._pending_data_size <= MAX_UNSENT and self.is_up():
+        if nc.unsent <= MAX_UNSENT and self.is_up():
             try:
                 self._send(subject, data, reply)
                 return
@@ -350,17 +416,19 @@ class NatsBus:
         self.dropped += 1
 
     def _send(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
-        """nats-py's publish is a coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is
-        full; there is no need to wait for that."""
-        if headers is None and self._nc.join_burst(subject, data, reply):
-            return
+        try:
+            if self._nc.send(subject, data, reply, headers):
+                return
+        except TRANSPORT_ERRORS as error:
+            raise BusTimeout(f"{subject}: not sent: {error!r}") from error
+        # A coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is full; there is no need to
+        # wait for that.
         sending = self._nc.publish(subject, data, reply, headers)
         try:
             sending.send(None)
         except StopIteration:
             return
-        except (errors.Error, OSError, RuntimeError) as error:
-            # RuntimeError: uvloop has closed the transport, and nats-py's reading loop is yet to notice.
+        except (errors.Error, *TRANSPORT_ERRORS) as error:
             raise BusTimeout(f"{subject}: not sent: {error!r}") from error
         sending.close()
 
@@ -396,32 +464,21 @@ class NatsBus:
         timer.cancel()
         del self._waiting[token], self._asked[token]
 
-    async def _answered(self, msg: Msg) -> None:
+    def _answered(self, msg: Msg) -> None:
         future = self._waiting.get(msg.subject.rpartition(".")[2])
         if future is not None and not future.done():
             future.set_result(msg)
 
     async def subscribe(self, subject: str, handler: Callable[[Message], None], queue: str = "") -> CoreSubscription:
-        async def receive(msg: Msg) -> None:
+        def receive(msg: Msg) -> None:
             self.handle(handler, (Message(msg.subject, msg.data, msg.reply),), subject)
 
-        return await self.subscribe_raw(subject, receive, queue, PENDING_MESSAGES, PENDING_BYTES)
+        return await self.subscribe_raw(subject, receive, queue)
 
-    async def subscribe_raw(
-        self,
-        subject: str,
-        receive: Callable[[Msg], Awaitable[None]],
-        queue: str = "",
-        pending_messages: int = 0,
-        pending_bytes: int = 0,
-    ) -> CoreSubscription:
-        """With nats-py's messages, and no limit on what waits to be handled unless given."""
+    async def subscribe_raw(self, subject: str, receive: Callable[[Msg], None], queue: str = "") -> CoreSubscription:
+        """With nats-py's messages."""
         try:
-            return CoreSubscription(
-                await self._nc.subscribe(
-                    subject, queue, receive, pending_msgs_limit=pending_messages, pending_bytes_limit=pending_bytes
-                )
-            )
+            return CoreSubscription(await self._nc.listen(subject, queue, receive))
         except errors.Error as error:
             raise BusError(f"{subject}: {error!r}") from error
 

@@ -184,7 +184,7 @@ class StandingPull:
             except TimeoutError:
                 continue
 
-    async def _receive(self, inbox: str, msg: Msg) -> None:
+    def _receive(self, inbox: str, msg: Msg) -> None:
         current = inbox == self._inbox and bool(self._consumer)
         if not msg.reply.startswith("$JS.ACK"):
             if current and msg.headers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from services.scheduler.requests import Known, Requests
 from services.scheduler.settings import SchedulerSettings
 from shared import codec, subjects
 from shared import messages as m
-from shared.bus import Bus
+from shared.bus import Appended, Bus, BusError
 from shared.errors import ErrorCode
 from shared.retry import until_done
 
@@ -20,36 +22,51 @@ class Entries:
     async def append(self, entry: m.LogEntry) -> None:
         """Stores an entry of the token log, however long it takes. Repeats are harmless: the fold ignores them."""
         assert not isinstance(entry, m.StepTokens)
-        partition = subjects.partition_of(entry.key, self._settings.partitions)
-        subject, data = subjects.tok(self._settings.model, partition), codec.encode(entry)
+        subject, data = self._place(entry)
         await until_done(type(entry).__name__, entry.key, lambda: self._bus.append(subject, data))
 
     async def open(self, known: Known) -> None:
-        if known.opened:
-            return
+        if not known.opened:
+            await self.opening(known)
+
+    def opening(self, known: Known) -> asyncio.Task[None]:
+        """OPEN is on its way when this returns, and stored when the task is done."""
         request = known.request
-        await self.append(
-            m.Open(
-                request.key,
-                request.reply,
-                known.seq,
-                len(request.prompt_ids) // 4,
-                request.sampling.max_tokens,
-                request.stop,
-                request.choices,
-                request.sampling.logprobs is not None,
-                request.durable,
-                request.metadata,
-                request.trace,
-                request.tokenize_ms,
-                self._requests.age(known) * 1e3,
-                tool_format=request.tool_format,
-                best=request.best,
-                prompt_logprobs=request.sampling.prompt_logprobs is not None,
-                prompt_ids=request.prompt_ids if request.echo else b"",
-            )
+        entry = m.Open(
+            request.key,
+            request.reply,
+            known.seq,
+            len(request.prompt_ids) // 4,
+            request.sampling.max_tokens,
+            request.stop,
+            request.choices,
+            request.sampling.logprobs is not None,
+            request.durable,
+            request.metadata,
+            request.trace,
+            request.tokenize_ms,
+            self._requests.age(known) * 1e3,
+            tool_format=request.tool_format,
+            best=request.best,
+            prompt_logprobs=request.sampling.prompt_logprobs is not None,
+            prompt_ids=request.prompt_ids if request.echo else b"",
         )
-        known.opened = True
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[Appended | BusError] = loop.create_future()
+        sent = self._bus.append_soon(*self._place(entry), outcome.set_result)
+
+        async def stored() -> None:
+            if not sent or isinstance(await outcome, BusError):
+                await self.append(entry)
+            known.opened = True
+
+        return loop.create_task(stored())
+
+    def _place(self, entry: m.LogEntry) -> tuple[str, bytes]:
+        """Subject and data."""
+        assert not isinstance(entry, m.StepTokens)
+        partition = subjects.partition_of(entry.key, self._settings.partitions)
+        return subjects.tok(self._settings.model, partition), codec.encode(entry)
 
 
 def our_fault(key: str) -> m.End:

@@ -156,7 +156,9 @@ class Intake:
                 self._dispatcher.release(worker, need)
             # The order does not wait until OPEN is stored: that would be a round trip more to the first token. OPEN is sent first,
             # and the fold lets tokens wait for it, should they overtake it all the same.
-            _, accepted = await asyncio.gather(self._entries.open(known), self._orders.run(known, 1, worker.instance))
+            opening = self._entries.opening(known)
+            accepted = await self._orders.run(known, 1, worker.instance)
+            await opening
             if accepted:
                 self._queue_seconds.observe(self._requests.age(known))
             await delivery.ack()
