@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import csv
 import json
+import math
 import os
 import platform
 import random
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -59,6 +60,7 @@ STREAM_LIMIT = 180.0  # seconds after which a stream counts as lost
 SAMPLE_EVERY = 2.0
 TENANTS = 8
 GROWTH = 0.01  # of resident memory in ten minutes
+BLOCK = 120.0  # seconds; cycles of a collector are shorter
 CONTEXT = 32_768
 
 
@@ -142,7 +144,8 @@ class Memory:
             await asyncio.sleep(SAMPLE_EVERY)
 
     def growth(self, warm_up: float, end: float) -> dict[str, dict[str, float]]:
-        """Of those that lived from the warm-up to the end: megabytes, and growth in ten minutes by the least-squares line."""
+        """Of those that lived from the warm-up to the end: megabytes, growth in ten minutes by the least-squares line, and half of its
+        95 % interval, by residuals of means over BLOCK seconds: one sample is much like the next."""
         found = {}
         for (name, _), samples in self.samples.items():
             kept = [(at, float(resident)) for at, resident in samples if at >= warm_up]
@@ -154,8 +157,22 @@ class Memory:
                 first_mb=round(first / 2**20, 2),
                 last_mb=round((line.intercept + line.slope * kept[-1][0]) / 2**20, 2),
                 growth_per_10_min=round(line.slope * 600 / first, 5),
+                give_or_take=round(uncertainty(kept, line.slope, line.intercept) * 600 / first, 5),
             )
         return found
+
+
+def uncertainty(samples: list[tuple[float, float]], slope: float, intercept: float) -> float:
+    """Half of the 95 % interval of a slope, residuals within BLOCK seconds counted as one. inf if there are too few blocks."""
+    blocks: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for at, value in samples:
+        blocks[int(at // BLOCK)].append((at, value - intercept - slope * at))
+    means = [(statistics.fmean(at for at, _ in b), statistics.fmean(r for _, r in b)) for b in blocks.values()]
+    if len(means) < 4:
+        return math.inf
+    middle = statistics.fmean(at for at, _ in means)
+    spread = sum((at - middle) ** 2 for at, _ in means)
+    return 2.3 * math.sqrt(sum(r * r for _, r in means) / (len(means) - 2) / spread)
 
 
 def faults(draw: random.Random, kill_all: bool) -> list[Fault]:
