@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import itertools
 import json
-import re
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import datetime
@@ -24,10 +22,8 @@ from typing import Any
 import orjson
 import structlog
 from nats import errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
-from nats.aio.transport import TcpTransport
 
 from shared.bus import (
     APPEND_TIMEOUT,
@@ -46,6 +42,7 @@ from shared.bus import (
     WrongRevision,
 )
 from shared.config import StageSettings
+from shared.nats_connection import TRANSPORT_ERRORS, Connection
 from shared.nats_kv import NatsBucket
 from shared.nats_pull import NatsConsumer, NatsFollower, Reader
 
@@ -58,9 +55,6 @@ PING_INTERVAL, LINK_STALLED, LINK_DEAD = 0.25, 1.0, 5.0
 API_TIMEOUT, DRAIN_TIMEOUT = 5.0, 1.0
 # A core message is dropped when this many bytes wait for a server that does not read.
 MAX_UNSENT = 64 * 2**20
-# The latter two are uvloop's when it has closed a transport, which nats-py's reading loop is yet to notice.
-TRANSPORT_ERRORS = (OSError, RuntimeError, AttributeError)
-NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 
 # nats-server's JetStream error codes (server/errors.json)
 WRONG_LAST = {10071, 10164}
@@ -90,98 +84,6 @@ def api_error(error: Mapping[str, Any]) -> BusError:
     if code in NOT_NOW:
         return BusTimeout(description)
     return ApiError(code, description)
-
-
-class Connection(Client):
-    """nats-py's, on a shorter way: a message is handled as it is read, and written as it is published (what else the same turn of the
-    loop publishes, at its end). nats-py's own goes through a queue and a task on each of these ways, at every hop of a request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._handlers: dict[int, Callable[[Msg], None]] = {}
-        self._loop = asyncio.get_running_loop()
-        self._turn = False  # something was published in this turn of the loop
-
-    async def _process_pong(self) -> None:
-        """A pong for somebody who has given up waiting must not end the reading loop (as in 2.16): the connection would be deaf from
-        then on, and nobody told."""
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-    async def listen(self, subject: str, queue: str, handler: Callable[[Msg], None]) -> NatsSubscription:
-        """Subscribes. What is not read yet waits in the socket and then at the server, nothing is dropped here."""
-        number = self._sid + 1  # the first message may be there before `subscribe` returns
-        self._handlers[number] = handler
-        try:
-            return await self.subscribe(subject, queue)
-        except BaseException:
-            self._handlers.pop(number, None)
-            raise
-
-    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
-        self._handlers.pop(sid, None)
-        super()._remove_sub(sid, max_msgs)
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        if (handler := self._handlers.get(sid)) is None:
-            return  # of a subscription that has ended
-        self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(data)
-        parsed = await self._process_headers(headers) if headers else None
-        try:
-            handler(Msg(self, subject.decode(), reply.decode(), data, parsed))
-        except Exception as error:  # must not end the reading loop
-            log.error("receiver_failed", subject=subject.decode(), exc_info=error)
-
-    @property
-    def unsent(self) -> int:
-        """Bytes that the server has not taken yet."""
-        waiting: int = self._pending_data_size
-        with contextlib.suppress(AttributeError):  # other transports, and uvloop's TLS when it is closed
-            transport: Any = self._transport
-            waiting += transport._io_writer.transport.get_write_buffer_size()
-        return waiting
-
-    def send(self, subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None) -> bool:
-        """Publishes: the first message of a turn of the loop at once, the others together. False, and nothing is done, where it takes
-        nats-py's `publish`: over WebSockets, and to say what is wrong."""
-        if type(self._transport) is not TcpTransport or not self.is_connected or self.is_draining_pubs:
-            return False
-        if not subject or NO_SUBJECT(subject) or (reply and NO_SUBJECT(reply)):
-            return False
-        if headers is None:
-            command = f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n"
-        else:
-            lines = [f"{name}: {value}" for name, value in headers.items()]
-            if any("\n" in line or "\r" in line for line in lines):
-                return False
-            block = "\r\n".join(["NATS/1.0", *lines, "", ""]).encode()
-            sizes = f"{len(block)} {len(block) + len(data)}"
-            command = f"HPUB {subject} {reply} {sizes}\r\n".encode() + block + data + b"\r\n"
-        self._pending.append(command)
-        self._pending_data_size += len(command)
-        if not self._turn:
-            # The first of a turn is often the only one, and uvloop sends what is written within the same turn.
-            self._turn = True
-            self._loop.call_soon(self._end_turn)
-            self._write()
-        self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += len(data)
-        return True
-
-    def _end_turn(self) -> None:
-        self._turn = False
-        try:
-            self._write()
-        except TRANSPORT_ERRORS as error:  # who waits for an answer is told when the connection is found to be lost
-            log.warning("not_written", error=repr(error))
-
-    def _write(self) -> None:
-        """All that is pending, nats-py's own commands among it; its flusher then finds nothing. Raises TRANSPORT_ERRORS."""
-        if self._pending and self.is_connected and self._transport is not None:
-            pending, self._pending, self._pending_data_size = b"".join(self._pending), [], 0
-            self._transport.write(pending)
 
 
 class CoreSubscription:
