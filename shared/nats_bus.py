@@ -106,6 +106,8 @@ class CoreSubscription:
         except (errors.Error, TimeoutError) as error:
             log.debug("drain", error=repr(error))
             await self.unsubscribe()
+            # nats-py takes it for closed since `drain`, but would subscribe to it again at every reconnect.
+            self._subscription._conn._remove_sub(self._subscription._id)
 
 
 class NatsBus:

@@ -142,6 +142,8 @@ async def test_a_late_pong_that_nobody_waits_for_harms_nothing(
         await subscription.drain()
     finally:
         os.kill(nats_server.pid, signal.SIGCONT)
+    number = subscription._subscription._id
+    assert number not in bus._nc._subs and number not in bus._nc._handlers
     began = asyncio.get_running_loop().time()
     bus.publish("y", b"heard")
     await until(lambda: heard == [b"heard"], 2.0)
