@@ -208,8 +208,9 @@ def stats_of(client: Client) -> dict[str, Any]:
 
 
 def steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median ms of decode steps with each tree, by batch size, heads tied and untied. With random heads next to nothing is accepted,
-    so every step is draft, verification of all nodes, and acceptance."""
+    """Median ms of decode steps with each tree, by batch size, heads tied (also: to a part of the vocabulary, as in FR-Spec, Zhao et al.
+    2025, arXiv 2502.14856) and untied. With random heads next to nothing is accepted, so every step is draft, verification of all
+    nodes, and acceptance."""
     results: dict[str, Any] = {}
     print(
         "| heads | batch | " + " | ".join(f"{n} nodes" if n > 1 else "plain, ms" for n in [1, *arguments.nodes]) + " |"
@@ -218,11 +219,14 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
         model = load_config(Path(folder))
-        for tied in (True, False):
+        few = torch.arange(min(arguments.vocabulary, model.vocab_size))
+        kinds = (("tied", True, None), (f"tied, {len(few)} tokens", True, few), ("untied", False, None))
+        for name, tied, token_map in kinds:
             shape = (1, 4, model.hidden_size)
             output = None if tied else torch.randn(4, model.vocab_size, model.hidden_size, dtype=torch.bfloat16)
             blocks = torch.randn(*shape, model.hidden_size) * 0.02
-            save_heads(MedusaHeads(blocks, torch.zeros(shape), output), Path(folder) / "medusa", torch.bfloat16, {})
+            heads = MedusaHeads(blocks, torch.zeros(shape), output, token_map)
+            save_heads(heads, Path(folder) / "medusa", torch.bfloat16, {})
             client = Client(
                 EngineConfig(
                     Path(folder), load_format="dummy", device=arguments.device, max_model_len=CONTEXT, prefix_cache=False,
@@ -241,11 +245,10 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
                     prompts = rng.integers(0, model.vocab_size, (batch, arguments.prompt)).tolist()
                     client.run([EngineRequest(f"{nodes}-{i}", 0, 1, ids, params) for i, ids in enumerate(prompts)])
                     medians.append(float(np.median(np.diff(client.times[3:])) * 1e3))
-                name = "tied" if tied else "untied"
                 results[f"{name} {batch}"] = dict(zip([1, *arguments.nodes], medians, strict=True))
                 print(f"| {name} | {batch} | " + " | ".join(f"{value:.3f}" for value in medians) + " |", flush=True)
             client.engine.stop(timeout=30)
-            del client, trees
+            del client, trees, heads, output
             gc.collect()  # they refer to each other, and the next engine needs the memory
             torch.cuda.empty_cache()
     return results
@@ -321,6 +324,7 @@ def main() -> int:
     command.add_argument("--shape", choices=[*SHAPES], default="llama3.1-8b")
     command.add_argument("--nodes", type=int, nargs="+", default=[16, 32, 64])
     command.add_argument("--step-batches", type=int, nargs="+", default=[1, 8, 32])
+    command.add_argument("--vocabulary", type=int, default=32_768, help="tokens that heads know which do not know all")
     for command in commands.choices.values():
         command.add_argument("--prompt", type=int, default=128 if command.prog.endswith("steps") else 64, help="tokens")
         command.add_argument("--device", default="auto")
