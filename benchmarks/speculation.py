@@ -208,8 +208,8 @@ def stats_of(client: Client) -> dict[str, Any]:
 
 
 def steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median ms of decode steps with each tree, by batch size, heads tied (also: to a part of the vocabulary, as in FR-Spec, Zhao et al.
-    2025, arXiv 2502.14856) and untied. With random heads next to nothing is accepted, so every step is draft, verification of all
+    """Median ms of decode steps with each tree, by batch size, heads tied (also: to a part of the vocabulary, as in FR-Spec, Zhao et
+    al. 2025, arXiv 2502.14856) and untied. With random heads next to nothing is accepted, so every step is draft, verification of all
     nodes, and acceptance."""
     results: dict[str, Any] = {}
     print(

@@ -207,6 +207,7 @@ class NatsBus:
     def _down(self) -> None:
         self._since = None
         self._connected.clear()
+        self._nc.forget_pending()
         if self._ping_task is not None:
             self._ping_task.cancel()
         for future in self._waiting.values():

@@ -27,6 +27,9 @@ TRANSPORT_ERRORS = (OSError, RuntimeError, AttributeError)
 NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 
 
+LARGE = 32 * 1024  # bytes read at once: a backlog
+
+
 class DirectReader(asyncio.Protocol):
     """Stands between the socket and nats-py: hands out messages (MSG, HMSG) itself, and gives nats-py's parser the rest."""
 
@@ -39,20 +42,24 @@ class DirectReader(asyncio.Protocol):
         self._ended: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
         stream: Any = transport._io_reader
-        socket: Any = transport._io_writer.transport  # type: ignore[union-attr]
-        self._stream_protocol: Any = socket.get_protocol()
-        socket.set_protocol(self)
+        self._socket: Any = transport._io_writer.transport  # type: ignore[union-attr]
+        self._stream_protocol: Any = self._socket.get_protocol()
+        self._socket.set_protocol(self)
         left = bytes(stream._buffer)
         stream._buffer.clear()
         stream._maybe_resume_transport()
-        if stream.at_eof():
-            self._ended = errors.UnexpectedEOF()
+        if stream.at_eof() or stream.exception() is not None:
+            self._ended = stream.exception() or errors.UnexpectedEOF()
         if left:
             self.data_received(left)
 
     # ---- from the socket
 
     def data_received(self, data: bytes) -> None:
+        if len(data) >= LARGE and not self._socket.is_closing():
+            # There is probably more, and libuv would bring up to 32 such pieces before anything else of the loop has its turn.
+            self._socket.pause_reading()
+            self._loop.call_soon(self._read_on)
         if self._parsing or self._others:
             self._for_nats(data)
             return
@@ -63,6 +70,10 @@ class DirectReader(asyncio.Protocol):
             self._partial = rest
         else:
             self._for_nats(rest)
+
+    def _read_on(self) -> None:
+        if not self._socket.is_closing():
+            self._socket.resume_reading()
 
     def eof_received(self) -> bool:
         self._end(errors.UnexpectedEOF())
@@ -121,6 +132,18 @@ class Connection(Client):
         if self._pongs and self._pongs[0].done():
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        """Behind what is pending: nats-py's overtakes it, and then the pong says nothing of an UNSUB. Raises OSError."""
+        try:
+            self._write()
+            await super()._send_ping(future)
+        except TRANSPORT_ERRORS as error:
+            raise ConnectionError(f"not sent: {error!r}") from error
+
+    def forget_pending(self) -> None:
+        """After a disconnect: whoever published it has been told that it was not, and subscriptions are begun anew."""
+        self._pending, self._pending_data_size = [], 0
 
     async def listen(self, subject: str, queue: str, handler: Callable[[Msg], None]) -> Subscription:
         """Subscribes. What is not read yet waits in the socket and then at the server, nothing is dropped here."""
@@ -188,11 +211,13 @@ class Connection(Client):
             return  # of a subscription that has ended
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
+        # A subject is any bytes that somebody sends, and a stream's message comes again until it is taken.
+        name = subject.decode(errors="replace")
         try:
             parsed = _at_once(self._process_headers(headers)) if headers else None
-            handler(Msg(self, subject.decode(), reply.decode(), data, parsed))
+            handler(Msg(self, name, reply.decode(errors="replace"), data, parsed))
         except Exception as error:  # must not end the reading
-            log.error("receiver_failed", subject=subject.decode(), exc_info=error)
+            log.error("receiver_failed", subject=name, exc_info=error)
 
     @property
     def unsent(self) -> int:

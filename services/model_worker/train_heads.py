@@ -211,9 +211,10 @@ def head_losses(heads: MedusaHeads, output: Tensor, hidden: Tensor, targets: Ten
 
 @torch.no_grad()
 def expected_tokens(backbone: Backbone, heads: MedusaHeads, hidden: Tensor) -> Tensor:
-    """The model's distribution after each row of hidden [R, H], over the tokens that the heads know: f32 [R, V']."""
-    logits = backbone.decoder.logits(hidden)
-    return (logits if heads.token_map is None else logits[:, heads.token_map]).float().softmax(-1)
+    """The model's probabilities after each row of hidden [R, H], of the tokens that the heads know: f32 [R, V']. What they do not know
+    is missing from the sum, so that a place where nothing that they know belongs weighs next to nothing."""
+    expected = backbone.decoder.logits(hidden).float().softmax(-1)
+    return expected if heads.token_map is None else expected[:, heads.token_map]
 
 
 def distilled_losses(heads: MedusaHeads, output: Tensor, hidden: Tensor, expected: Tensor, valid: Tensor) -> Tensor:
@@ -260,6 +261,8 @@ def _fingerprint(config: TrainConfig) -> str:
     kept = asdict(config)
     for name in ("out", "steps", "minutes", "device", "dtype", "checkpoint_seconds"):
         del kept[name]
+    if config.hard_targets:  # as it was before there was a choice
+        del kept["hard_targets"]
     return json.dumps(kept, default=str, sort_keys=True)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -25,6 +26,8 @@ from shared.nats_bus import NatsBus
 from shared.nats_pull import OrderedReader, Place
 from tests.protocol.systems import until, until_equal
 from tests.protocol.test_bus_contract import collect
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -412,3 +415,83 @@ async def test_a_header_cannot_smuggle_in_a_command(nats_server: Broker, bus: Na
     """Line breaks in a value are nats-py's to mend, as before; what follows is still heard."""
     await bus.append("s.1", b"one", msg_id="a\r\nPUB s.1 3\r\nbad", timeout=5.0)
     assert (await bus.append("s.1", b"two", timeout=5.0)).seq == 2
+
+
+async def test_a_backlog_leaves_the_loop_to_others(nats_server: Broker, bus: NatsBus) -> None:
+    """Whatever waits in the socket: timers run in between. (With uvloop, as in the stages; libuv reads up to 32 times in a turn.)"""
+    script = f"""
+import asyncio, sys, time
+from shared.config import StageSettings
+from shared.nats_bus import NatsBus
+
+async def main():
+    bus = await NatsBus.connect(StageSettings(nats_url={nats_server.url!r}))
+    heard, gaps = 0, []
+    def slowly(message):
+        nonlocal heard
+        heard += 1
+        end = time.perf_counter() + 20e-6
+        while time.perf_counter() < end:
+            pass
+    await bus.subscribe("flood", slowly)
+    await bus.request("$JS.API.INFO", b"", 5.0)
+    print("ready", flush=True)
+    last = time.perf_counter()
+    while heard < 100_000:
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    print(max(gaps))
+    await bus.close()
+
+import uvloop
+uvloop.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=-1, cwd=ROOT)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    for _ in range(100):
+        for _ in range(1000):
+            bus.publish("flood", bytes(100))
+        await asyncio.sleep(0)
+    longest = float(await asyncio.wait_for(process.stdout.readline(), 60))
+    await process.wait()
+    assert longest < 0.5
+
+
+async def test_draining_loses_nothing_that_the_server_has_sent(nats_server: Broker, bus: NatsBus) -> None:
+    """Two share a queue group; one drains amid a flood, again and again: each message is heard by one of them."""
+    other = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
+    heard: list[bytes] = []
+    await other.subscribe("q", lambda m: heard.append(m.data), queue="group")
+    await other.request("$JS.API.INFO", b"", 5.0)
+    sent = 0
+    for _ in range(40):
+        subscription = await bus.subscribe("q", lambda m: heard.append(m.data), queue="group")
+        await bus.request("$JS.API.INFO", b"", 5.0)
+        for part in range(4):
+            for _ in range(50):
+                other.publish("q", str(sent).encode())
+                sent += 1
+            if part == 1:
+                draining = asyncio.ensure_future(subscription.drain())  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        await draining
+    await until(lambda: len(heard) >= sent, 5.0)
+    assert sorted(map(int, heard)) == list(range(sent))
+    await other.close()
+
+
+async def test_what_was_not_sent_is_not_sent_after_the_outage(nats_server: Broker, bus: NatsBus) -> None:
+    """Whoever published it was told so: an order or an abort must not come late."""
+    heard: list[bytes] = []
+    await bus.subscribe("late", lambda m: heard.append(m.data))
+    await bus.request("$JS.API.INFO", b"", 5.0)
+    bus.publish("x", b"the first of its turn is written")
+    bus.publish("late", b"still pending")
+    bus._down()  # the loss is noticed in the same turn
+    bus._up()
+    bus.publish("late", b"after")
+    await until(lambda: b"after" in heard)
+    assert heard == [b"after"]

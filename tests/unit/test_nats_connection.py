@@ -40,11 +40,21 @@ class Socket:
     """What nats-py has of a connected one."""
 
     def __init__(self) -> None:
+        self.paused = self.resumed = 0
         self.stream = asyncio.StreamReader()
         self.protocol: Any = asyncio.StreamReaderProtocol(self.stream)
         self.transport = TcpTransport()  # type: ignore[no-untyped-call]
         self.transport._io_reader = self.stream
         self.transport._io_writer = SimpleNamespace(transport=self)  # type: ignore[assignment]
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        self.paused += 1
+
+    def resume_reading(self) -> None:
+        self.resumed += 1
 
     def get_protocol(self) -> Any:
         return self.protocol
@@ -107,6 +117,17 @@ async def test_a_message_that_nats_py_has_the_first_line_of() -> None:
     data = wire(*message)
     end = data.index(b"\r\n") + 2
     assert await hear([b"PONG\r\n" + data[:end], data[end:], data], pauses=True) == ([message, message], 1)
+
+
+async def test_a_subject_is_any_bytes() -> None:
+    """Whoever may publish to a wildcard can send such a one; a stream's comes again until it is taken."""
+    for header in ({}, {"A": "b"}):
+        bad = wire("bad", "reply", b"1", header).replace(b"bad", b"b\xff\xfe")
+        heard, _ = await hear([bad + wire("a", "", b"2", {})])
+        assert heard == [("b\ufffd\ufffd", "reply", b"1", header), ("a", "", b"2", {})]
+    nothing = b"HMSG a 7 8 9\r\nNATS/1.0x\r\n" + b"HMSG a 7 12 13\r\nNATS/1.0\r\n\r\nx\r\n"
+    heard, _ = await hear([nothing + wire("a", "", b"2", {})])
+    assert heard[-1] == ("a", "", b"2", {})
 
 
 async def test_what_is_no_protocol_ends_the_connection() -> None:

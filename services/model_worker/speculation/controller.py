@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,7 @@ ENOUGH = 3  # times before a kind of step is known
 TRIAL_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
 TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, too:
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
-DOUBT = 0.99  # a kind of step may have become so much faster in the time between two trials
+DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -104,11 +104,13 @@ def _by_head(accepted: NDArray[np.int64]) -> list[int]:
 
 @dataclass(slots=True)
 class _Arm:
-    """Steps of one batch size with one tree (or none). last, timed: the picks at which it was taken, and timed, last."""
+    """Steps of one batch size with one tree (or none). last, tried, timed: the picks at which it was last taken, tried for its time,
+    and timed."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     seconds: float = 0.0
     last: int = 0
+    tried: int = 0
     timed: int = 0
 
     @property
@@ -122,15 +124,17 @@ class _Arm:
 
     def least(self, picks: int) -> float:
         """What a step of this kind may well take by now: one that seems too slow is never taken, so only doubt can mend that."""
-        return self.seconds * float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY))
+        return self.seconds * max(MOST_DOUBT, float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY)))
 
 
 @dataclass(slots=True)
 class _BatchSize:
-    """arms: no tree, then all of them; present: the arm of the newest step; trial: steps still to come before another is chosen."""
+    """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be on trial;
+    trial: steps of it still to come."""
 
     arms: list[_Arm]
     picks: int = 0
+    settled: int = 0
     present: int = 0
     trial: int = 0
 
@@ -195,22 +199,29 @@ class TreeController:
             if rate(index, total, arms[index].least(state.picks)) < HOPELESS * max(rates):
                 break
         best = max(range(len(rates)), key=rates.__getitem__)
-        present = state.present if state.present < len(rates) else 0
-        if rates[best] < (LEAVE if present else ENTER) * rates[0]:
+        before = state.settled if state.settled < len(rates) else 0
+        if rates[best] < (LEAVE if before else ENTER) * rates[0]:
             best = 0
-        elif present and rates[present] >= rates[0] and rates[best] < CHANGE * rates[present]:
-            best = present
+        elif before and rates[before] >= rates[0] and rates[best] < CHANGE * rates[before]:
+            best = before
+        state.settled = state.present = best
         if state.picks % TRIAL_EVERY == 0:
-            # Only what would be better than the best if drafts did as promised: nothing else can turn out to be.
-            hope = max(total, count)
-            near = {i for i in range(len(rates)) if rate(i, hope, arms[i].least(state.picks)) >= rates[best]}
-            timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
-            if timed:  # what plain steps take must be known: trees are measured against them
-                near.add(0)
-            oldest = min(near, key=lambda index: arms[index].timed if timed else arms[index].last)
-            if oldest != best:
-                best, state.trial = oldest, TRIAL - 1 if timed else 0
-        state.present = best
+            self._try_another(state, best, lambda index, seconds: rate(index, max(total, count), seconds), rates)
+
+    def _try_another(
+        self, state: _BatchSize, best: int, hoped: Callable[[int, float], float], rates: list[float]
+    ) -> None:
+        """hoped(arm, seconds): its rate if drafts did as promised. Only what would then be better than the best can turn out to be."""
+        arms = state.arms
+        near = {index for index in range(len(rates)) if hoped(index, arms[index].least(state.picks)) >= rates[best]}
+        timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
+        if timed:  # what plain steps take must be known: trees are measured against them
+            near.add(0)
+        oldest = min(near, key=lambda index: arms[index].tried if timed else arms[index].last)
+        if timed:
+            arms[oldest].tried = state.picks
+        if oldest != best:
+            state.present, state.trial = oldest, TRIAL - 1 if timed else 0
 
     def _of(self, size: int) -> _BatchSize:
         if (state := self._by_size.get(size)) is None:
