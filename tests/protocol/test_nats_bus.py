@@ -462,25 +462,27 @@ uvloop.run(main())
 
 async def test_draining_loses_nothing_that_the_server_has_sent(nats_server: Broker, bus: NatsBus) -> None:
     """Two share a queue group; one drains amid a flood, again and again: each message is heard by one of them."""
-    other = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
     heard: list[bytes] = []
-    await other.subscribe("q", lambda m: heard.append(m.data), queue="group")
-    await other.request("$JS.API.INFO", b"", 5.0)
-    sent = 0
-    for _ in range(40):
-        subscription = await bus.subscribe("q", lambda m: heard.append(m.data), queue="group")
-        await bus.request("$JS.API.INFO", b"", 5.0)
-        for part in range(4):
-            for _ in range(50):
-                other.publish("q", str(sent).encode())
-                sent += 1
-            if part == 1:
-                draining = asyncio.ensure_future(subscription.drain())  # type: ignore[attr-defined]
-            await asyncio.sleep(0)
-        await draining
-    await until(lambda: len(heard) >= sent, 5.0)
-    assert sorted(map(int, heard)) == list(range(sent))
-    await other.close()
+    other = await NatsBus.connect(StageSettings(nats_url=nats_server.url))
+    try:
+        await other.subscribe("q", lambda m: heard.append(m.data), queue="group")
+        await other.request("$JS.API.INFO", b"", 5.0)
+        sent = 0
+        for _ in range(40):
+            subscription = await bus.subscribe("q", lambda m: heard.append(m.data), queue="group")
+            await bus.request("$JS.API.INFO", b"", 5.0)
+            for part in range(4):
+                for _ in range(50):
+                    other.publish("q", str(sent).encode())
+                    sent += 1
+                if part == 1:
+                    draining = asyncio.ensure_future(subscription.drain())  # type: ignore[attr-defined]
+                await asyncio.sleep(0)
+            await draining
+        await until(lambda: len(heard) >= sent, 5.0)
+        assert sorted(map(int, heard)) == list(range(sent))
+    finally:
+        await other.close()
 
 
 async def test_what_was_not_sent_is_not_sent_after_the_outage(nats_server: Broker, bus: NatsBus) -> None:
