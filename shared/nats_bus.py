@@ -103,7 +103,7 @@ class CoreSubscription:
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 await self._subscription.drain()  # type: ignore[no-untyped-call]
-        except (errors.Error, TimeoutError) as error:
+        except (errors.Error, OSError) as error:  # a TimeoutError is one
             log.debug("drain", error=repr(error))
             await self.unsubscribe()
             # nats-py takes it for closed since `drain`, but would subscribe to it again at every reconnect.
