@@ -25,8 +25,6 @@ T = TypeVar("T")
 # The latter two are uvloop's when it has closed a transport, which nats-py's reading loop is yet to notice.
 TRANSPORT_ERRORS = (OSError, RuntimeError, AttributeError)
 NO_SUBJECT = re.compile(r"[ \t\r\n]").search
-
-
 LARGE = 32 * 1024  # bytes read at once: a backlog
 
 
