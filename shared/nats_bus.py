@@ -51,7 +51,7 @@ log = structlog.get_logger()
 API = "$JS.API"
 NANOSECONDS = 10**9
 # Seconds. A link that is silent for LINK_STALLED proves nothing any more; after LINK_DEAD it is given up.
-PING_INTERVAL, LINK_STALLED, LINK_DEAD = 0.25, 1.0, 5.0
+PING_INTERVAL, LINK_STALLED, LINK_DEAD, LAST_LOOK = 0.25, 1.0, 5.0, 0.05
 API_TIMEOUT, DRAIN_TIMEOUT = 5.0, 1.0
 # A core message is dropped when this many bytes wait for a server that does not read.
 MAX_UNSENT = 64 * 2**20
@@ -280,7 +280,10 @@ class NatsBus:
             received = self._nc.stats["in_bytes"]
             await asyncio.wait([pong], timeout=LINK_DEAD)
             if not pong.done() and self._nc.stats["in_bytes"] == received:
-                return False
+                # Was this process itself kept from running? What has come meanwhile is read before time is up.
+                await asyncio.wait([pong], timeout=LAST_LOOK)
+                if not pong.done() and self._nc.stats["in_bytes"] == received:
+                    return False
         return True
 
     def _abort_if_frozen(self) -> None:

@@ -54,6 +54,7 @@ class DirectReader(asyncio.Protocol):
     # ---- from the socket
 
     def data_received(self, data: bytes) -> None:
+        self._connection.stats["in_bytes"] += len(data)
         if len(data) >= LARGE and not self._socket.is_closing():
             # There is probably more, and libuv would bring up to 32 such pieces before anything else of the loop has its turn.
             self._socket.pause_reading()
@@ -201,14 +202,15 @@ class Connection(Client):
         return rest, b"MSG ".startswith(rest[:4]) or b"HMSG ".startswith(rest[:5])
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        """From nats-py's parser, behind something else."""
+        """From nats-py's parser: behind something else, or over another transport."""
+        if type(self._transport) is not TcpTransport:
+            self.stats["in_bytes"] += len(data)
         self._handle(sid, subject, reply, data, headers)
 
     def _handle(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if (handler := self._handlers.get(sid)) is None:
             return  # of a subscription that has ended
         self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(data)
         # A subject is any bytes that somebody sends, and a stream's message comes again until it is taken.
         name = subject.decode(errors="replace")
         try:
