@@ -2,7 +2,7 @@
 know at once when the connection is lost, and none may wait for a server that has died.
 
 What differs from nats-py's own:
-    messages are handled as they are read, and written with what else a turn of the loop publishes, without tasks in between
+    messages are handled as they are read and written as they are published, without tasks in between (shared.nats_connection)
     nothing is buffered while there is no connection (that buffer loses messages silently)
     a server that does not answer a ping in time counts as gone, and its socket is aborted: closing it would wait for it
     streams are read by standing pulls (shared.nats_pull), re-armed at every reconnect, and buckets watched in the same way
@@ -105,8 +105,7 @@ class CoreSubscription:
                 await self._subscription.drain()  # type: ignore[no-untyped-call]
         except (errors.Error, OSError) as error:  # a TimeoutError is one
             log.debug("drain", error=repr(error))
-            await self.unsubscribe()
-            # nats-py takes it for closed since `drain`, but would subscribe to it again at every reconnect.
+            # nats-py takes it for closed now, but would subscribe to it again at every reconnect.
             self._subscription._conn._remove_sub(self._subscription._id)
 
 
@@ -278,12 +277,13 @@ class NatsBus:
             return False
         while not pong.done():
             received = self._nc.stats["in_bytes"]
-            await asyncio.wait([pong], timeout=LINK_DEAD)
-            if not pong.done() and self._nc.stats["in_bytes"] == received:
-                # Was this process itself kept from running? What has come meanwhile is read before time is up.
-                await asyncio.wait([pong], timeout=LAST_LOOK)
-                if not pong.done() and self._nc.stats["in_bytes"] == received:
-                    return False
+            # The last look is for what came while this process itself was kept from running: it is read before time is up.
+            for patience in (LINK_DEAD, LAST_LOOK):
+                await asyncio.wait([pong], timeout=patience)
+                if pong.done() or self._nc.stats["in_bytes"] != received:
+                    break
+            else:
+                return False
         return True
 
     def _abort_if_frozen(self) -> None:
@@ -327,12 +327,9 @@ class NatsBus:
         try:
             if self._nc.send(subject, data, reply, headers):
                 return
-        except TRANSPORT_ERRORS as error:
-            raise BusTimeout(f"{subject}: not sent: {error!r}") from error
-        # A coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is full; there is no need to
-        # wait for that.
-        sending = self._nc.publish(subject, data, reply, headers)
-        try:
+            # A coroutine, but it suspends only after the bytes are in the buffer, when the flusher's queue is full; there is no need
+            # to wait for that.
+            sending = self._nc.publish(subject, data, reply, headers)
             sending.send(None)
         except StopIteration:
             return

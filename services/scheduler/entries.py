@@ -22,7 +22,7 @@ class Entries:
     async def append(self, entry: m.LogEntry) -> None:
         """Stores an entry of the token log, however long it takes. Repeats are harmless: the fold ignores them."""
         assert not isinstance(entry, m.StepTokens)
-        subject, data = self._place(entry)
+        subject, data = self._placed(entry.key, entry)
         await until_done(type(entry).__name__, entry.key, lambda: self._bus.append(subject, data))
 
     async def open(self, known: Known) -> None:
@@ -53,7 +53,7 @@ class Entries:
         )
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Appended | BusError] = loop.create_future()
-        sent = self._bus.append_soon(*self._place(entry), outcome.set_result)
+        sent = self._bus.append_soon(*self._placed(request.key, entry), outcome.set_result)
 
         async def stored() -> None:
             if not sent or isinstance(await outcome, BusError):
@@ -62,10 +62,9 @@ class Entries:
 
         return loop.create_task(stored())
 
-    def _place(self, entry: m.LogEntry) -> tuple[str, bytes]:
+    def _placed(self, key: str, entry: m.LogEntry) -> tuple[str, bytes]:
         """Subject and data."""
-        assert not isinstance(entry, m.StepTokens)
-        partition = subjects.partition_of(entry.key, self._settings.partitions)
+        partition = subjects.partition_of(key, self._settings.partitions)
         return subjects.tok(self._settings.model, partition), codec.encode(entry)
 
 

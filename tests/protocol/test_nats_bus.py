@@ -422,7 +422,7 @@ async def test_a_header_cannot_smuggle_in_a_command(nats_server: Broker, bus: Na
 async def test_a_backlog_leaves_the_loop_to_others(nats_server: Broker, bus: NatsBus) -> None:
     """Whatever waits in the socket: timers run in between. (With uvloop, as in the stages; libuv reads up to 32 times in a turn.)"""
     script = f"""
-import asyncio, sys, time
+import asyncio, time
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 

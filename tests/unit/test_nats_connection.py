@@ -40,21 +40,11 @@ class Socket:
     """What nats-py has of a connected one."""
 
     def __init__(self) -> None:
-        self.paused = self.resumed = 0
         self.stream = asyncio.StreamReader()
         self.protocol: Any = asyncio.StreamReaderProtocol(self.stream)
         self.transport = TcpTransport()  # type: ignore[no-untyped-call]
         self.transport._io_reader = self.stream
         self.transport._io_writer = SimpleNamespace(transport=self)  # type: ignore[assignment]
-
-    def is_closing(self) -> bool:
-        return False
-
-    def pause_reading(self) -> None:
-        self.paused += 1
-
-    def resume_reading(self) -> None:
-        self.resumed += 1
 
     def get_protocol(self) -> Any:
         return self.protocol

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,21 +206,19 @@ class TreeController:
             best = before
         state.settled = state.present = best
         if state.picks % TRIAL_EVERY == 0:
-            self._try_another(state, best, lambda index, seconds: rate(index, max(total, count), seconds), rates)
+            hopes = [rate(index, max(total, count), arms[index].least(state.picks)) for index in range(len(rates))]
+            self._try_another(state, {index for index, hope in enumerate(hopes) if hope >= rates[best]})
 
-    def _try_another(
-        self, state: _BatchSize, best: int, hoped: Callable[[int, float], float], rates: list[float]
-    ) -> None:
-        """hoped(arm, seconds): its rate if drafts did as promised. Only what would then be better than the best can turn out to be."""
+    def _try_another(self, state: _BatchSize, near: set[int]) -> None:
+        """near: the arms that would be better than the best if drafts did as promised. Nothing else can turn out to be."""
         arms = state.arms
-        near = {index for index in range(len(rates)) if hoped(index, arms[index].least(state.picks)) >= rates[best]}
         timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
         if timed:  # what plain steps take must be known: trees are measured against them
             near.add(0)
         oldest = min(near, key=lambda index: arms[index].tried if timed else arms[index].last)
         if timed:
             arms[oldest].tried = state.picks
-        if oldest != best:
+        if oldest != state.settled:
             state.present, state.trial = oldest, TRIAL - 1 if timed else 0
 
     def _of(self, size: int) -> _BatchSize:
