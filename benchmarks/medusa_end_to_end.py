@@ -53,6 +53,7 @@ class Size:
     kv_heads: int
     context: int
     rows: int
+    distil: int  # tokens of its own that heads learn from
 
     def shape(self, vocabulary: int) -> LlamaShape:
         return LlamaShape(
@@ -60,8 +61,8 @@ class Size:
         )
 
 
-LARGE = Size(8192, 1024, 2816, 12, 16, 8, 1024, 64)  # 150 M parameters
-TINY = Size(512, 64, 128, 2, 2, 1, 128, 8)
+LARGE = Size(8192, 1024, 2816, 12, 16, 8, 1024, 64, 5_000_000)  # 150 M parameters
+TINY = Size(512, 64, 128, 2, 2, 1, 128, 8, 4_000)
 
 
 @dataclass
@@ -235,11 +236,12 @@ class Progress:
     def __init__(self, work: Path) -> None:
         self._path = work / "medusa.json"
         self.figures: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._began = time.monotonic()
 
     def add(self, name: str, values: Any) -> None:
         self.figures[name] = values
         self._path.write_text(json.dumps(self.figures, indent=1) + "\n")
-        print(f"{name}: done", flush=True)
+        print(f"{name}: done, {time.monotonic() - self._began:.0f} s of this call", flush=True)
 
 
 def run(args: argparse.Namespace) -> Progress:
@@ -254,19 +256,21 @@ def run(args: argparse.Namespace) -> Progress:
         progress.add("model", train_model(args, size, text, device, clock))
         progress.add("held_out", entropy(model, text, torch.device(device), dtype))
     train_file, held_file = text.write(args.work / "text")
+    heat = args.temperatures[0]  # heads and trees are made for what is measured first
     if "heads" not in progress.figures:
         if clock.left < args.reserve + args.head_seconds:
             raise OutOfTime("heads")
         config = train_heads.TrainConfig(
             model, (train_file,), model / "medusa", (held_file,), heads=args.heads, tied=False, rows=size.rows // 2,
-            length=min(512, size.context), minutes=args.head_seconds / 60, distil=args.distil, temperature=0.7, device=device,
+            length=min(512, size.context), minutes=args.head_seconds / 60,
+            distil=size.distil if args.distil is None else args.distil,
+            temperature=heat, device=device,
         )  # fmt: skip
         progress.add("heads", train_heads.train(config, console))
     if "trees" not in progress.figures:
         if clock.left < args.reserve:
             raise OutOfTime("trees")
         # On the text that the model has seen: the held-out books are for measuring.
-        heat = args.temperatures[0]
         values = train_heads.tune_tree(model, model / "medusa", (train_file,), heat, args.tree_tokens, device, console)
         progress.add("trees", values)
     for temperature in args.temperatures:
@@ -321,7 +325,7 @@ def main() -> int:
     parser.add_argument("--model-seconds", type=float, default=240.0)
     parser.add_argument("--head-seconds", type=float, default=90.0)
     parser.add_argument("--heads", type=int, default=5)
-    parser.add_argument("--distil", type=int, default=0, help="tokens of the model's own for the heads; 0: the text")
+    parser.add_argument("--distil", type=int, help="tokens of the model's own for the heads; 0: the text")
     parser.add_argument("--tree-tokens", type=int, default=50_000)
     parser.add_argument("--measured-tokens", type=int, default=200_000)
     parser.add_argument("--muon-lr", type=float, default=3e-3)

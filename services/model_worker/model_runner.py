@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
@@ -191,7 +192,7 @@ class ModelRunner:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
         rows, nodes = len(plan.decodes), plan.nodes
         size = padded_size(self._sizes, rows) if self.graphs is not None else rows
-        slots = np.full(round_up(size, 4), self.state.null_slot, dtype=np.int32)
+        slots = self._nobody(size)
         slots[:rows] = plan.decode_slots
         self._staging.begin()
         staged = self._staging.put(slots)
@@ -294,6 +295,10 @@ class ModelRunner:
             return parts, report.logprobs(reported, targets.long(), self.decoder.logits, self.ops)
 
         return Forward(plan, choose, guesses)
+
+    def _nobody(self, size: int) -> NDArray[np.int32]:
+        """Nobody's slot, for so many sequences and padding."""
+        return np.full(round_up(size, 4), self.state.null_slot, dtype=np.int32)
 
     def _padded(self, sequences: list[Sequence]) -> list[int]:
         """Their slots, padded to a multiple of four."""
@@ -449,7 +454,7 @@ class ModelRunner:
         """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest; then the
         pieces of steps with prompts."""
         with self.context():
-            slots = self._staging.device_words[: round_up(self.limits.max_seqs, 4)].fill_(self.state.null_slot)
+            slots = self._staging.send(self._nobody(self.limits.max_seqs))
             longest = self.limits.max_model_len + self.limits.overshoot
             shapes = self.decode_shapes()
             for done, (size, nodes) in enumerate(shapes):
@@ -483,7 +488,7 @@ class ModelRunner:
     def time_graph(self, size: int, nodes: int, times: int) -> list[float]:
         """Seconds that each of some replays of a captured decode step takes, greedy sampling included, on nobody's slots."""
         assert self.graphs is not None
-        self._staging.device_words[: round_up(size, 4)].fill_(self.state.null_slot)
+        self._staging.send(self._nobody(size))
         seconds = []
         for _ in range(times + 1):
             torch.cuda.synchronize(self.device)

@@ -30,6 +30,7 @@ FIELDS = (
 )  # fmt: skip
 FLOAT_FIELDS = 7
 _ALIGN = 4  # words; kernels are compiled for pointers aligned to 16 bytes, and again for others
+_REMEMBERED = 1024  # words: so few are compared with what was sent before
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -53,8 +54,8 @@ def field_row(params: SamplingParams, choice: int, prompt_len: int) -> Words:
 class Staging:
     """Collects a step's small arrays in pinned memory and sends them in one copy.
 
-    `put` returns the device's view of what it was given, valid after `upload` until the next one. The pinned buffers go round, so
-    that one is rewritten only after the step that sent it has retired: `in_flight` is how many steps may not have.
+    `put` returns the device's view of what it was given, valid after `upload` until the next one; nobody writes there. The pinned
+    buffers go round, so that one is rewritten only after the step that sent it has retired: `in_flight` is how many steps may not have.
     """
 
     def __init__(self, words: int, device: torch.device, in_flight: int) -> None:
@@ -64,6 +65,7 @@ class Staging:
         self.device_words = torch.zeros(words, dtype=torch.int32, device=device)
         self._current = 0
         self._used = 0
+        self._sent = np.empty(0, dtype=np.int32)  # what the device has, if it is little
 
     def begin(self) -> None:
         self._current = (self._current + 1) % len(self._host)
@@ -77,8 +79,19 @@ class Staging:
         return self.device_words[start:end]
 
     def upload(self) -> None:
-        if self._used:
-            self.device_words[: self._used].copy_(self._host[self._current][: self._used], non_blocking=True)
+        """Does nothing if the device has it already, as it has in steady decodes: a copy between two steps takes time."""
+        words = self._arrays[self._current][: self._used]
+        if np.array_equal(words, self._sent):
+            return
+        self.device_words[: self._used].copy_(self._host[self._current][: self._used], non_blocking=True)
+        self._sent = words[: self._used if self._used <= _REMEMBERED else 0].copy()
+
+    def send(self, values: Words) -> Tensor:
+        """These alone: int32 [n] on the device."""
+        self.begin()
+        placed = self.put(values)
+        self.upload()
+        return placed
 
 
 @dataclass(slots=True)

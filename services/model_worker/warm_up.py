@@ -116,6 +116,8 @@ def _searches(runner: ModelRunner, limits: SchedulerLimits) -> list[SamplingPara
 def time_decodes(runner: ModelRunner, controller: TreeController) -> None:
     """What captured decode steps take on an empty cache, for all sizes: the controller's first idea of them."""
     with runner.context():
-        for size, nodes in runner.decode_shapes():
+        shapes = runner.decode_shapes()
+        runner.time_graph(*shapes[0], times=20)  # a device that has waited for compilers may have to wake up first
+        for size, nodes in shapes:
             tree = None if runner.verifier is None or nodes == 1 else runner.verifier.trees[nodes].tree
             controller.expect(size, tree, runner.time_graph(size, nodes, ENOUGH))

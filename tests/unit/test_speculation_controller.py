@@ -50,16 +50,16 @@ class Outcome:
 def simulate(
     cost: Cost, batch: int, quality: list[float], steps: int = 3000, noise: float = 0.05, seed: int = 1,
     fixed: Tree | bool | None = False, length: int = 150, change: float = 1.0, overlap: bool = False,
-    burst: int = 0,
+    burst: int = 0, wrong: float = 1.0,
 ) -> Outcome:  # fmt: skip
     """Requests come and go; quality[i % len]: how many times the promise request i keeps. fixed: a tree for all steps. change: how
     many times as long a step takes that follows one of another kind. overlap: a step is timed when the next one has been picked, as on
-    a GPU, where steps were timed before the first request. burst: so many steps of each 60 are disturbed, one after the other, and
-    eight times as long as they would be."""
+    a GPU, where steps were timed before the first request, each too long by up to `wrong` times. burst: so many steps of each 60 are
+    disturbed, one after the other, and eight times as long as they would be."""
     rng = random.Random(seed)
     controller = TreeController(TREES, SIZES, 512)
     for arm in (None, *TREES) if overlap else ():
-        controller.expect(batch, arm, [cost(batch * (1 if arm is None else arm.size))] * 3)
+        controller.expect(batch, arm, [cost(batch * (1 if arm is None else arm.size)) * rng.uniform(1, wrong)] * 3)
     places = np.array([controller.requests.admit() for _ in range(batch)])
     factors = [quality[i % len(quality)] for i in range(batch)]
     ages = [rng.randrange(length) for _ in range(batch)]
@@ -130,6 +130,14 @@ def test_disturbed_steps_do_not_mislead_it(batch: int, quality: list[float]) -> 
     assert got.rate >= 0.95 * best(gpu, batch, quality)
 
 
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("quality", [[1.0], [0.3], [0.0, 2.0]])
+def test_wrong_first_times_do_not_mislead_it(batch: int, quality: list[float]) -> None:
+    """Measured on a device that had not woken up, say, and not the same way for all."""
+    got = simulate(gpu, batch, quality, 4000, overlap=True, wrong=3.5)
+    assert got.rate >= 0.93 * best(gpu, batch, quality)
+
+
 def test_trials_do_not_move_what_small_gains_do_not() -> None:
     """A tree that is 2 % faster is not begun with, nor after a trial; of four that are nearly alike, one is stayed with."""
 
@@ -170,13 +178,35 @@ def test_a_first_time_that_was_wrong_is_found_out() -> None:
         controller.expect(1, tree, [seconds] * 7)
     place = np.array([controller.requests.admit()])
     picked: list[Tree | None] = []
-    for _ in range(40_000):
+    for _ in range(3000):
         tree = controller.pick(place)
         picked.append(tree)
         controller.observe_time(1, tree, 1e-3 if tree is None else 1.2e-3)
         if tree is not None:
             controller.observe(place, np.array([round(tree.expected_extra)]), tree)
-    assert picked[:1000].count(TREES[1]) < 10 and picked[-1000:].count(TREES[1]) > 950
+    assert picked[:100].count(TREES[1]) < 10 and picked[-1000:].count(TREES[1]) > 950
+
+
+def test_disturbances_are_not_believed_at_once_nor_for_ever() -> None:
+    controller = TreeController(TREES[:2], [1], 512)
+    place = np.array([controller.requests.admit()])
+
+    def run(steps: int, disturbed: float) -> int:
+        picked = 0
+        for _ in range(steps):
+            tree = controller.pick(place)
+            picked += tree is TREES[1]
+            controller.observe_time(1, tree, disturbed * (1e-3 if tree is None else 1.2e-3))
+            if tree is not None:
+                controller.observe(place, np.array([round(tree.expected_extra)]), tree)
+        return picked
+
+    assert run(1000, 1.0) > 900
+    run(16, 6.0)
+    assert run(100, 1.0) > 80
+    run(200, 6.0)
+    run(8000, 1.0)
+    assert run(1000, 1.0) > 900
 
 
 def test_it_does_nothing_where_nothing_is_gained() -> None:

@@ -5,12 +5,17 @@ accept for a sequence, m_i how much better or worse a request has done than prom
 The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
 
 A step that follows one of another kind takes longer, for reasons that are not its own: the host launches another graph, from memory
-that is not in its caches. So times count only within a row of alike steps, and small gains are not gone after.
+that is not in its caches. So a choice holds for some steps, times count only within a row of alike steps, and small gains are not gone
+after. A time that is wrongly believed to be long is never taken, and so never put right. So a kind of step gets slower in small steps
+only, no tree is believed to take longer than a larger one that was timed later, and what was measured before the first request is
+scaled by what it turned out to mean.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,12 +31,15 @@ PRIOR_WEIGHT = 4.0  # guessed tokens promised, in which a new request is believe
 AVERAGE_MEMORY = 0.99  # of the average over all requests, in steps of one sequence
 ENTER, LEAVE = 1.04, 1.0  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
+HOLD = 4  # steps of a batch size for which a choice holds
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
+SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
 ENOUGH = 3  # times before a kind of step is known
 TRIAL_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
 TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, too:
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
+UNMEASURED = 0.4  # the same of one whose time is from before the first request
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -104,27 +112,35 @@ def _by_head(accepted: NDArray[np.int64]) -> list[int]:
 
 @dataclass(slots=True)
 class _Arm:
-    """Steps of one batch size with one tree (or none). last, tried, timed: the picks at which it was last taken, tried for its time,
-    and timed."""
+    """Steps of one batch size with one tree (or none). seconds: what they take, from `times`; expected: from before the first
+    request, 0 if there is none; last, tried, timed: the picks at which it was last taken, tried for its time, and timed."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
-    seconds: float = 0.0
+    seconds: float = math.inf
+    expected: float = 0.0
     last: int = 0
     tried: int = 0
     timed: int = 0
 
     @property
-    def known(self) -> bool:
+    def measured(self) -> bool:
         return len(self.times) >= ENOUGH
+
+    @property
+    def known(self) -> bool:
+        return self.measured or self.expected > 0
 
     def add(self, seconds: float, picks: int) -> None:
         self.times.append(seconds)
-        self.seconds = sorted(self.times)[len(self.times) // 4]
+        quartile = sorted(self.times)[len(self.times) // 4]
+        self.seconds = min(quartile, SLOWER * self.seconds)
         self.timed = picks
 
-    def least(self, picks: int) -> float:
-        """What a step of this kind may well take by now: one that seems too slow is never taken, so only doubt can mend that."""
-        return self.seconds * max(MOST_DOUBT, float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY)))
+    def doubt(self, picks: int) -> float:
+        """How much of what it is believed to take it may well take by now: only doubt can mend what seems too slow to be taken."""
+        if not self.measured:
+            return UNMEASURED
+        return max(MOST_DOUBT, float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY)))
 
 
 @dataclass(slots=True)
@@ -137,6 +153,18 @@ class _BatchSize:
     settled: int = 0
     present: int = 0
     trial: int = 0
+
+    def believed(self, most: int) -> list[float]:
+        """Seconds of a step with each of the first `most` arms, up to one that is not known."""
+        arms = list(itertools.takewhile(lambda arm: arm.known, self.arms[:most]))
+        ratios = sorted(arm.seconds / arm.expected for arm in self.arms if arm.measured and arm.expected)
+        scale = ratios[len(ratios) // 2] if ratios else 1.0
+        seconds = [arm.seconds if arm.measured else scale * arm.expected for arm in arms]
+        for index in reversed(range(len(arms))):
+            for larger in range(index + 1, len(arms)):
+                if arms[larger].timed > arms[index].timed:
+                    seconds[index] = min(seconds[index], seconds[larger])
+        return seconds
 
 
 class TreeController:
@@ -169,11 +197,16 @@ class TreeController:
             return None
         state = self._of(size)
         state.picks += 1
-        goes_on = state.trial or not state.arms[state.present].known
-        if not goes_on or state.present > usable:
-            self._choose(state, batch, usable)
+        if state.present > usable:
+            state.trial, due = 0, True
         elif state.trial:
-            state.trial -= 1
+            state.trial, due = state.trial - 1, False
+        elif not state.arms[state.present].known:
+            due = False
+        else:
+            due = state.picks % HOLD == 0 or state.present != state.settled or state.picks == 1
+        if due:
+            self._choose(state, batch, usable)
         state.arms[state.present].last = state.picks
         self._picked = size, state.present
         return self.trees[state.present - 1] if state.present else None
@@ -190,13 +223,15 @@ class TreeController:
             tree = self.trees[index - 1]
             return (count + min(factors * tree.expected_extra, count * tree.depth)) / seconds
 
+        seconds = state.believed(usable + 1)
+        least = [value * arm.doubt(state.picks) for value, arm in zip(seconds, arms, strict=False)]
         rates: list[float] = []
         for index in range(usable + 1):
-            if not arms[index].known:
+            if index == len(seconds):
                 state.present = index
                 return
-            rates.append(rate(index, total, arms[index].seconds))
-            if rate(index, total, arms[index].least(state.picks)) < HOPELESS * max(rates):
+            rates.append(rate(index, total, seconds[index]))
+            if rate(index, total, least[index]) < HOPELESS * max(rates):
                 break
         best = max(range(len(rates)), key=rates.__getitem__)
         before = state.settled if state.settled < len(rates) else 0
@@ -206,7 +241,7 @@ class TreeController:
             best = before
         state.settled = state.present = best
         if state.picks % TRIAL_EVERY == 0:
-            hopes = [rate(index, max(total, count), arms[index].least(state.picks)) for index in range(len(rates))]
+            hopes = [rate(index, max(total, count), least[index]) for index in range(len(rates))]
             self._try_another(state, {index for index, hope in enumerate(hopes) if hope >= rates[best]})
 
     def _try_another(self, state: _BatchSize, near: set[int]) -> None:
@@ -215,6 +250,8 @@ class TreeController:
         timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
         if timed:  # what plain steps take must be known: trees are measured against them
             near.add(0)
+        if unmeasured := {index for index in near if not arms[index].measured}:
+            near, timed = unmeasured, True
         oldest = min(near, key=lambda index: arms[index].tried if timed else arms[index].last)
         if timed:
             arms[oldest].tried = state.picks
@@ -232,8 +269,7 @@ class TreeController:
     def expect(self, sequences: int, tree: Tree | None, seconds: Sequence[float]) -> None:
         """What such steps take, measured before there are any."""
         size, index = self._arm_of(sequences, tree)
-        for value in seconds:
-            self._of(size).arms[index].add(value, 0)
+        self._of(size).arms[index].expected = min(seconds)
 
     def observe_time(self, sequences: int, tree: Tree | None, seconds: float | None) -> None:
         """A step of so many sequences took so long; None: it had other rows as well."""
@@ -270,7 +306,7 @@ class TreeController:
     def times(self, sequences: int) -> dict[int, float]:
         """Seconds of a step of so many sequences, by nodes: of the kinds that are known."""
         arms = self._of(self.bucket(sequences)).arms
-        return {nodes: arm.seconds for nodes, arm in zip([1, *self._nodes], arms, strict=True) if arm.known}
+        return {nodes: arm.seconds for nodes, arm in zip([1, *self._nodes], arms, strict=True) if arm.measured}
 
     def stats(self) -> SpeculationStats:
         # Copies: another thread may be asking.
