@@ -12,6 +12,7 @@ Handlers of subscriptions are plain functions, called one after another on the e
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -212,6 +213,10 @@ class Bus(Protocol):
     ) -> bool:
         """`append` without a task, for those who append a lot: `done` is told later what it would have returned or raised. False, and
         nothing is done, if the message cannot be sent at once: `append` says why, or waits until it can."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is sent within it, without waiting for anything, goes out in one piece at its end: for those who know that they have
+        several messages to send."""
 
     async def read(self, stream: str, seq: int) -> Stored | None: ...
 

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -517,6 +519,9 @@ class MemoryBus:
         return await self.write_to_broker(
             lambda: self.broker.append(subject, data, msg_id, expected_last_subject_seq), timeout
         )
+
+    def together(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def append_soon(
         self, subject: str, data: bytes, done: Callable[[Appended | BusError], None], *, msg_id: str | None = None

@@ -15,8 +15,11 @@ import base64
 import itertools
 import json
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import orjson
@@ -119,8 +122,12 @@ class NatsBus:
         self._nc = Connection()
         self._inbox = f"{inbox_prefix}.{self._nc._nuid.next().decode()}."
         self._tokens = itertools.count(1)
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
-        self._asked: dict[str, str] = {}  # subject of each that waits
+        # By the inbox's token: what was asked, and what gets the answer or the reason why there is none.
+        self._waiting: dict[str, tuple[str, Callable[[Msg | BusError], None]]] = {}
+        self._appends: deque[tuple[float, str]] = (
+            deque()
+        )  # loop times until which their answers are waited for, and tokens
+        self._append_timer: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
         self._since: float | None = None
         self._last_pong = 0.0
@@ -209,9 +216,8 @@ class NatsBus:
         self._nc.forget_pending()
         if self._ping_task is not None:
             self._ping_task.cancel()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(BusTimeout("the connection was lost"))
+        for token in self._waiting:
+            self._loop.call_soon(self._give_up, token, "the connection was lost")
 
     async def _disconnected(self) -> None:
         self._down()
@@ -249,9 +255,9 @@ class NatsBus:
     def _not_permitted(self, error: str) -> None:
         """The server names the subject, in lower case by way of nats-py. Whoever waits for an answer to it need not wait any longer."""
         log.error("not_permitted", error=error)
-        for token, subject in self._asked.items():
-            if f'"{subject.lower()}"' in error and not self._waiting[token].done():
-                self._waiting[token].set_exception(BusTimeout(f"not permitted: {subject}"))
+        for token, (subject, _) in self._waiting.items():
+            if f'"{subject.lower()}"' in error:
+                self._loop.call_soon(self._give_up, token, f"not permitted: {subject}")
 
     async def _ping(self) -> None:
         """Knows within LINK_STALLED whether the server still answers; also whether this process itself was stopped."""
@@ -346,33 +352,34 @@ class NatsBus:
         if len(data) > self._nc._max_payload - HEADROOM:
             raise PayloadTooLarge(f"{len(data)} bytes, {self._nc._max_payload - HEADROOM} are allowed")
         timeout = await self._wait_for_connection(timeout)
-        token, future, timer = self._expect_answer(subject, timeout)
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        token = self._expect_answer(subject, partial(_settle, future))
+        timer = self._loop.call_later(timeout, self._give_up, token, "no answer in time")
         try:
             self._send(subject, data, self._inbox + token, headers)
             answer = await future
         finally:
-            self._forget(token, timer)
+            timer.cancel()
+            self._waiting.pop(token, None)
             # An exception holds this frame: were it to hold the exception in turn, all that waited here would be left to the collector.
-            del future, timer
+            del future
         if answer.headers and answer.headers.get("Status") == "503":
             raise NoResponders(subject)
         return answer
 
-    def _expect_answer(self, subject: str, timeout: float) -> tuple[str, asyncio.Future[Msg], asyncio.TimerHandle]:
-        """For what is about to be sent to `subject`: the inbox's token, what gets the answer or BusTimeout, and the timer."""
+    def _expect_answer(self, subject: str, answered: Callable[[Msg | BusError], None]) -> str:
+        """The inbox's token, for what is about to be sent to `subject`."""
         token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = self._loop.create_future()
-        self._waiting[token], self._asked[token] = future, subject
-        return token, future, self._loop.call_later(timeout, _time_out, future)
-
-    def _forget(self, token: str, timer: asyncio.TimerHandle) -> None:
-        timer.cancel()
-        del self._waiting[token], self._asked[token]
+        self._waiting[token] = subject, answered
+        return token
 
     def _answered(self, msg: Msg) -> None:
-        future = self._waiting.get(msg.subject.rpartition(".")[2])
-        if future is not None and not future.done():
-            future.set_result(msg)
+        if (waiting := self._waiting.pop(msg.subject.rpartition(".")[2], None)) is not None:
+            waiting[1](msg)
+
+    def _give_up(self, token: str, why: str) -> None:
+        if (waiting := self._waiting.pop(token, None)) is not None:
+            waiting[1](BusTimeout(why))
 
     async def subscribe(self, subject: str, handler: Callable[[Message], None], queue: str = "") -> CoreSubscription:
         def receive(msg: Msg) -> None:
@@ -454,28 +461,33 @@ class NatsBus:
     ) -> bool:
         if len(data) > self._nc._max_payload - HEADROOM or not self.is_up():
             return False
-        token, future, timer = self._expect_answer(subject, APPEND_TIMEOUT)
-
-        def answered(future: asyncio.Future[Msg]) -> None:
-            self._forget(token, timer)
-            # Nothing is raised here: an exception would hold this frame, and the frame the exception.
-            if (lost := future.exception()) is not None:
-                done(lost if isinstance(lost, BusError) else BusTimeout(repr(lost)))
-                return
-            message = future.result()
-            if message.headers and message.headers.get("Status") == "503":
-                done(BusError(f"no stream takes {subject}"))
-                return
-            answer = orjson.loads(message.data)
-            refused = answer.get("error")
-            done(Appended(answer["seq"], answer.get("duplicate", False)) if refused is None else api_error(refused))
-
-        future.add_done_callback(answered)
+        token = self._expect_answer(subject, partial(_appended, subject, done))
+        self._expire_append(token)
         try:
             self._send(subject, data, self._inbox + token, None if msg_id is None else {"Nats-Msg-Id": msg_id})
         except BusTimeout as error:
-            future.set_exception(error)
+            self._loop.call_soon(
+                self._give_up, token, str(error)
+            )  # its caller is not told before it knows that it was taken
         return True
+
+    def _expire_append(self, token: str) -> None:
+        """One timer for all: they are waited for equally long, so the oldest is the next."""
+        appends = self._appends
+        while appends and appends[0][1] not in self._waiting:
+            appends.popleft()
+        appends.append((self._loop.time() + APPEND_TIMEOUT, token))
+        if self._append_timer is None:
+            self._append_timer = self._loop.call_at(appends[0][0], self._expire_appends)
+
+    def _expire_appends(self) -> None:
+        appends, now = self._appends, self._loop.time()
+        while appends and (appends[0][0] <= now or appends[0][1] not in self._waiting):
+            self._give_up(appends.popleft()[1], "no answer in time")
+        self._append_timer = self._loop.call_at(appends[0][0], self._expire_appends) if appends else None
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._nc.together()
 
     async def read(self, stream: str, seq: int) -> Stored | None:
         if seq < 1:
@@ -616,6 +628,22 @@ def _tls(settings: StageSettings) -> ssl.SSLContext | None:
     return context
 
 
-def _time_out(future: asyncio.Future[Any]) -> None:
-    if not future.done():
-        future.set_exception(BusTimeout("no answer in time"))
+def _settle(future: asyncio.Future[Msg], answer: Msg | BusError) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if isinstance(answer, BusError):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _appended(subject: str, done: Callable[[Appended | BusError], None], answer: Msg | BusError) -> None:
+    """Nothing is raised here: an exception would hold this frame, and the frame the exception."""
+    if isinstance(answer, BusError):
+        done(answer)
+    elif answer.headers and answer.headers.get("Status") == "503":
+        done(BusError(f"no stream takes {subject}"))
+    else:
+        said = orjson.loads(answer.data)
+        refused = said.get("error")
+        done(Appended(said["seq"], said.get("duplicate", False)) if refused is None else api_error(refused))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -254,6 +254,16 @@ class Connection(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(data)
         return True
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published within is written in one piece at its end (or of the turn, if something went before)."""
+        first, self._turn = not self._turn, True
+        try:
+            yield
+        finally:
+            if first:
+                self._end_turn()
 
     def _end_turn(self) -> None:
         self._turn = False

@@ -389,8 +389,9 @@ class WorkerService(Service):
                     batch = batches.setdefault(run.partition, Batch())
                     batch.add(self._failed(run, error))
                     batch.finished.append(run)
-        for partition, batch in batches.items():
-            self._append(steps[-1].step, partition, batch)
+        with self.bus.together():
+            for partition, batch in batches.items():
+                self._append(steps[-1].step, partition, batch)
 
     def _take(self, output: TokenOutput, batches: dict[int, Batch]) -> None:
         if output.finish is FinishReason.ABORTED or (run := self._run_of(output)) is None:

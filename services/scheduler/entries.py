@@ -53,7 +53,12 @@ class Entries:
         )
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Appended | BusError] = loop.create_future()
-        sent = self._bus.append_soon(*self._placed(request.key, entry), outcome.set_result)
+
+        def told(answer: Appended | BusError) -> None:
+            if not outcome.done():  # as when this process is about to end
+                outcome.set_result(answer)
+
+        sent = self._bus.append_soon(*self._placed(request.key, entry), told)
 
         async def stored() -> None:
             if not sent or isinstance(await outcome, BusError):

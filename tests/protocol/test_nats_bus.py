@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 
 from shared import nats_bus, nats_pull
 from shared.broker import Broker, free_port
-from shared.bus import BucketSpec, BusError, BusTimeout, Message, Stored, StreamSpec
+from shared.bus import Appended, BucketSpec, BusError, BusTimeout, Message, Stored, StreamSpec
 from shared.config import StageSettings
 from shared.nats_bus import NatsBus
 from shared.nats_pull import OrderedReader, Place
@@ -397,6 +397,66 @@ async def test_what_a_turn_of_the_loop_publishes_arrives_in_order(nats_server: B
     bus.publish("turn", b"to nobody")
     await bus.request("$JS.API.INFO", b"", 5.0)
     assert len(heard) == 200
+
+
+async def test_what_is_published_together_is_written_once(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[bytes] = []
+    await bus.subscribe("together", lambda m: heard.append(m.data))
+    await bus.request("$JS.API.INFO", b"", 5.0)
+    await asyncio.sleep(0)  # another turn: nothing has been published in this one
+    written: list[bytes] = []
+    write = bus._nc._transport.write
+    monkeypatch.setattr(bus._nc._transport, "write", lambda data: (written.append(data), write(data)))
+    with bus.together():
+        for number in range(20):
+            bus.publish("together", b"%d" % number)
+        assert not written
+    assert len(written) == 1
+    bus.publish("together", b"20")  # is again the first of its turn
+    assert len(written) == 2
+    with bus.together():
+        bus.publish("together", b"21")
+    assert len(written) == 2
+    await until(lambda: len(heard) == 22)
+    assert heard == [b"%d" % number for number in range(22)] and len(written) == 3
+
+
+async def test_appends_that_get_no_answer_are_told_each_in_time(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One timer is for all of them, those that were answered among them."""
+    monkeypatch.setattr(nats_bus, "APPEND_TIMEOUT", 0.4)
+    told: dict[str, tuple[float, object]] = {}
+    await bus.subscribe("deaf.>", lambda message: None)  # somebody is there, so the server does not say that nobody is
+    loop = asyncio.get_running_loop()
+    begun: dict[str, float] = {}
+
+    def append(subject: str) -> None:
+        begun[subject] = loop.time()
+        assert bus.append_soon(subject, b"x", lambda outcome: told.update({subject: (loop.time(), outcome)}))
+
+    for number in range(4):
+        append(f"deaf.{number}")
+        append(f"s.{number}")
+        await asyncio.sleep(0.1)
+    await until(lambda: len(told) == 8)
+    for subject, (when, outcome) in told.items():
+        if subject.startswith("deaf"):
+            assert isinstance(outcome, BusTimeout) and 0.35 < when - begun[subject] < 2
+        else:
+            assert isinstance(outcome, Appended)
+    assert not bus._waiting
+    append("deaf.again")  # the timer has run out, and is wound up again
+    await until(lambda: "deaf.again" in told)
+    assert not bus._waiting and len(bus._appends) == 0
+
+
+async def test_appends_are_told_that_the_connection_was_lost(nats_server: Broker, bus: NatsBus) -> None:
+    told: list[object] = []
+    await bus.subscribe("deaf.>", lambda message: None)
+    assert bus.append_soon("deaf.1", b"x", told.append)
+    await nats_server.kill()
+    await until(lambda: told)
+    assert isinstance(told[0], BusTimeout) and len(told) == 1
+    assert not bus.append_soon("deaf.1", b"x", told.append)
 
 
 async def test_a_handler_that_fails_harms_no_other_message(nats_server: Broker, bus: NatsBus) -> None:
