@@ -160,6 +160,30 @@ def test_trials_do_not_move_what_small_gains_do_not() -> None:
     assert max(run([1.10, 1.085, 1.09, 1.095])) > 5700
 
 
+def test_drafts_that_get_better_within_a_request_are_noticed() -> None:
+    """Greedy text that begins to repeat itself, say: requests of 250 tokens whose first tokens nobody guesses."""
+    controller = TreeController(TREES[:1], [64], 128)
+    for tree, seconds in ((None, 1.0e-3), (TREES[0], 1.4e-3)):
+        controller.expect(64, tree, [seconds])
+    clock = tokens = 0.0
+    for _ in range(30):
+        places, ages = np.array([controller.requests.admit() for _ in range(64)]), np.zeros(64)
+        while ages.min() < 250:
+            tree = controller.pick(places)
+            seconds = 1.0e-3 if tree is None else 1.4e-3
+            controller.observe_time(64, tree, seconds)
+            accepted = np.zeros(64, np.int64)
+            if tree is not None:
+                accepted[:] = ages > 40
+                controller.observe(places, accepted, tree)
+            ages += 1 + accepted
+            clock, tokens = clock + seconds, tokens + 64 + accepted.sum()
+        for place in places:
+            controller.requests.release(int(place))
+    best = 250 / (40 * 1.0e-3 + 210 / 2 * 1.4e-3)
+    assert tokens / clock / 64 > 0.85 * best
+
+
 def test_a_kind_of_step_that_is_never_timed_stays_harmless() -> None:
     """Trees that the scheduler never has room for, say: for years."""
     controller = TreeController(TREES, [1], 512)
@@ -211,7 +235,7 @@ def test_disturbances_are_not_believed_at_once_nor_for_ever() -> None:
 
 def test_it_does_nothing_where_nothing_is_gained() -> None:
     hopeless = simulate(gpu, 8, [0.0])
-    assert hopeless.plain / hopeless.steps > 0.97
+    assert hopeless.plain / hopeless.steps > 0.9 and hopeless.rate > 0.985 * 8 / gpu(8)
     good = simulate(gpu, 1, [1.0])
     assert good.plain / good.steps < 0.05 and good.rate > 1.5 / gpu(1)
 

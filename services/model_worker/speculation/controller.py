@@ -40,6 +40,10 @@ TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, 
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 UNMEASURED = 0.4  # the same of one whose time is from before the first request
+LOOK, LOOK_EVERY = (
+    0.005,
+    16,
+)  # share of the time that looks at drafts may take while no tree is settled on; steps between them at least
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -243,6 +247,12 @@ class TreeController:
         if state.picks % TRIAL_EVERY == 0:
             hopes = [rate(index, max(total, count), least[index]) for index in range(len(rates))]
             self._try_another(state, {index for index, hope in enumerate(hopes) if hope >= rates[best]})
+        elif best == 0 and len(rates) > 1:
+            # What would be accepted, plain steps do not show: what a look costs says how often it can be had.
+            cheapest = min(range(1, len(rates)), key=seconds.__getitem__)
+            every = HOLD * math.ceil(max(LOOK_EVERY, (seconds[cheapest] / seconds[0] - 1) / LOOK) / HOLD)
+            if state.picks % every == 0 and rate(cheapest, max(total, count), seconds[cheapest]) >= rates[0]:
+                state.present = cheapest
 
     def _try_another(self, state: _BatchSize, near: set[int]) -> None:
         """near: the arms that would be better than the best if drafts did as promised. Nothing else can turn out to be."""
