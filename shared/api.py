@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from shared.codec import pack_ids
+from shared.codec import pack, pack_ids
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 from shared.messages import Failure, ReplyTo
 from shared.sampling import (
@@ -209,7 +209,7 @@ class GenerateRequest(Strict):
     @classmethod
     def _small_metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            size = len(msgpack.packb(value))
+            size = len(pack(value))
         except OverflowError:
             raise ValueError("an integer of more than 64 bits") from None
         if size > MAX_METADATA_BYTES:
@@ -392,8 +392,7 @@ def _json_number(value: Any) -> Any:
 def encode_event(event: Mapping[str, Any] | list[Mapping[str, Any]], encoding: str) -> bytes:
     """An event, or for `batched` clients an array of them, as the client wants it."""
     if encoding == "msgpack":
-        data: bytes = msgpack.packb(event)
-        return data
+        return pack(event)
     try:
         return orjson.dumps(event)
     except TypeError:

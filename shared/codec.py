@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -121,10 +122,25 @@ def _default(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a wire type")
 
 
+class _Packers(threading.local):
+    """`msgpack.packb` makes one of 256 kB for each message, which the allocator takes from the system and gives back."""
+
+    def __init__(self) -> None:
+        self.plain: Callable[[Any], bytes] = msgpack.Packer().pack
+        self.message: Callable[[Any], bytes] = msgpack.Packer(default=_default).pack
+
+
+_packers = _Packers()
+
+
+def pack(value: Any) -> bytes:
+    """`msgpack.packb` for what is small and frequent."""
+    return _packers.plain(value)
+
+
 def encode(message: Any) -> bytes:
     """Any message of shared/messages.py that has a tag → bytes."""
-    data: bytes = msgpack.packb((_TAGS[type(message)], *message), default=_default)
-    return data
+    return _packers.message((_TAGS[type(message)], *message))
 
 
 def decode(data: bytes) -> Any:

@@ -144,6 +144,6 @@ def configure_logging(settings: StageSettings, stage: str) -> None:
             structlog.dev.ConsoleRenderer(timestamp_key="ts", sort_keys=False) if on_terminal else _json,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line in one call; `print` makes two
     )
     logging.basicConfig(handlers=[_FromStandardLogging()], level=max(level, logging.INFO), force=True)

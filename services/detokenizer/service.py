@@ -139,7 +139,7 @@ class DetokenizerService(Service):
         while True:
             for number, partition in self.partitions.items():
                 if partition.serving:
-                    beacon = msgpack.packb((self.instance, partition.core.seq))
+                    beacon = codec.pack((self.instance, partition.core.seq))
                     self.bus.publish(subjects.beacon(self.settings.model, number), beacon)
             await asyncio.sleep(self.settings.beacon_interval)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -147,3 +148,17 @@ def test_ids_that_do_not_fit() -> None:
         codec.pack_ids([2**31])
     with pytest.raises(TypeError):
         codec.pack_ids([1.5, 2])  # type: ignore[list-item]
+
+
+def test_what_cannot_be_packed_leaves_nothing_behind() -> None:
+    """The packers are used again and again, by threads of their own."""
+    for bad, error in ((object(), TypeError), (1 << 70, OverflowError), ("\ud800", UnicodeEncodeError)):
+        with pytest.raises(error):
+            codec.pack(["x" * 1000, bad])
+        assert codec.pack([1, "a"]) == msgpack.packb([1, "a"])
+    fence = m.Fence("default.a", 3)
+    with pytest.raises(TypeError):
+        codec.encode(m.Fence(object(), 3))  # type: ignore[arg-type]
+    assert codec.decode(codec.encode(fence)) == fence
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: codec.encode(fence), range(2000))) == {codec.encode(fence)}
