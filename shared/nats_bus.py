@@ -483,7 +483,9 @@ class NatsBus:
     def _expire_appends(self) -> None:
         appends, now = self._appends, self._loop.time()
         while appends and (appends[0][0] <= now or appends[0][1] not in self._waiting):
-            self._give_up(appends.popleft()[1], "no answer in time")
+            self._loop.call_soon(
+                self._give_up, appends.popleft()[1], "no answer in time"
+            )  # one that fails harms no other
         self._append_timer = self._loop.call_at(appends[0][0], self._expire_appends) if appends else None
 
     def together(self) -> AbstractContextManager[None]:

@@ -258,7 +258,9 @@ class Connection(Client):
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What is published within is written in one piece at its end (or of the turn, if something went before)."""
-        first, self._turn = not self._turn, True
+        # Over another transport nats-py's flusher writes, and it must find what is to be written.
+        first = not self._turn and type(self._transport) is TcpTransport
+        self._turn = self._turn or first
         try:
             yield
         finally:

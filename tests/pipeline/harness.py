@@ -54,6 +54,16 @@ class Deployment:
         expected = len(self.supervisor.stages)
         return await presence.gather(self.bus, 1.0, lambda beats: len(beats) >= expected)
 
+    async def until_served(self) -> None:
+        """Until every partition of the log is served: what is in it before that is delivered, but not measured."""
+        settings = StageSettings()
+        partitions = int(self.supervisor.plan.env.get("GORGON_PARTITIONS", settings.partitions))
+        async with asyncio.timeout(WAIT):
+            while True:
+                beats = map(presence.base_of, await self.beats())
+                if sum(beat.detail["serving"] for beat in beats if beat.stage == "detokenizer") == partitions:
+                    return
+
     async def until_idle(self) -> None:
         """Until no stage has anything in flight and every pool is full again."""
         last: list[str] = []

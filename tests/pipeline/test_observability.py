@@ -383,6 +383,7 @@ async def test_one_trace_a_request_also_across_the_loss_of_its_worker(tmp_path: 
         deployed(tmp_path, "demo", DEMO, flags, copies, env=env, metrics_port=free_ports(5)) as deployment,
         RawClient(deployment.url, "demo") as client,
     ):
+        await deployment.until_served()
         # Half of them bring a trace of their own, half do not; one is refused.
         given = {f"r{n}": f"00-{n + 1:032x}-{n + 100:016x}-01" for n in range(streams)}
         answers = {

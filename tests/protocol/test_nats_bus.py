@@ -449,6 +449,25 @@ async def test_appends_that_get_no_answer_are_told_each_in_time(bus: NatsBus, mo
     assert not bus._waiting and len(bus._appends) == 0
 
 
+async def test_one_that_fails_when_told_keeps_no_other_from_being_told(
+    bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_bus, "APPEND_TIMEOUT", 0.2)
+    await bus.subscribe("deaf.>", lambda message: None)
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context["exception"]))
+    told: list[object] = []
+
+    def fail(outcome: object) -> None:
+        raise RuntimeError("no more")
+
+    assert bus.append_soon("deaf.1", b"x", fail) and bus.append_soon("deaf.2", b"x", told.append)
+    await until(lambda: len(told) == 1)
+    assert bus.append_soon("deaf.3", b"x", told.append)
+    await until(lambda: len(told) == 2)
+    assert [str(failure) for failure in failures] == ["no more"]
+
+
 async def test_appends_are_told_that_the_connection_was_lost(nats_server: Broker, bus: NatsBus) -> None:
     told: list[object] = []
     await bus.subscribe("deaf.>", lambda message: None)

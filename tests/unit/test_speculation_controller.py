@@ -50,12 +50,13 @@ class Outcome:
 def simulate(
     cost: Cost, batch: int, quality: list[float], steps: int = 3000, noise: float = 0.05, seed: int = 1,
     fixed: Tree | bool | None = False, length: int = 150, change: float = 1.0, overlap: bool = False,
-    burst: int = 0, wrong: float = 1.0,
+    burst: int = 0, wrong: float = 1.0, mixed: int = 0, slow: tuple[int, float] = (0, 1.0),
 ) -> Outcome:  # fmt: skip
     """Requests come and go; quality[i % len]: how many times the promise request i keeps. fixed: a tree for all steps. change: how
     many times as long a step takes that follows one of another kind. overlap: a step is timed when the next one has been picked, as on
     a GPU, where steps were timed before the first request, each too long by up to `wrong` times. burst: so many steps of each 60 are
-    disturbed, one after the other, and eight times as long as they would be."""
+    disturbed, one after the other, and eight times as long as they would be. mixed: every so many steps one has other rows as well.
+    slow: from which step on all take how many times as long."""
     rng = random.Random(seed)
     controller = TreeController(TREES, SIZES, 512)
     for arm in (None, *TREES) if overlap else ():
@@ -65,15 +66,19 @@ def simulate(
     ages = [rng.randrange(length) for _ in range(batch)]
     outcome = Outcome()
     arrivals = batch
-    last: tuple[Tree | bool | None, float] | None = None
+    last: tuple[Tree | bool | None, float | None] | None = None
     for _ in range(steps):
         tree = controller.pick(places) if fixed is False else fixed
         if last is not None and overlap:
             controller.observe_time(batch, *last)  # type: ignore[arg-type]
         nodes = 1 if tree is None else tree.size  # type: ignore[union-attr]
-        spent = cost(batch * nodes) * (change if last is not None and tree is not last[0] else 1.0)
+        spent = cost(batch * nodes) * (slow[1] if outcome.steps >= slow[0] else 1.0)
+        spent *= change if last is not None and tree is not last[0] else 1.0
         disturbed = 20 if rng.random() < 0.003 else 8 if outcome.steps % 60 >= 60 - burst else 1
-        last = tree, spent * max(0.5, rng.gauss(1, noise)) * disturbed
+        told: float | None = spent * max(0.5, rng.gauss(1, noise)) * disturbed
+        if mixed and outcome.steps % mixed == 0:
+            told = None
+        last = tree, told
         if not overlap:
             controller.observe_time(batch, *last)  # type: ignore[arg-type]
         outcome.seconds += spent
@@ -136,6 +141,46 @@ def test_wrong_first_times_do_not_mislead_it(batch: int, quality: list[float]) -
     """Measured on a device that had not woken up, say, and not the same way for all."""
     got = simulate(gpu, batch, quality, 4000, overlap=True, wrong=3.5)
     assert got.rate >= 0.93 * best(gpu, batch, quality)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("quality", [[1.0], [0.3], [0.0]])
+def test_steps_that_cannot_be_timed_are_not_tried_for_ever(batch: int, quality: list[float]) -> None:
+    """Prompts in every second step, say: no two steps are alike."""
+    got = simulate(gpu, batch, quality, 6000, overlap=True, mixed=2)
+    assert got.rate >= 0.97 * best(gpu, batch, quality)
+
+
+def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:
+    controller = TreeController(TREES, SIZES, 512)
+    for size in (8, 16):
+        for tree in (None, *TREES):
+            nodes = 1 if tree is None else tree.size
+            if size * nodes <= 512:
+                controller.expect(size, tree, [gpu(size * nodes)])
+    places = np.array([controller.requests.admit() for _ in range(9)])
+    spent = tokens = 0.0
+    for step in range(8000):
+        batch = places[: 8 + step % 2]
+        tree = controller.pick(batch)
+        seconds = gpu((8, 16)[step % 2] * (1 if tree is None else tree.size))
+        controller.observe_time(len(batch), tree, seconds)
+        if tree is not None:
+            controller.observe(batch, np.zeros(len(batch), np.int64), tree)
+        spent, tokens = spent + seconds, tokens + len(batch)
+    assert tokens / spent >= 0.98 * 17 / (gpu(8) + gpu(16))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("quality", [[1.0], [0.4]])
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
+def test_when_all_steps_become_slower_or_faster_it_stays_with_what_is_best(
+    batch: int, quality: list[float], factor: float
+) -> None:
+    before = simulate(gpu, batch, quality, 2000, overlap=True)
+    both = simulate(gpu, batch, quality, 2600, overlap=True, slow=(2000, factor))
+    rate = (both.tokens - before.tokens) / (both.seconds - before.seconds)
+    assert rate >= 0.95 * best(gpu, batch, quality) / factor
 
 
 def test_trials_do_not_move_what_small_gains_do_not() -> None:

@@ -8,7 +8,8 @@ A step that follows one of another kind takes longer, for reasons that are not i
 that is not in its caches. So a choice holds for some steps, times count only within a row of alike steps, and small gains are not gone
 after. A time that is wrongly believed to be long is never taken, and so never put right. So a kind of step gets slower in small steps
 only, no tree is believed to take longer than a larger one that was timed later, and what was measured before the first request is
-scaled by what it turned out to mean.
+scaled by what it turned out to mean. And when the steps that are taken all the time become slower or faster, all kinds of steps are
+believed to: longer contexts, or somebody else on the device, are no reason to try one kind after the other.
 """
 
 from __future__ import annotations
@@ -34,16 +35,15 @@ CHANGE = 1.02  # over the present tree's at which another one is taken
 HOLD = 4  # steps of a batch size for which a choice holds
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
+AGREED = 1.05  # times what it is believed to take: SAMPLES quartiles up to there in a row, and it is known
 ENOUGH = 3  # times before a kind of step is known
 TRIAL_EVERY = 128  # steps of a batch size after which the kind of step not seen for longest is looked at again
 TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, too:
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 UNMEASURED = 0.4  # the same of one whose time is from before the first request
-LOOK, LOOK_EVERY = (
-    0.005,
-    16,
-)  # share of the time that looks at drafts may take while no tree is settled on; steps between them at least
+LOOK = 0.007  # share of the time that looks at drafts may take while no tree is settled on
+LOOK_EVERY = 16  # steps between two looks, at least
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -116,8 +116,9 @@ def _by_head(accepted: NDArray[np.int64]) -> list[int]:
 
 @dataclass(slots=True)
 class _Arm:
-    """Steps of one batch size with one tree (or none). seconds: what they take, from `times`; expected: from before the first
-    request, 0 if there is none; last, tried, timed: the picks at which it was last taken, tried for its time, and timed."""
+    """Steps of one batch size with one tree (or none). seconds: what they take, from `times`, both over the batch size's `load`;
+    expected: from before the first request, 0 if there is none; last, tried, timed: the picks at which it was last taken, tried for
+    its time, and timed."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     seconds: float = math.inf
@@ -134,29 +135,54 @@ class _Arm:
     def known(self) -> bool:
         return self.measured or self.expected > 0
 
-    def add(self, seconds: float, picks: int) -> None:
+    def add(self, seconds: float, picks: int) -> bool:
+        """Whether this agrees with what was believed."""
         self.times.append(seconds)
-        quartile = sorted(self.times)[len(self.times) // 4]
+        quartile = _quartile(self.times)
         self.seconds = min(quartile, SLOWER * self.seconds)
         self.timed = picks
+        return quartile <= AGREED * self.seconds
 
     def doubt(self, picks: int) -> float:
         """How much of what it is believed to take it may well take by now: only doubt can mend what seems too slow to be taken."""
-        if not self.measured:
+        if not (self.measured or self.tried):
             return UNMEASURED
-        return max(MOST_DOUBT, float(DOUBT ** ((picks - self.timed) / TRIAL_EVERY)))
+        return max(MOST_DOUBT, float(DOUBT ** ((picks - max(self.timed, self.tried)) / TRIAL_EVERY)))
 
 
 @dataclass(slots=True)
 class _BatchSize:
     """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be on trial;
-    trial: steps of it still to come."""
+    trial: steps of it still to come.
+
+    load       how many times as long as they are believed to all steps take now, by the settled ones, `followed`, once these are
+               known: their last times are `recent`, and so many in a row agreed
+    """
 
     arms: list[_Arm]
     picks: int = 0
     settled: int = 0
     present: int = 0
     trial: int = 0
+    load: float = 1.0
+    followed: int = -1
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    agreed: int = 0
+
+    def add_time(self, index: int, seconds: float) -> None:
+        arm = self.arms[index]
+        if index != self.settled:
+            arm.add(seconds / self.load, self.picks)
+            return
+        if index != self.followed:
+            self.followed, self.agreed = index, 0
+            self.recent.clear()
+        self.recent.append(seconds)
+        if self.agreed < SAMPLES:
+            self.agreed = self.agreed + 1 if arm.add(seconds / self.load, self.picks) else 0
+        else:
+            self.load = min(_quartile(self.recent) / arm.seconds, SLOWER * self.load)
+            arm.timed = self.picks
 
     def believed(self, most: int) -> list[float]:
         """Seconds of a step with each of the first `most` arms, up to one that is not known."""
@@ -169,6 +195,10 @@ class _BatchSize:
                 if arms[larger].timed > arms[index].timed:
                     seconds[index] = min(seconds[index], seconds[larger])
         return seconds
+
+
+def _quartile(times: deque[float]) -> float:
+    return sorted(times)[len(times) // 4]
 
 
 class TreeController:
@@ -260,8 +290,10 @@ class TreeController:
         timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
         if timed:  # what plain steps take must be known: trees are measured against them
             near.add(0)
-        if unmeasured := {index for index in near if not arms[index].measured}:
+        if unmeasured := {index for index in near if not (arms[index].measured or arms[index].tried)}:
             near, timed = unmeasured, True
+        if not timed and state.settled == 0:
+            return  # `_choose` looks at drafts more often
         oldest = min(near, key=lambda index: arms[index].tried if timed else arms[index].last)
         if timed:
             arms[oldest].tried = state.picks
@@ -291,7 +323,7 @@ class TreeController:
         arm = state.arms[index]
         # The step behind it is picked already if steps overlap.
         if kind == self._timed == self._picked or not arm.known:
-            arm.add(seconds, state.picks)
+            state.add_time(index, seconds)
         self._timed = kind
 
     def observe(self, batch: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree | None) -> None:
@@ -315,8 +347,9 @@ class TreeController:
 
     def times(self, sequences: int) -> dict[int, float]:
         """Seconds of a step of so many sequences, by nodes: of the kinds that are known."""
-        arms = self._of(self.bucket(sequences)).arms
-        return {nodes: arm.seconds for nodes, arm in zip([1, *self._nodes], arms, strict=True) if arm.measured}
+        state = self._of(self.bucket(sequences))
+        arms = zip([1, *self._nodes], state.arms, strict=True)
+        return {nodes: state.load * arm.seconds for nodes, arm in arms if arm.measured}
 
     def stats(self) -> SpeculationStats:
         # Copies: another thread may be asking.
