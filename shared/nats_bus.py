@@ -124,9 +124,8 @@ class NatsBus:
         self._tokens = itertools.count(1)
         # By the inbox's token: what was asked, and what gets the answer or the reason why there is none.
         self._waiting: dict[str, tuple[str, Callable[[Msg | BusError], None]]] = {}
-        self._appends: deque[tuple[float, str]] = (
-            deque()
-        )  # loop times until which their answers are waited for, and tokens
+        # Loop times until which answers to appends are waited for, and their tokens.
+        self._appends: deque[tuple[float, str]] = deque()
         self._append_timer: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
         self._since: float | None = None
@@ -466,9 +465,8 @@ class NatsBus:
         try:
             self._send(subject, data, self._inbox + token, None if msg_id is None else {"Nats-Msg-Id": msg_id})
         except BusTimeout as error:
-            self._loop.call_soon(
-                self._give_up, token, str(error)
-            )  # its caller is not told before it knows that it was taken
+            # Later: its caller is not told before it knows that the message was taken.
+            self._loop.call_soon(self._give_up, token, str(error))
         return True
 
     def _expire_append(self, token: str) -> None:
@@ -483,9 +481,8 @@ class NatsBus:
     def _expire_appends(self) -> None:
         appends, now = self._appends, self._loop.time()
         while appends and (appends[0][0] <= now or appends[0][1] not in self._waiting):
-            self._loop.call_soon(
-                self._give_up, appends.popleft()[1], "no answer in time"
-            )  # one that fails harms no other
+            # Each by itself: one whose caller fails harms no other.
+            self._loop.call_soon(self._give_up, appends.popleft()[1], "no answer in time")
         self._append_timer = self._loop.call_at(appends[0][0], self._expire_appends) if appends else None
 
     def together(self) -> AbstractContextManager[None]:

@@ -4,12 +4,12 @@ For a batch of R sequences a tree T gives R + Σ m_i E(T) tokens in t(R, T) seco
 accept for a sequence, m_i how much better or worse a request has done than promised, t the time that such steps took of late.
 The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
 
-A step that follows one of another kind takes longer, for reasons that are not its own: the host launches another graph, from memory
-that is not in its caches. So a choice holds for some steps, times count only within a row of alike steps, and small gains are not gone
-after. A time that is wrongly believed to be long is never taken, and so never put right. So a kind of step gets slower in small steps
-only, no tree is believed to take longer than a larger one that was timed later, and what was measured before the first request is
-scaled by what it turned out to mean. And when the steps that are taken all the time become slower or faster, all kinds of steps are
-believed to: longer contexts, or somebody else on the device, are no reason to try one kind after the other.
+A step that follows one of another kind may take longer, for reasons that are not its own. So a choice holds for some steps, times
+count only within a row of alike steps, and small gains are not gone after. A kind of step that is wrongly believed to take long is
+never taken, and so never put right. So what is believed grows in small steps only, no tree is believed to take longer than a larger one that
+was timed later, and what was measured before the first request is scaled by what it turned out to mean. And when the steps that are
+taken all the time become slower or faster, all kinds of steps are believed to: longer contexts, or somebody else on the device, are no
+reason to try one kind after the other.
 """
 
 from __future__ import annotations
