@@ -6,10 +6,10 @@ The tree with the most tokens per second is taken, none unless one beats the pla
 
 A step that follows one of another kind may take longer, for reasons that are not its own. So a choice holds for some steps, times
 count only within a row of alike steps, and small gains are not gone after. A kind of step that is wrongly believed to take long is
-never taken, and so never put right. So what is believed grows in small steps only, no tree is believed to take longer than a larger one that
-was timed later, and what was measured before the first request is scaled by what it turned out to mean. And when the steps that are
-taken all the time become slower or faster, all kinds of steps are believed to: longer contexts, or somebody else on the device, are no
-reason to try one kind after the other.
+never taken, and so never put right. So what is believed grows in small steps only, no tree is believed to take longer than a larger
+one that was timed later, and what was measured before the first request is scaled by what it turned out to mean. And when the steps
+that are taken all the time become slower or faster, all kinds of steps are believed to: longer contexts, or somebody else on the
+device, are no reason to try one kind after the other.
 """
 
 from __future__ import annotations
