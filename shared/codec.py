@@ -108,7 +108,13 @@ _REBUILD: dict[type[Any], dict[str, Any]] = {
     m.Run: {"sampling": _sampling, "generated": tuple, "done": tuple},
     m.PrefixReply: {"generated": tuple, "done": tuple},
     m.PiecesReply: {"pieces": tuple},
-    m.WorkerHeartbeat: {"base": lambda r: _make(m.Heartbeat, r), "suspects": tuple, "isolated": tuple, "behind": tuple},
+    m.WorkerHeartbeat: {
+        "base": lambda r: _make(m.Heartbeat, r),
+        "suspects": tuple,
+        "isolated": tuple,
+        "behind": tuple,
+        "cleared": tuple,
+    },
 }
 _REBUILD_AT: dict[type[Any], tuple[tuple[int, Any], ...]] = {
     cls: tuple((cls._fields.index(name), rebuild) for name, rebuild in by_name.items())

@@ -20,6 +20,8 @@ MAX_ENTRIES = 1000
 MAX_BYTES = 1 << 20
 LOGPROBS_BYTES = 300  # of a token with the most alternatives
 
+CLEARING_STEPS = 3  # one more than are in flight
+
 PlainTokens = tuple[str, int, int, int, bytes]
 Entry = m.Tokens | PlainTokens
 
@@ -30,7 +32,7 @@ class ActiveRun:
 
     lengths    number of generated tokens of each choice
     open       choices that go on
-    unproven   choices of an isolated request that have not come one token further yet, in the log
+    unproven   choices of an isolated request that have not come one token further yet, in the log;  outputs: that they have had
     taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
     trace      traceparent of the order;  prefix: tokens generated elsewhere before
     """
@@ -48,6 +50,12 @@ class ActiveRun:
     admitted: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    outputs: int = 0
+
+    @property
+    def cleared(self) -> bool:
+        """Whether its steps have harmed nobody. While the next one is under way its tokens say nothing of that one: so several."""
+        return bool(self.unproven) and self.outputs >= CLEARING_STEPS * len(self.lengths)
 
 
 @dataclass(slots=True)

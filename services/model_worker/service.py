@@ -200,6 +200,7 @@ class WorkerService(Service):
             self._suspects,
             tuple(run.key for run in self._runs.values() if run.unproven),
             behind,
+            tuple(run.key for run in self._runs.values() if run.cleared),
         )
 
     def refresh_meter(self) -> None:
@@ -403,6 +404,7 @@ class WorkerService(Service):
         batch.add(self._entry(run, output))
         if run.unproven:
             batch.proven.append((run, output.choice))
+            run.outputs += 1
         if not run.open:
             run.last = max(asyncio.get_running_loop().time(), run.first)
             batch.finished.append(run)

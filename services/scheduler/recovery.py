@@ -37,9 +37,13 @@ def diagnose(
 
 def moved_because(verdict: str, request: LiveRequest, beat: WorkerHeartbeat) -> str:
     """Why a request leaves a worker that cannot go on; `beat`: the worker's last. Who came when the step hung already is only "behind":
-    that must not count against it, as a step hangs for seconds, in which suspects may come one after the other."""
-    in_step = beat.running.get(request.key) == request.assignment.epoch and request.key not in beat.behind
-    return "behind" if verdict == "hung" and not in_step else verdict
+    that must not count against it, as a step hangs for seconds, in which suspects may come one after the other. Nor must it count
+    against a suspect that has come through several steps, only that the log did not take its tokens in time; unless the worker named
+    who was in its last step."""
+    held = beat.running.get(request.key) == request.assignment.epoch
+    if held and request.key in beat.cleared and not beat.suspects:
+        return "cleared"
+    return "behind" if verdict == "hung" and not (held and request.key not in beat.behind) else verdict
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:

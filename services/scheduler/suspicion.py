@@ -7,8 +7,9 @@ further of it is in the log, which proves it harmless. Two deaths while isolated
 dies of an exception names the requests of its last step; they alone are suspected, and isolated at once. Of a step that hangs, those
 that came to the worker when it had begun are not suspected.
 
-A kill from outside would have to hit the same request four times in a row, each time before its next token, the last two times while
-that is the only request that its worker computes.
+A kill from outside would have to hit the same request four times in a row, each time before its next token is in the log, the last
+two times while that is the only request that its worker computes. Where the log is slow to take tokens that is easily done: so the
+death of a worker that a suspect has come through several steps with does not count (recovery.moved_because).
 """
 
 from __future__ import annotations

@@ -548,6 +548,39 @@ async def test_a_second_suspect_is_refused_until_the_first_has_a_token_in_the_lo
     await worker.stop()
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+@virtual
+async def test_a_suspect_that_has_come_through_steps_is_cleared_though_the_log_takes_nothing(choices: int) -> None:
+    """Else whatever happens to the worker while the log stands still would count against it."""
+    world = World()
+    worker = await world.start()
+    world.broker.disk_full = True
+    assert (await world.order(order_for("t.a", tokens=100, n=choices, isolated=True))).accepted
+    lengths = worker._runs["t.a"].lengths
+    await until(lambda: bool(world.beats[-1].cleared))
+    assert world.beats[-1].cleared == world.beats[-1].isolated == ("t.a",) and min(lengths) >= 3
+    assert not world.tokens_of("t.a")
+    world.broker.disk_full = False
+    await world.open(order_for("t.a", tokens=100, n=choices))
+    await until(lambda: not world.beats[-1].isolated and not world.beats[-1].cleared)
+    await worker.stop()
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@virtual
+async def test_poison_is_not_cleared_by_the_steps_before_it(position: int) -> None:
+    world = World(Fault(kind="raise", position=position))
+    worker = await world.start()
+    world.broker.disk_full = True
+    await world.order(order_for("t.suspect", prompt=(1, POISON), isolated=True))
+    assert worker.failed is not None
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(worker.failed, 5.0)
+    await asyncio.sleep(0)
+    assert world.beats[-1].suspects == ("t.suspect",) and not any(beat.cleared for beat in world.beats)
+    await worker.stop()
+
+
 @virtual
 async def test_a_suspect_is_refused_while_others_take_their_first_step() -> None:
     """Poison that was moved there and whose first step is under way would take it along. Those that wait for a slot are kept apart."""

@@ -114,6 +114,21 @@ def test_a_step_that_hung_already_is_nobody_elses_doing() -> None:
     assert "behind" not in DEATHS and "hung" in DEATHS
 
 
+def test_a_suspect_that_came_through_steps_is_not_blamed_for_a_slow_log() -> None:
+    ledger = Ledger()
+    ledger.apply("t.x", assigned("w", 2), 1, 0.0)
+    live = ledger.live["t.x"]
+    for verdict in DEATHS:
+        for running, suspects, counts in (
+            ({"t.x": 2}, (), False),
+            ({"t.x": 1}, (), True),  # it was another epoch that came through
+            ({"t.x": 2}, ("t.x",), True),  # its last step raised, says the worker
+        ):
+            told = beat("w", running=running, cleared=("t.x",), suspects=suspects)
+            reason = moved_because(verdict, live, told)
+            assert (reason in DEATHS) == counts or (reason == "behind" and verdict == "hung")
+
+
 def test_sequences_of_tenants_are_counted_while_workers_have_them() -> None:
     ledger = Ledger()
     ledger.apply("a.1", Assignment(1, 1, "w", b"", choices=2), 1, 0.0)
