@@ -305,6 +305,4 @@ class WorkerHeartbeat(NamedTuple):
     suspects: tuple[str, ...] = ()  # requests in the step that just failed, when the worker dies of an exception
     isolated: tuple[str, ...] = ()  # requests in steps of their own, not one token further yet
     behind: tuple[str, ...] = ()  # requests that came while the current step was under way
-    cleared: tuple[
-        str, ...
-    ] = ()  # those of `isolated` that have come through steps all the same: the log has yet to take their tokens
+    cleared: tuple[str, ...] = ()  # those of `isolated` that came through steps whose tokens the log has yet to take

@@ -362,7 +362,7 @@ class NatsBus:
             self._waiting.pop(token, None)
             # An exception holds this frame: were it to hold the exception in turn, all that waited here would be left to the collector.
             del future
-        if answer.headers and answer.headers.get("Status") == "503":
+        if _nobody_there(answer):
             raise NoResponders(subject)
         return answer
 
@@ -461,7 +461,7 @@ class NatsBus:
         if len(data) > self._nc._max_payload - HEADROOM or not self.is_up():
             return False
         token = self._expect_answer(subject, partial(_appended, subject, done))
-        self._expire_append(token)
+        self._set_deadline(token)
         try:
             self._send(subject, data, self._inbox + token, None if msg_id is None else {"Nats-Msg-Id": msg_id})
         except BusTimeout as error:
@@ -469,7 +469,7 @@ class NatsBus:
             self._loop.call_soon(self._give_up, token, str(error))
         return True
 
-    def _expire_append(self, token: str) -> None:
+    def _set_deadline(self, token: str) -> None:
         """One timer for all: they are waited for equally long, so the oldest is the next."""
         appends = self._appends
         while appends and appends[0][1] not in self._waiting:
@@ -627,6 +627,10 @@ def _tls(settings: StageSettings) -> ssl.SSLContext | None:
     return context
 
 
+def _nobody_there(answer: Msg) -> bool:
+    return answer.headers is not None and answer.headers.get("Status") == "503"
+
+
 def _settle(future: asyncio.Future[Msg], answer: Msg | BusError) -> None:
     if future.done():  # nobody waits any more
         return
@@ -640,7 +644,7 @@ def _appended(subject: str, done: Callable[[Appended | BusError], None], answer:
     """Nothing is raised here: an exception would hold this frame, and the frame the exception."""
     if isinstance(answer, BusError):
         done(answer)
-    elif answer.headers and answer.headers.get("Status") == "503":
+    elif _nobody_there(answer):
         done(BusError(f"no stream takes {subject}"))
     else:
         said = orjson.loads(answer.data)

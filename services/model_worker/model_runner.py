@@ -24,7 +24,6 @@ from services.model_worker.readback import Readback, Ticket
 from services.model_worker.sampler import CAPTURED_MODES, RowMasks, Sampled, SamplingMode, sample
 from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.search.runner import SearchRunner
-from services.model_worker.sequence import Sequence
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
 from services.model_worker.step_plan import SchedulerLimits, SteadyRows, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
@@ -192,10 +191,8 @@ class ModelRunner:
         """A row, or a tree's rows, for each sequence, padded to a size that there is a graph of."""
         rows, nodes = len(plan.decodes), plan.nodes
         size = padded_size(self._sizes, rows) if self.graphs is not None else rows
-        slots = self._nobody(size)
-        slots[:rows] = plan.decode_slots
         self._staging.begin()
-        staged = self._staging.put(slots)
+        staged = self._staging.put(self._padded(plan.decode_slots, size))
         self._upload_changes(plan)
         graphs, guesses, tree_rows = self.graphs, None, None
         unmasked = all(sequence.matcher is None for sequence in plan.decodes)
@@ -235,9 +232,9 @@ class ModelRunner:
         together = decodes if nodes == 1 else 0
         self._staging.begin()
         slots = put([sequence.slot for sequence in plan.sequences])
-        decode_slots = put(self._padded(plan.decodes))
+        decode_slots = put(self._padded(plan.decode_slots, decodes))
         sampled = plan.sampled[decodes - together :]
-        sampled_slots = put(self._padded(sampled))
+        sampled_slots = put(self._padded([sequence.slot for sequence in sampled], len(sampled)))
         lengths = np.array([chunk.rows for chunk in chunks], dtype=np.int32)
         ends = decode_rows + np.cumsum(lengths, dtype=np.int32)
         query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
@@ -296,14 +293,11 @@ class ModelRunner:
 
         return Forward(plan, choose, guesses)
 
-    def _nobody(self, size: int) -> NDArray[np.int32]:
-        """Nobody's slot, for so many sequences and padding."""
-        return np.full(round_up(size, 4), self.state.null_slot, dtype=np.int32)
-
-    def _padded(self, sequences: list[Sequence]) -> list[int]:
-        """Their slots, padded to a multiple of four."""
-        slots = [sequence.slot for sequence in sequences]
-        return slots + [self.state.null_slot] * (round_up(len(slots), 4) - len(slots))
+    def _padded(self, slots: NDArray[np.int32] | list[int], size: int) -> NDArray[np.int32]:
+        """These slots, and nobody's up to `size` and to a multiple of four."""
+        padded = np.full(round_up(size, 4), self.state.null_slot, dtype=np.int32)
+        padded[: len(slots)] = slots
+        return padded
 
     def _upload_changes(self, plan: StepPlan) -> None:
         """Ends the staging of a step: adds the plan's changes of state, sends all, and applies the changes."""
@@ -454,7 +448,7 @@ class ModelRunner:
         """Captures decode steps of all sizes, largest first, so that the smaller ones fit into the memory of the largest; then the
         pieces of steps with prompts."""
         with self.context():
-            slots = self._staging.send(self._nobody(self.limits.max_seqs))
+            slots = self._staging.send(self._padded([], self.limits.max_seqs))
             longest = self.limits.max_model_len + self.limits.overshoot
             shapes = self.decode_shapes()
             for done, (size, nodes) in enumerate(shapes):
@@ -488,7 +482,7 @@ class ModelRunner:
     def time_graph(self, size: int, nodes: int, times: int) -> list[float]:
         """Seconds that each of some replays of a captured decode step takes, greedy sampling included, on nobody's slots."""
         assert self.graphs is not None
-        self._staging.send(self._nobody(size))
+        self._staging.send(self._padded([], size))
         seconds = []
         for _ in range(times + 1):
             torch.cuda.synchronize(self.device)

@@ -43,7 +43,7 @@ def moved_because(verdict: str, request: LiveRequest, beat: WorkerHeartbeat) -> 
     held = beat.running.get(request.key) == request.assignment.epoch
     if held and request.key in beat.cleared and not beat.suspects:
         return "cleared"
-    return "behind" if verdict == "hung" and not (held and request.key not in beat.behind) else verdict
+    return "behind" if verdict == "hung" and (not held or request.key in beat.behind) else verdict
 
 
 def stale_runs(running: dict[str, int], worker: str, ledger: Ledger) -> list[tuple[str, int]]:

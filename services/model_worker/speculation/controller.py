@@ -232,14 +232,13 @@ class TreeController:
         state = self._of(size)
         state.picks += 1
         if state.present > usable:
-            state.trial, due = 0, True
+            state.trial = 0
+            self._choose(state, batch, usable)
         elif state.trial:
-            state.trial, due = state.trial - 1, False
-        elif not state.arms[state.present].known:
-            due = False
-        else:
-            due = state.picks % HOLD == 0 or state.present != state.settled or state.picks == 1
-        if due:
+            state.trial -= 1
+        elif state.arms[state.present].known and (
+            state.picks % HOLD == 0 or state.present != state.settled or state.picks == 1
+        ):
             self._choose(state, batch, usable)
         state.arms[state.present].last = state.picks
         self._picked = size, state.present
@@ -320,9 +319,8 @@ class TreeController:
             return
         size, index = kind = self._arm_of(sequences, tree)
         state = self._of(size)
-        arm = state.arms[index]
         # The step behind it is picked already if steps overlap.
-        if kind == self._timed == self._picked or not arm.known:
+        if kind == self._timed == self._picked or not state.arms[index].known:
             state.add_time(index, seconds)
         self._timed = kind
 
