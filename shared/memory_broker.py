@@ -46,6 +46,8 @@ class Faults:
     lose_append: float = 0.0  # nothing is stored, BusTimeout
     late_append: float = 0.0  # BusTimeout, and stored up to max_delay after that
     lose_ack: float = 0.0  # stored, BusTimeout
+    blind: float = 0.0  # a follower that waits for news hears of them late, by up to max_blind: its consumer was lost
+    max_blind: float = 6.0
     latency: float = 0.0  # of every hop
     max_reconnect: float = 0.1  # clients come back within this time of a restart
 

@@ -90,6 +90,8 @@ class MemoryFollower:
                 self._bus.wakes_on_reconnect(self._wait)
                 await self._wait
                 await self._bus.hop()
+                if (broker := self._bus.broker).chance(broker.faults.blind):
+                    await asyncio.sleep(broker.random.random() * broker.faults.max_blind)
             elif self._at_once == _YIELD_EVERY:
                 self._at_once = 0
                 await asyncio.sleep(0)

@@ -54,6 +54,7 @@ REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a 
 FORGOTTEN_AFTER = REDELIVERY + 10.0
 END_LOST = Failure("internal", "how the request ended is no longer in the log")
 EVENTS_PER_MESSAGE = 256
+CATCH_UP = 1.0  # seconds without which the log's end is looked at again
 PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
 
@@ -98,6 +99,9 @@ class Partition:
         self._settling: set[str] = set()
         self._held: dict[str, list[tuple[PrefixQuery, str]]] = {}  # questions for a prefix that wait for their fence
         self._gone_since: dict[str, float] = {}  # live requests whose client does not listen
+        self._unknown: dict[tuple[str, str], Replay] = {}  # questions for what is not known here, by key and asker
+        self._doubt = asyncio.Event()  # there are such questions
+        self._progress = asyncio.Event()  # something was folded
 
     # ------------------------------------------------ life
 
@@ -133,6 +137,7 @@ class Partition:
                 await self._serve()
             async for stored in follower:
                 self.fold(stored)
+                self._progress.set()
                 if self.serving:
                     await self._deliver_in_time(stored)
                 elif stored.seq >= target:
@@ -181,6 +186,7 @@ class Partition:
         self.core.tokens, self.core.recorder = 0, self._recorder
         self._spawn(self._save_forever(), "snapshots")
         self._spawn(self._prune_forever(), "prune")
+        self._spawn(self._answer_unknown_forever(), "unknown")
         if self._settings.vanished_after:
             self._spawn(self._probe_forever(), "probe")
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
@@ -367,15 +373,47 @@ class Partition:
         except GorgonError as error:
             self._publish(ReplyTo(message.reply, encoding_of(message.data)), [error_event(None, error)])
             return f"{error.code}:{error.message}"
+        if self._answer(asked):
+            return None
+        self._unknown[asked.key, asked.reply.subject] = asked
+        self._doubt.set()
+        return f"{ErrorCode.NOT_FOUND}:{asked.key}"
+
+    def _answer(self, asked: Replay) -> bool:
+        """False: such a request is not known here."""
         answer = self.core.answers.get(asked.key)
         if answer is not None:
             self._answer_replay(asked, answer)
         elif asked.key in self.core.archived:
             self._spawn(self._answer_from_archive(asked), "archive")
         else:
-            self._publish_not_found(asked)
-            return f"{ErrorCode.NOT_FOUND}:{asked.key}"
-        return None
+            return False
+        return True
+
+    async def _answer_unknown_forever(self) -> None:
+        """Nothing is denied before everything is folded that was in the log when the question came: an owner that stood still, or whose
+        follower was cut off, would else deny what runs, and its client believe it. (What Raft calls a read index.)"""
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            asked, self._unknown = self._unknown, {}
+            await self._catch_up()
+            for question in asked.values():
+                if not self._answer(question):
+                    self._publish_not_found(question)
+
+    async def _catch_up(self) -> None:
+        """Until all is folded that is in the log now."""
+        while True:
+            last = await until_done(
+                "last_seq", self._subject, lambda: self._bus.last_seq(subjects.STREAM_TOK, self._subject)
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CATCH_UP):  # what was trimmed meanwhile never comes: then look again
+                    while self.core.seq < last:
+                        self._progress.clear()
+                        await self._progress.wait()
+                    return
 
     def _answer_replay(self, asked: Replay, answer: Answer) -> None:
         self.deliver()  # so that what goes to the old reply subject is not behind this answer

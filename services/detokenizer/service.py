@@ -24,6 +24,7 @@ from shared.retry import until_done
 from shared.service import Service
 
 TICK = 0.05  # how often ownership is looked at, seconds
+HANDOVER = 10.0  # seconds that a new owner gets to catch up: a log that was lost has less in it than was folded here
 
 
 class DetokenizerService(Service):
@@ -114,11 +115,18 @@ class DetokenizerService(Service):
         self.log.info("partition_taken", partition=number)
 
     async def _offer(self, number: int) -> None:
-        """Serves on until the new owner's beacon is heard."""
+        """Serves on until the new owner's beacons say that it has come to where this one stood at the first of them. (One that stood
+        still for a while believes that it has been the owner all the time.)"""
+        due: tuple[int, float] | None = None
+        loop = asyncio.get_running_loop()
 
         def on_beacon(message: Message) -> None:
-            owner, _ = msgpack.unpackb(message.data)
-            if owner != self.instance and number in self._leaving:
+            nonlocal due
+            owner, seq = msgpack.unpackb(message.data)
+            if owner == self.instance or number not in self._leaving:
+                return
+            due = due or (self.partitions[number].core.seq, loop.time() + HANDOVER)
+            if seq >= due[0] or loop.time() > due[1]:
                 self.spawn(self._give_up(number), f"give_up.{number}")
 
         self._leaving[number] = await self.bus.subscribe(subjects.beacon(self.settings.model, number), on_beacon)

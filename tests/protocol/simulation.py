@@ -213,6 +213,7 @@ class Scenario:
                 asks.append(Ask(f"poison{number}", dict(prompt=[POISON, 1 + number], max_tokens=12), at, 0))
         copies = dict(tokenizer=r.choice((1, 2)), scheduler=2, model_worker=r.choice((2, 2, 3)), detokenizer=2)
         events = [cls._event(r, copies) for _ in range(r.choice((0, 1, 1, 2, 2, 3, 4)))]
+        faults.blind = random.Random(f"{seed} blind").choice((0.0, 0.0, 0.02, 0.1))  # drawn apart, too
         return cls(chained, faults, asks, sorted(events), fault, copies)
 
     @staticmethod
@@ -447,6 +448,7 @@ class World:
         """No more faults; what has been stopped or cut off comes back by itself."""
         faults = self.scenario.faults
         faults.drop = faults.duplicate = faults.delay = faults.lose_append = faults.late_append = faults.lose_ack = 0.0
+        faults.blind = 0.0
 
     # ------------------------------------------------ clients
 

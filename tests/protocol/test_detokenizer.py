@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgpack
@@ -14,6 +15,7 @@ import pytest
 
 from services.detokenizer import parts
 from services.detokenizer.answer import Answer
+from services.detokenizer.ownership import partitions_of
 from services.detokenizer.service import DetokenizerService
 from services.detokenizer.settings import DetokenizerSettings
 from shared import codec, subjects
@@ -358,6 +360,59 @@ async def test_what_ended_in_a_part_of_the_log_that_is_gone_ends_and_what_goes_o
             assert failed.value.code == ErrorCode.INTERNAL
         assert not streams["lives"].done
         assert await world.tombstone("default.lives") is None
+
+
+async def blind_after(world: World, change: Callable[[], Any]) -> None:
+    """Followers that wake within a moment after the change see nothing for some seconds."""
+    world.broker.faults.blind, world.broker.faults.max_blind = 1.0, 10.0
+    change()
+    await asyncio.sleep(2 * STEP)
+    world.broker.faults.blind = 0.0
+
+
+@virtual
+async def test_an_owner_that_sees_nothing_denies_nothing():
+    async with World(partitions=1) as world:
+        service = await world.detokenizer("a")
+        await until(lambda: world.serving(service))
+        plan = world.plan("r", choices=[[1] * 20])
+        await blind_after(world, lambda: world.backend.open("default.r", m.ReplyTo("nobody", "json"), durable=False))
+        assert service.partitions[0].core.request("default.r") is None, "it is not blind"
+        events: list[dict[str, Any]] = []
+        await world.bus.subscribe("_INBOX.asker", lambda message: events.append(json.loads(message.data)))
+        for key in ("r", "unknown"):
+            world.bus.publish(subjects.replay(MODEL, 0), json.dumps({"id": key}).encode(), reply="_INBOX.asker")
+        await asyncio.sleep(0.3)
+        assert service.partitions[0].core.request("default.r") is None and events == []
+        await until(lambda: len(events) >= 2)
+        assert service.partitions[0].core.request("default.r") is not None
+        assert [(e["id"], e["event"]) for e in events if e["id"] == "unknown"] == [("unknown", "error")]
+        assert {e["event"] for e in events if e["id"] == "r"} == {"tokens", "finished"}
+        assert [i for e in events if e["event"] == "tokens" for i in e["ids"]] == plan.choices[0]
+
+
+@virtual
+async def test_a_partition_is_given_up_only_to_an_owner_that_has_caught_up():
+    """One that was cut off believes, when it is back, that it has been the owner all the time."""
+    async with World(partitions=1) as world, world.client() as client:
+        name, other = sorted("ab", key=lambda name: partitions_of(name, frozenset("ab"), MODEL, 1), reverse=True)
+        service = await world.detokenizer(name)
+        await until(lambda: world.serving(service))
+        world.broker.disconnect(service.bus)  # type: ignore[arg-type]
+        second = await world.detokenizer(other)
+        await until(lambda: world.serving(second))
+        plan = world.plan("r", choices=[[1] * 600])
+        stream = client.generate("x", id="r")
+        came: list[float] = []
+        checked = asyncio.create_task(world.check(stream, plan))
+        await asyncio.sleep(1.0)
+        stream._on_change = lambda: came.append(asyncio.get_running_loop().time())
+        await blind_after(world, lambda: world.broker.reconnect(service.bus))  # type: ignore[arg-type]
+        assert service.partitions[0].serving and service.partitions[0].core.request("default.r") is None
+        await until(lambda: not second.partitions)
+        assert service.partitions[0].core.request("default.r") is not None, "it was given up to one that was behind"
+        await checked
+        assert max(b - a for a, b in itertools.pairwise(came)) < 0.5
 
 
 @virtual
