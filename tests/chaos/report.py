@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
@@ -12,6 +13,8 @@ from tests.chaos.checker import Record
 from tests.chaos.deployment import MODEL, Deployment
 from tests.chaos.faults import Fault
 from tests.chaos.workload import RecordingClient, Workload
+
+LAST_EVENTS = 25  # of a broken stream are shown
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,12 @@ class Goal:
 
 @dataclass
 class Report:
-    """`broken`: complaints by stream."""
+    """`broken`: complaints by stream; `traces`: what is known of the first of these."""
 
     records: list[Record]
     broken: dict[str, list[str]]
     faults: Counter[tuple[str, str]]
+    traces: list[str]
 
     def __str__(self) -> str:
         ends = Counter((record.kind, record.end) for record in self.records)
@@ -47,7 +51,19 @@ class Report:
         ]
         for name, complaints in list(self.broken.items())[:20]:
             lines.append(f"  {name}: " + "; ".join(complaints[:4]))
-        return "\n".join(lines)
+        return "\n".join(lines + self.traces)
+
+
+def traces(records: Iterable[Record], deployment: Deployment, began: float) -> Iterator[str]:
+    """What the clients heard last of each stream, and what was logged of it."""
+    for record in records:
+        for event in record.events[-LAST_EVENTS:]:
+            yield f"  {event.get('heard', began) - began:6.2f} s: {str(event)[:300]}"
+        of_it = re.compile(rf"\.{re.escape(record.id)}\b")
+        for child in deployment.supervisor.children():
+            if child.log_path.exists():
+                lines = [line for line in child.log_path.read_text().splitlines() if of_it.search(line)]
+                yield from (f"  {child.name}: {line[:300]}" for line in lines[-LAST_EVENTS:])
 
 
 async def disturb(
@@ -77,9 +93,10 @@ async def disturb(
         workload.keep_running(seed, streams, over),
         deployment.injector.carry_out(told(), over, deployment.until_every_stage_serves),
     )
-    checked = {f"{r.id} ({r.kind}, {r.request})": check(r) for r in workload.records}
-    broken = {name: complaints for name, complaints in checked.items() if complaints}
-    report = Report(workload.records, broken, deployment.injector.done)
+    checked = [(record, complaints) for record in workload.records if (complaints := check(record))]
+    broken = {f"{r.id} ({r.kind}, {r.request})": complaints for r, complaints in checked}
+    told_of = list(traces([record for record, _ in checked[:3]], deployment, began))
+    report = Report(workload.records, broken, deployment.injector.done, told_of)
     print(report)
     return report
 

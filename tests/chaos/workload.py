@@ -25,7 +25,8 @@ DEADLINES = (0.2, 3.0)  # seconds
 
 
 class RecordingClient(Client):
-    """Keeps the events of each request as they came, duplicates and what comes after its end included."""
+    """Keeps the events of each request as they came, each with the time at which it was `heard`; duplicates and what comes after its
+    end included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,6 +37,7 @@ class RecordingClient(Client):
             decoded = msgpack.unpackb(message.data)
             for event in decoded if isinstance(decoded, list) else [decoded]:
                 if event.get("id") is not None:
+                    event["heard"] = round(self.loop.time(), 3)
                     self.events.setdefault(event["id"], []).append(event)
         super()._on_message(message)
 
