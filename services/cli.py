@@ -398,6 +398,7 @@ def attach(
     partitions: Annotated[
         int, typer.Option(min=1, envvar="GORGON_PARTITIONS", help="of the deployment's token log")
     ] = 8,
+    wait: Annotated[float, typer.Option(min=0, help="seconds for one that is still queued, or yet to come")] = 3.0,
 ) -> None:
     """Stream a running or recently finished request from its beginning."""
 
@@ -405,7 +406,7 @@ def attach(
         bus = await _connect(nats)
         try:
             async with Client(bus, model, tenant=tenant, partitions=partitions) as client:
-                return await _print_stream(client.attach(request_id))
+                return await _print_stream(client.attach(request_id, wait=wait))
         finally:
             await bus.close()
 

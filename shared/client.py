@@ -22,7 +22,7 @@ import structlog
 from shared import subjects
 from shared.api import DEFAULT_TENANT, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
-from shared.client_stream import Cursor, Stream
+from shared.client_stream import FORGOTTEN_AFTER, Cursor, Stream
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
 
 log = structlog.get_logger()
@@ -126,12 +126,14 @@ class Client:
         *,
         tenant: str | None = None,
         on_change: Callable[[], None] | None = None,
+        wait: float = FORGOTTEN_AFTER,
     ) -> Stream:
         """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on.
-        Raises GorgonError(INVALID_REQUEST) for what can be no id."""
+        One that is still to come, or waits for a worker, is not known yet: `wait` is how many seconds that may last until it counts as
+        not found. Raises GorgonError(INVALID_REQUEST) for what can be no id."""
         if not subjects.is_token(request_id):
             raise GorgonError(ErrorCode.INVALID_REQUEST, f"id: {subjects.TOKEN_RULE}")
-        return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change))
+        return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change, wait=wait))
 
     async def cancel(self, request_id: str, tenant: str | None = None) -> str:
         """What was known of the request: "live", "ended" (nothing was done) or "unknown" (there is none, or it waits for its turn or is

@@ -29,7 +29,7 @@ UNSERVED_PATIENCE = 0.5  # never wait longer while nobody serves the partition
 GAP_PATIENCE = 0.1  # between questions about one gap
 FIRST_RETRY = 0.5  # of a request that is not accepted yet; doubled each time
 LONGEST_RETRY = 4.0
-FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed
+FORGOTTEN_AFTER = 3.0  # seconds of "not_found" before it is believed (of a request that one attaches to: the default)
 
 
 class Delta(NamedTuple):
@@ -110,6 +110,7 @@ class Stream:
         cursors: Sequence[Cursor] = (),
         on_change: Callable[[], None] | None = None,
         accept_timeout: float | None = None,
+        wait: float = FORGOTTEN_AFTER,
     ) -> None:
         now = client.loop.time()
         self.id = request_id
@@ -132,6 +133,7 @@ class Stream:
         self._patience = WAITING_PATIENCE
         self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
         self._missing_since: float | None = None
+        self._forgotten_after = wait
         self.moved = False  # a server that has restarted may not know the way to an imported client's inbox any more
         self._on_change = on_change
         # How tool calls are written: None until the `accepted` event tells, "" if there are none to be looked for.
@@ -307,7 +309,7 @@ class Stream:
             if self._missing_since is None:
                 self._missing_since = now
             self._error = None  # what was refused was an attempt that was repeated with success, and waits for its turn
-            if (self._started or self.body is None) and now - self._missing_since >= FORGOTTEN_AFTER:
+            if (self._started or self.body is None) and now - self._missing_since >= self._forgotten_after:
                 self.fail(error)
             elif not self._started and self.body is not None and now >= self._sent_again + FIRST_RETRY:
                 # Not at each answer: a tokenizer that has forgotten the id says the same, and at once.

@@ -328,6 +328,23 @@ async def test_not_found_is_believed_after_a_while_once_there_were_tokens_or_whe
 
 
 @virtual
+async def test_who_attaches_to_a_request_that_is_queued_may_wait_for_it():
+    async with Script() as script:
+        script.beacon(True)
+        known = 30.0
+        script.on_replay = lambda body: (
+            script.refuse(ErrorCode.NOT_FOUND)
+            if script.loop.time() < known
+            else script.send(script.tokens(0, 2), script.finished(2))
+        )
+        stream = script.client.attach("r", wait=60.0)
+        stream.partition = PARTITION
+        assert await stream.text() == "ab"
+        assert known <= script.loop.time() < known + 6.0
+        assert len(script.replays) <= 16, "it asks ever more seldom"
+
+
+@virtual
 async def test_what_breaks_one_stream_breaks_no_other():
     """Neither an event that cannot be understood nor a reader that raises; and silence is still met with questions afterwards."""
 
