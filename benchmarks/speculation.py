@@ -329,7 +329,9 @@ def main() -> int:
     command.add_argument("--nodes", type=int, nargs="+", default=[16, 32, 64])
     command.add_argument("--step-batches", type=int, nargs="+", default=[1, 8, 32])
     command.add_argument("--vocabulary", type=int, default=32_768, help="tokens that heads know which know a part")
-    command.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of heads; part: tied, of --vocabulary")
+    command.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of heads; part: tied, of --vocabulary"
+    )
     for command in commands.choices.values():
         command.add_argument("--prompt", type=int, default=128 if command.prog.endswith("steps") else 64, help="tokens")
         command.add_argument("--device", default="auto")
