@@ -150,7 +150,7 @@ def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
             vocab_size=config["vocab_size"],
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=_rope(config),
-            windows=_windows(family, config, layers),
+            windows=_windows(family, config, _size("num_layers", layers)),
             max_position=config["max_position_embeddings"],
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -168,14 +168,24 @@ def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
     return parsed
 
 
+def _size(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value < _TOO_MUCH.get(name, 2**31):
+        raise ModelError("config_invalid", f"{name} is {value!r:.80}, not a positive integer of a sensible size")
+    return value
+
+
+# A million layers would be built, one by one, before their weights were missed.
+_TOO_MUCH = {"num_layers": 10_000}
+
+
 def _check(config: ModelConfig) -> None:
     sizes = (
         "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_position",
     )  # fmt: skip
     for name in sizes:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError("config_invalid", f"{name} is {value!r}, not a positive integer")
+        _size(name, getattr(config, name))
+    if not (math.isfinite(config.norm_eps) and config.norm_eps >= 0):
+        raise ModelError("config_invalid", f"rms_norm_eps is {config.norm_eps}")
     if config.num_heads % config.num_kv_heads:
         raise ModelError("config_invalid", f"{config.num_heads} heads cannot share {config.num_kv_heads} KV heads")
     if config.head_dim % 2:
