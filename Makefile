@@ -1,4 +1,5 @@
-# The two commands: `make run` (set up, start everything, stream an answer) and `make test` (set up, all tests that need no GPU).
+# The two commands: `make run` (set up, start everything, stream an answer) and `make test` (set up, the tests that need no GPU; `make test-ci`
+# has those that take minutes or containers).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -289,22 +289,22 @@ def secure_config(
     host: Annotated[
         list[str] | None, typer.Option(help="by which the server is reached; may be given several times")
     ] = None,
-    port: int = 4222,
-    store: Annotated[str, typer.Option(help="JetStream's folder on the server's machine")] = "/data",
-    mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="clients must show a certificate too")] = False,
-    at: Annotated[
-        Path | None, typer.Option(help="where processes find the folder, in a container for instance")
+    port: Annotated[int | None, typer.Option(help="default: 4222")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="JetStream's folder on the server's machine; default: /data")
     ] = None,
+    mutual_tls: Annotated[bool | None, typer.Option(help="clients must show a certificate too")] = None,
+    at: Annotated[str | None, typer.Option(help="where processes find the folder, in a container for instance")] = None,
 ) -> None:
     """Write keys, certificates and the configuration of a NATS server that lets each stage do only what it needs.
 
-    Run it again with further tenants: what is there is kept.
+    Run it again with further tenants or hosts: what is there is kept, and so are the options that are not given.
     """
     from services.secure_config import write_config
 
-    hosts = host or ["localhost", "127.0.0.1"]
+    options = _options(hosts=host, port=port, store=store, mutual_tls=mutual_tls, at=at)
     try:
-        path = write_config(folder, tenant or (), hosts, port=port, store=store, mutual_tls=mutual_tls, at=at)
+        path = write_config(folder, tenant or (), **options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     err.print(f"nats-server --config {path}; a process that connects as USER takes its settings from {folder}/USER.env")

@@ -5,8 +5,10 @@
     keys/tenant-<name>.nk  the same for each tenant
     tls/ca.pem, server.pem, server-key.pem, client.pem, client-key.pem
     <user>.env             settings of a process that connects as that user
+    options.json           what it was last called with
 
-Run again with further tenants it keeps what is there: keys and certificates are made once.
+Run again it keeps what is there, options that are not given included: keys and certificates are made once (the server's certificate
+anew for a host that it does not name).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import ipaddress
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +46,48 @@ _DAYS = 825
 _RESERVED = frozenset({ACCOUNT, SYSTEM_ACCOUNT, "default"})
 
 
-def write_config(
-    folder: Path,
-    tenants: Sequence[str] = (),
-    hosts: Sequence[str] = ("localhost", "127.0.0.1"),
-    *,
-    port: int = 4222,
-    store: str = "/data",
-    mutual_tls: bool = False,
-    at: Path | None = None,
-) -> Path:
-    """Returns the server's configuration file. Raises ValueError for a tenant's name that cannot be one.
+@dataclass(frozen=True)
+class Options:
+    """How the server is reached, and by whom.
 
-    hosts        names and addresses by which the server is reached; the first is that of the .env files
+    hosts        names and addresses of the server; the first is that of the .env files
+    store        JetStream's folder on the server's machine
     mutual_tls   the server takes only connections that show a certificate of this folder's CA
-    at           where processes find this folder, in a container for instance; default: where it is
+    at           where processes find this folder, in a container for instance; empty: where it is
     """
-    at = at if at is not None else folder.resolve()
+
+    hosts: list[str] = field(default_factory=lambda: ["localhost", "127.0.0.1"])
+    port: int = 4222
+    store: str = "/data"
+    mutual_tls: bool = False
+    at: str = ""
+
+
+def write_config(folder: Path, tenants: Sequence[str] = (), **options: Any) -> Path:
+    """Returns the server's configuration file. `options` are fields of Options: those not given are what they were the last time.
+    Raises ValueError for a tenant's name that cannot be one."""
     for tenant in tenants:
         if not is_token(tenant) or tenant in _RESERVED:
             raise ValueError(f"tenant {tenant!r}: {TOKEN_RULE}, and not reserved")
     for name in ("keys", "tls"):
         (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    remembered = folder / "options.json"
+    kept = json.loads(remembered.read_text()) if remembered.exists() else {}
+    chosen = Options(**kept | options)
+    remembered.write_text(json.dumps(asdict(chosen), indent=2) + "\n")
+    at = Path(chosen.at) if chosen.at else folder.resolve()
     known = sorted({path.stem.removeprefix("tenant-") for path in folder.glob("keys/tenant-*.nk")} | set(tenants))
-    _write_certificates(folder / "tls", hosts)
+    _write_certificates(folder / "tls", chosen.hosts)
     config = {
-        "port": port,
+        "port": chosen.port,
         "http": "127.0.0.1:8222",
         "max_payload": MAX_PAYLOAD,
-        "jetstream": {"store_dir": store},
+        "jetstream": {"store_dir": chosen.store},
         "tls": {
             "cert_file": str(at / "tls/server.pem"),
             "key_file": str(at / "tls/server-key.pem"),
             "ca_file": str(at / "tls/ca.pem"),
-            "verify": mutual_tls,
+            "verify": chosen.mutual_tls,
             "timeout": 5,
         },
         "accounts": _accounts(folder, known),
@@ -85,7 +96,8 @@ def write_config(
     path = folder / CONFIG
     path.write_text(json.dumps(config, indent=2) + "\n")
     for user in (*STAGES, ADMIN, *(f"tenant-{tenant}" for tenant in known)):
-        settings = connection(at, user, mutual_tls=mutual_tls) | {"nats_url": f"tls://{hosts[0]}:{port}"}
+        settings = connection(at, user, mutual_tls=chosen.mutual_tls)
+        settings["nats_url"] = f"tls://{chosen.hosts[0]}:{chosen.port}"
         lines = [f"GORGON_{name.upper()}={value}" for name, value in settings.items()]
         (folder / f"{user}.env").write_text("\n".join(lines) + "\n")
     return path
@@ -159,7 +171,9 @@ def _write_certificates(folder: Path, hosts: Sequence[str]) -> None:
         ca_path.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     for name, usage in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("client", ExtendedKeyUsageOID.CLIENT_AUTH)):
         if (folder / f"{name}.pem").exists():
-            continue
+            if name == "client" or _names(folder / "server.pem") >= set(map(_alternative, hosts)):
+                continue
+            (folder / "server-key.pem").unlink()
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Gorgon {name}")])
         builder = _builder(subject, ca.subject, key, x509.BasicConstraints(ca=False, path_length=None))
@@ -187,6 +201,11 @@ def _builder(
         .not_valid_after(now + datetime.timedelta(days=_DAYS))
         .add_extension(constraints, critical=True)
     )
+
+
+def _names(certificate: Path) -> set[x509.GeneralName]:
+    loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    return set(loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
 
 
 def _alternative(host: str) -> x509.GeneralName:

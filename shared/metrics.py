@@ -73,7 +73,13 @@ CATALOG: tuple[Metric, ...] = (
     # ---- tokenizer
     Metric("gorgon_tokenizer_accepted_total", _C, "tokenizer", "Requests stored in REQ.", "detail.accepted"),
     Metric("gorgon_tokenizer_repeated_total", _C, "tokenizer", "Requests that were in REQ already.", "detail.repeated"),
-    Metric("gorgon_tokenizer_dropped_total", _C, "tokenizer", "Requests that name no reply subject.", "detail.dropped"),
+    Metric(
+        "gorgon_tokenizer_dropped_total",
+        _C,
+        "tokenizer",
+        "Requests without a reply subject that may be answered.",
+        "detail.dropped",
+    ),
     Metric(
         "gorgon_tokenizer_refused_total",
         _C,

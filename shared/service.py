@@ -33,8 +33,8 @@ log = structlog.get_logger()
 
 
 class Service:
-    """Base of the four stages. A subclass implements `on_start`, `on_drain`, `on_stop`, adds its figures in `heartbeat` and counts
-    the rest in `meter`.
+    """Base of the stages and the gateway. A subclass implements `on_start`, `on_drain`, `on_stop`, adds its figures in `heartbeat` and
+    counts the rest in `meter`.
 
     Runs unchanged on the real bus (`run_stage`) and on the in-memory one (tests and the simulation call start, drain, stop).
     """

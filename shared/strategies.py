@@ -20,6 +20,8 @@ _TAKES = {
     "cd_alpha": _ALWAYS
     | {"cd_alpha", "cd_beta", "cd_temperature", "stop", "temperature", "top_k", "top_p", "min_p", "logprobs"},
 }
+# What these strategies do anyhow.
+_NOTHING_NEW = (("temperature", 0), ("tool_choice", "auto"))
 _NEEDS = {
     "length_penalty": "num_beams",
     "early_stopping": "num_beams",
@@ -43,8 +45,7 @@ def complaint(fields: Mapping[str, Any]) -> str | None:
             return f"{name!r} needs {needed!r}" + (" above 1" if needed == "num_beams" else "")
     if strategy is None:
         return None
-    # Temperature 0 is what these strategies do anyhow.
-    others = sorted(name for name in fields.keys() - _TAKES[strategy] if (name, fields[name]) != ("temperature", 0))
+    others = sorted(name for name in fields.keys() - _TAKES[strategy] if (name, fields[name]) not in _NOTHING_NEW)
     if others:
         return f"{', '.join(map(repr, others[:5]))} cannot be used with {strategy!r}"
     choices = fields.get("n", 1)

@@ -1,4 +1,5 @@
-"""Creates the streams and buckets of a deployment. Every stage does so when it starts; all but the first find them there."""
+"""Creates the streams and buckets of a deployment. Every stage does so when it starts (of a secured one: every scheduler); all but
+the first find them there."""
 
 from __future__ import annotations
 

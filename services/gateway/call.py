@@ -131,8 +131,7 @@ class Call:
     def _usage_at_end(self) -> dict[str, Any]:
         usages = [end["usage"] for part in self.parts if (end := part.generation.end) is not None]
         generated = sum(u["completion_tokens"] for u in usages)
-        cached = [u["cached_tokens"] for u in usages if "cached_tokens" in u]
-        return usage_of(sum(u["prompt_tokens"] for u in usages), generated, sum(cached) if cached else None)
+        return usage_of(sum(u["prompt_tokens"] for u in usages), generated)
 
     # ------------------------------------------------ as a stream
 

@@ -16,7 +16,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._exporter: MetricsExporter
         self.requests = Counter(
-            "gorgon_gateway_requests", "HTTP calls by route and status", ["route", "status"], registry=self.registry
+            "gorgon_gateway_requests",
+            "Calls that generate, and errors of any route",
+            ["route", "status"],
+            registry=self.registry,
         )
         self.in_flight = Gauge("gorgon_gateway_in_flight", "requests that are followed", registry=self.registry)
         self.accepted_seconds = Histogram(

@@ -27,15 +27,12 @@ class Pieces(Protocol):
     special: set[int]
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> dict[str, Any]:
-    usage: dict[str, Any] = dict(
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return dict(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
-    if cached_tokens is not None:
-        usage["prompt_tokens_details"] = dict(cached_tokens=cached_tokens)
-    return usage
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from nats.aio.client import Client as Nats
+from nats.aio.msg import Msg
 
-from tests.pipeline.harness import Deployment, deployed, needs_weights, weights
+from tests.pipeline.harness import TERMINAL, Deployment, deployed, needs_weights, weights
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), needs_weights]
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,31 +78,51 @@ async def test_javascript(deployment: Deployment) -> None:
     assert "finished" in text and len(text.split()) > 10, text
 
 
+def seconds(option: str, options: str, default: str) -> float:
+    number, unit = re.search(rf" --{option}=(\d+)(ms|s|m)", f"{options} --{option}={default}").groups()  # type: ignore[union-attr]
+    return int(number) * {"ms": 0.001, "s": 1.0, "m": 60.0}[unit]
+
+
+async def replies_of_cli(nc: Nats, subject: str, body: str, options: str) -> list[dict[str, Any]]:
+    """What `nats req` prints (natscli's cli/req_command.go): with --replies=0 whatever comes within --timeout, which is here cut
+    short a moment after the last event; with more, until so many are there, or none comes for the mean of their times since the
+    question and --reply-timeout."""
+    wanted = int(re.search(r"--replies=(\d+)", options).group(1))  # type: ignore[union-attr]
+    whole, pause = seconds("timeout", options, "5s"), seconds("reply-timeout", options, "300ms")
+    replies: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def take(message: Msg) -> None:
+        replies.put_nowait(message.data)
+
+    inbox = nc.new_inbox()
+    await nc.subscribe(inbox, cb=take)
+    loop = asyncio.get_running_loop()
+    began, patience = loop.time(), whole
+    await nc.publish(subject, body.encode(), reply=inbox)
+    events: list[dict[str, Any]] = []
+    times = 0.0
+    with contextlib.suppress(TimeoutError):
+        while not wanted or len(events) < wanted:
+            events.append(json.loads(await asyncio.wait_for(replies.get(), patience)))
+            times += loop.time() - began
+            patience = times / len(events) + pause if wanted else whole - (loop.time() - began)
+            if not wanted and events[-1]["event"] in TERMINAL:
+                patience = min(patience, 0.5)
+    return events
+
+
 async def test_the_ordinary_cli(deployment: Deployment) -> None:
-    """What `nats req … --replies=0 --reply-timeout=…` does: takes replies on an inbox until none has come for so long. The first
-    example of the page, and the one with --replies=2."""
-    commands = re.findall(r"nats req (llm\.v1\.generate\.demo) '(.*?)' --replies=(\d)", DOCS)
-    assert {count for _, _, count in commands} == {"0", "2"}
+    """The first example of the page, and the one with --replies=2."""
+    commands = re.findall(r"nats req (llm\.v1\.generate\.demo) '(.*?)'( --replies=.*)", DOCS)
+    assert {options[:12] for _, _, options in commands} == {" --replies=0", " --replies=2"}
     nc = Nats()
     await nc.connect(deployment.url)
-    for subject, body, count in commands:
+    for subject, body, options in commands:
         if "messages" in body:  # this model has no chat template
             body = json.dumps({"prompt": START, "stream": json.loads(body).get("stream", True), "max_tokens": 20})
-        replies: asyncio.Queue[bytes] = asyncio.Queue()
-
-        async def take(message: object, replies: asyncio.Queue[bytes] = replies) -> None:
-            replies.put_nowait(message.data)  # type: ignore[attr-defined]
-
-        inbox = nc.new_inbox()
-        await nc.subscribe(inbox, cb=take)
-        await nc.publish(subject, body.encode(), reply=inbox)
-        events = []
-        try:
-            while int(count) == 0 or len(events) < int(count):
-                events.append(json.loads(await asyncio.wait_for(replies.get(), 5.0)))
-        except TimeoutError:
-            pass
+        events = await replies_of_cli(nc, subject, body, options)
         names = [event["event"] for event in events]
-        assert set(names) == ({"accepted", "tokens", "finished"} if int(count) == 0 else {"accepted", "finished"})
+        streamed = "--replies=0" in options
+        assert set(names) == ({"accepted", "tokens", "finished"} if streamed else {"accepted", "finished"})
         assert names[-1] == "finished" and names.count("finished") == 1
     await nc.close()

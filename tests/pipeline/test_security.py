@@ -6,6 +6,7 @@ Each wall has its positive control: the same thing done by somebody who may, so 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from cryptography import x509
 from nats import errors
 from nats.aio.client import Client as Nats
 from openai import AsyncOpenAI
@@ -503,6 +505,36 @@ async def test_no_stage_was_refused_anything(deployment: Deployment, folder: Pat
         assert not await attacker.may_publish("llm.v1.worker.nobody.run")
     server = deployment.supervisor.brokers[0].log_path.read_text()
     assert "Violation" in server, "the server's log is where refusals are seen"
+
+
+def test_what_was_chosen_once_stays_chosen(tmp_path: Path):
+    """A further tenant must not take down a wall, nor send processes elsewhere."""
+
+    def read() -> tuple[dict[str, Any], str, bytes, bytes]:
+        names = ("keys/tokenizer.nk", "tls/server.pem")
+        config = json.loads((tmp_path / "nats.conf").read_text())
+        return config, (tmp_path / "tokenizer.env").read_text(), *((tmp_path / name).read_bytes() for name in names)
+
+    write_config(
+        tmp_path, ["alice"], hosts=["llm.example.org"], port=4333, store="/var/x", mutual_tls=True, at="/secure"
+    )
+    config, env, key, certificate = read()
+    assert config["tls"]["verify"] and config["port"] == 4333 and config["jetstream"]["store_dir"] == "/var/x"
+    assert "tls://llm.example.org:4333" in env and "/secure/keys/tokenizer.nk" in env and "client.pem" in env
+    write_config(tmp_path, ["bob"])
+    again = read()
+    assert again[1:] == (env, key, certificate)
+    assert again[0] | {"accounts": None} == config | {"accounts": None}
+    assert again[0]["accounts"].keys() == config["accounts"].keys() | {"bob"}
+    # Another host needs another certificate of the server; whoever trusts the CA trusts it.
+    write_config(tmp_path, hosts=["llm.example.org", "10.0.0.7"])
+    assert read()[2] == key and read()[3] != certificate
+    alternatives = x509.load_pem_x509_certificate(read()[3]).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert [name.value for name in alternatives.value] == ["llm.example.org", ipaddress.ip_address("10.0.0.7")]
+    write_config(tmp_path, mutual_tls=False)
+    assert not read()[0]["tls"]["verify"]
 
 
 def test_names_that_cannot_be_tenants(tmp_path: Path):

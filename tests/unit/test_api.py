@@ -52,6 +52,18 @@ def test_searches(search: dict):
     assert search.items() <= (request.model_dump() | {"stop": "x"}).items()
 
 
+def test_what_a_search_does_anyhow_may_be_said():
+    tool = {"name": "f", "parameters": {"type": "object"}}
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [{"type": "function", "function": tool}],
+        "num_beams": 2,
+    }
+    assert api.parse_request(body | {"tool_choice": "auto"}).tool_choice == "auto"
+    with pytest.raises(GorgonError, match="tool_choice"):
+        api.parse_request(body | {"tool_choice": "required"})
+
+
 @pytest.mark.parametrize(
     ("named", "search"),
     [
