@@ -54,7 +54,8 @@ REDELIVERY = 120.0  # a tombstone outlives the attach window by this, so that a 
 FORGOTTEN_AFTER = REDELIVERY + 10.0
 END_LOST = Failure("internal", "how the request ended is no longer in the log")
 EVENTS_PER_MESSAGE = 256
-CATCH_UP = 1.0  # seconds without which the log's end is looked at again
+CATCH_UP = 1.0  # seconds within which what is at the log's end must come, or it is looked at again
+LOOK_PAUSE = 0.05  # seconds between two looks at it: thousands of clients whose requests are queued ask every few seconds
 PROBES_AT_ONCE = 8
 PROBE_TIMEOUT = 0.25
 
@@ -401,6 +402,7 @@ class Partition:
             for question in asked.values():
                 if not self._answer(question):
                     self._publish_not_found(question)
+            await asyncio.sleep(LOOK_PAUSE)
 
     async def _catch_up(self) -> None:
         """Until all is folded that is in the log now."""
