@@ -28,6 +28,7 @@ from shared.errors import RETRYABLE, ErrorCode, GorgonError
 log = structlog.get_logger()
 
 TICK = 0.05  # how often streams are looked at, seconds
+STOOD_STILL = 1.0  # longer between two looks: this process was stopped
 BEACON_FRESH = 0.5  # a partition is served if its beacon is no older
 
 
@@ -220,9 +221,13 @@ class Client:
                 stream.hurry()
 
     async def _tick_forever(self) -> None:
+        now = self.loop.time()
         while True:
             await asyncio.sleep(TICK)
-            now = self.loop.time()
+            before, now = now, self.loop.time()
+            if now - before > STOOD_STILL:  # what came meanwhile is heard first
+                for stream in self._streams.values():
+                    stream.stood_still(now - before)
             for stream in list(self._streams.values()):
                 try:
                     stream.tick(now)

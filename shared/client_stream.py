@@ -315,6 +315,8 @@ class Stream:
                 # Not at each answer: a tokenizer that has forgotten the id says the same, and at once.
                 self._sent_again = now
                 self._client.send(self)
+        elif self._known and event.get("refused"):
+            self._gap()  # the late refusal of an attempt, while another one was accepted
         elif not error.retryable or (not self._known and error.code not in self._client.retried):
             self.finish(event)
         elif not self._known:
@@ -398,6 +400,12 @@ class Stream:
             self._client.send(self)
             self._due = min(now + self._retry, self._give_up)
             self._retry = min(self._retry * 2, LONGEST_RETRY)
+
+    def stood_still(self, seconds: float) -> None:
+        """Time in which nothing could be heard proves nothing."""
+        self._give_up += seconds
+        if self._missing_since is not None:
+            self._missing_since += seconds
 
     def hurry(self) -> None:
         """Something changed (a reconnect, a new owner): look again at once."""

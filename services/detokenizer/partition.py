@@ -12,6 +12,7 @@ import structlog
 
 from services.detokenizer import parts
 from services.detokenizer.answer import Answer
+from services.detokenizer.client_probe import ClientProbe
 from services.detokenizer.core import PartitionCore
 from services.detokenizer.decoding import NewDecoding
 from services.detokenizer.queries import Replay, parse_replay, prefix_reply
@@ -20,8 +21,8 @@ from services.detokenizer.results import ResultsWriter
 from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
 from shared import codec, subjects
-from shared.api import encode_event, encode_for, encoding_of, error_event
-from shared.bus import Bucket, Bus, BusError, Follower, Message, NoResponders, PayloadTooLarge, Stored, Subscription
+from shared.api import encode_event, encoding_of, error_event
+from shared.bus import Bucket, Bus, BusError, Follower, Message, PayloadTooLarge, Stored, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import (
     Assignment,
@@ -55,9 +56,9 @@ FORGOTTEN_AFTER = REDELIVERY + 10.0
 END_LOST = Failure("internal", "how the request ended is no longer in the log")
 EVENTS_PER_MESSAGE = 256
 CATCH_UP = 1.0  # seconds within which what is at the log's end must come, or it is looked at again
-LOOK_PAUSE = 0.05  # seconds between two looks at it: thousands of clients whose requests are queued ask every few seconds
-PROBES_AT_ONCE = 8
-PROBE_TIMEOUT = 0.25
+LOOK_PAUSE = (
+    0.05  # seconds between two looks at it: thousands of clients whose requests are queued ask every few seconds
+)
 
 
 def snapshot_pause(size: int, settings: DetokenizerSettings) -> float:
@@ -99,7 +100,7 @@ class Partition:
         self._writers: dict[str, ResultsWriter] = {}
         self._settling: set[str] = set()
         self._held: dict[str, list[tuple[PrefixQuery, str]]] = {}  # questions for a prefix that wait for their fence
-        self._gone_since: dict[str, float] = {}  # live requests whose client does not listen
+        self._clients = ClientProbe(bus, settings.vanished_after, self._spawn, self._catch_up, self._on_vanished)
         self._unknown: dict[tuple[str, str], Replay] = {}  # questions for what is not known here, by key and asker
         self._doubt = asyncio.Event()  # there are such questions
         self._progress = asyncio.Event()  # something was folded
@@ -119,6 +120,7 @@ class Partition:
         while self._subscriptions:  # each holds this partition by its handler
             with contextlib.suppress(BusError):
                 await self._subscriptions.pop().unsubscribe()
+        del self._clients  # they refer to each other
         if was_serving:
             with contextlib.suppress(BusError):
                 await self._save()
@@ -189,7 +191,7 @@ class Partition:
         self._spawn(self._prune_forever(), "prune")
         self._spawn(self._answer_unknown_forever(), "unknown")
         if self._settings.vanished_after:
-            self._spawn(self._probe_forever(), "probe")
+            self._spawn(self._clients.probe_forever(self.core), "probe")
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
         if self._log_was_trimmed and (live := [a for a in self.core.answers.values() if not a.ended]):
             self._spawn(self._end_what_has_ended(live), "look")
@@ -338,7 +340,7 @@ class Partition:
             return
         self.core.archive(answer)
         self._settling.discard(key)
-        self._gone_since.pop(key, None)
+        self._clients.forget(key)
 
     async def _bury(self, answer: Answer) -> None:
         state, terminal = answer.state, answer.state.terminal
@@ -350,12 +352,19 @@ class Partition:
             if isinstance(known, Tombstone):
                 return
             if isinstance(known, Assignment):
+                if known.req_seq != answer.opened.req_seq:
+                    return  # a later request has the id
                 body_hash = known.body_hash
         tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
         # Of a job it is kept as long as the results, so that these are never taken for those of another job with the same id.
         kept = self._settings.results_max_age if answer.opened.durable else self._settings.attach_window
         await self._assignments.put(state.key, codec.encode(tombstone), kept + REDELIVERY)
         self._recorder.ended(answer)
+
+    def _on_vanished(self, key: str) -> None:
+        self._log.info("client_vanished", request_id=key)
+        self._recorder.vanished()
+        self._append(End(key, "cancelled"))
 
     async def _prune_forever(self) -> None:
         while True:
@@ -400,8 +409,11 @@ class Partition:
             asked, self._unknown = self._unknown, {}
             await self._catch_up()
             for question in asked.values():
-                if not self._answer(question):
-                    self._publish_not_found(question)
+                try:
+                    if not self._answer(question):
+                        self._publish_not_found(question)
+                except Exception as error:  # the others' come next
+                    self._log.error("replay_failed", request_id=question.key, exc_info=error)
             await asyncio.sleep(LOOK_PAUSE)
 
     async def _catch_up(self) -> None:
@@ -418,6 +430,7 @@ class Partition:
                     return
 
     def _answer_replay(self, asked: Replay, answer: Answer) -> None:
+        self._clients.forget(asked.key)  # whoever asks is there
         self.deliver()  # so that what goes to the old reply subject is not behind this answer
         self._publish(asked.reply, answer.replay(asked.cursors, asked.reply.stream))
         if asked.attach and not answer.ended and answer.state.reply != asked.reply:
@@ -518,48 +531,3 @@ class Partition:
         self._saved_bytes = len(data)
         await parts.put(self._snapshots, subjects.snapshot_key(self._settings.model, self.number), data)
         self._saved_seq = seq
-
-    # ------------------------------------------------ clients that are gone
-
-    async def _probe_forever(self) -> None:
-        """Asks every live client's reply subject now and then with an event without news; the server says at once if nobody listens.
-        Nobody needs to answer: silence means that somebody is there. Who does not stream counts on a single event, and is asked only
-        after a time in which nobody would wait for it in vain."""
-        interval = self._settings.vanished_after / 6
-        while True:
-            asked_from = self.core.stamp - self._settings.vanished_after
-            live = [
-                answer
-                for answer in self.core.answers.values()
-                if not (answer.ended or answer.opened.durable)
-                and (answer.state.reply is None or answer.state.reply.stream or answer.opened_at < asked_from)
-            ]
-            # Evenly over the interval: all at once would keep every stream waiting.
-            rounds = max(1, -(-len(live) // PROBES_AT_ONCE))
-            for start in range(0, rounds * PROBES_AT_ONCE, PROBES_AT_ONCE):
-                await asyncio.sleep(interval / rounds)
-                for answer in live[start : start + PROBES_AT_ONCE]:
-                    self._spawn(self._probe(answer), "probe")
-
-    async def _probe(self, answer: Answer) -> None:
-        key, reply = answer.state.key, answer.state.reply
-        if answer.ended or reply is None or not reply.subject:
-            return
-        (data,) = encode_for(reply, [answer.sign_of_life()])
-        try:
-            await self._bus.request(reply.subject, data, PROBE_TIMEOUT)
-        except NoResponders:
-            if not answer.ended:
-                self._nobody_listens(key)
-            return
-        except BusError:
-            pass
-        self._gone_since.pop(key, None)
-
-    def _nobody_listens(self, key: str) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._gone_since.setdefault(key, now) >= self._settings.vanished_after:
-            self._log.info("client_vanished", request_id=key)
-            self._recorder.vanished()
-            del self._gone_since[key]
-            self._append(End(key, "cancelled"))

@@ -62,8 +62,9 @@ class DetokenizerService(Service):
             await asyncio.sleep(TICK)
 
     async def on_stop(self) -> None:
-        for number in list(self.partitions):
-            await self._give_up(number)
+        async with self._changing:
+            for number in list(self.partitions):
+                await self._give_up(number)
 
     def heartbeat(self) -> Heartbeat:
         partitions = self.partitions.values()
@@ -102,7 +103,8 @@ class DetokenizerService(Service):
         for number in mine - self.partitions.keys():
             self._take(number)
         for number in mine & self._leaving.keys():
-            await self._leaving.pop(number).unsubscribe()
+            if (subscription := self._leaving.pop(number, None)) is not None:
+                await subscription.unsubscribe()
         for number in self.partitions.keys() - mine - self._leaving.keys():
             await self._offer(number)
 
@@ -127,21 +129,25 @@ class DetokenizerService(Service):
                 return
             due = due or (self.partitions[number].core.seq, loop.time() + HANDOVER)
             if seq >= due[0] or loop.time() > due[1]:
-                self.spawn(self._give_up(number), f"give_up.{number}")
+                self.spawn(self._hand_over(number), f"give_up.{number}")
 
         self._leaving[number] = await self.bus.subscribe(subjects.beacon(self.settings.model, number), on_beacon)
 
-    async def _give_up(self, number: int) -> None:
+    async def _hand_over(self, number: int) -> None:
         async with self._changing:
-            subscription = self._leaving.pop(number, None)
-            partition = self.partitions.pop(number, None)
-            if subscription is not None:
-                await subscription.unsubscribe()
-            if partition is not None:
-                served = partition.serving
-                await partition.close()
-                self._tokens_before += partition.core.tokens if served else 0
-                self.log.info("partition_given_up", partition=number)
+            if number in self._leaving:  # else it is done (each beacon asks for it), or the partition is to be kept
+                await self._give_up(number)
+
+    async def _give_up(self, number: int) -> None:
+        subscription = self._leaving.pop(number, None)
+        partition = self.partitions.pop(number, None)
+        if subscription is not None:
+            await subscription.unsubscribe()
+        if partition is not None:
+            served = partition.serving
+            await partition.close()
+            self._tokens_before += partition.core.tokens if served else 0
+            self.log.info("partition_given_up", partition=number)
 
     async def _shine_forever(self) -> None:
         while True:

@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 HELD_TIMEOUT = 0.5  # for the others to say that they read a request
 HELD_ATTEMPTS = 3
+RECONNECT_GRACE = 2.0  # that the others get to come back, too, after a loss of the link
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 
@@ -207,10 +208,16 @@ class Generations:
         if generation.readers or generation.end is not None or self.closing:
             return
         question = msgpack.packb((generation.tenant, generation.id))
-        for _ in range(HELD_ATTEMPTS):
+        generation.left = None  # two gateways whose readers have left must not excuse each other
+        unanswered = 0
+        while unanswered < HELD_ATTEMPTS:
             try:
                 await self._bus.request(subjects.HELD, question, HELD_TIMEOUT)
             except BusError:
+                if self._bus.connected_for > RECONNECT_GRACE:  # else the silence proves nothing
+                    unanswered += 1
+                else:
+                    await asyncio.sleep(HELD_TIMEOUT)
                 continue
             log.info("held_elsewhere", request_id=subjects.request_key(generation.tenant, generation.id))
             self._forget(generation)
@@ -219,9 +226,15 @@ class Generations:
             await self._cancel(generation)
 
     def _on_held(self, message: Message) -> None:
+        """Of a request that is read here, or whose reader has left so lately that it may come back."""
         tenant, request_id = msgpack.unpackb(message.data)
         generation = self._all.get(request_id)
-        if message.reply and generation is not None and generation.tenant == tenant and generation.readers:
+        if (
+            message.reply
+            and generation is not None
+            and generation.tenant == tenant
+            and (generation.readers or generation.left is not None)
+        ):
             self._bus.publish(message.reply, b"\x01")
 
     # ------------------------------------------------ inside

@@ -41,16 +41,19 @@ class Housekeeping:
         self._acked_before: dict[str, int] = {}  # by intake subject: all below was acked a round of trimming ago
 
     async def watch_clock_forever(self) -> None:
-        """An entry without tokens shows the time at which the server stored it."""
-        subject, nothing = subjects.tok(self._settings.model, 0), codec.encode(m.StepTokens("", 0, ()))
         while True:
+            await asyncio.sleep(CLOCK_INTERVAL)
             try:
-                appended = await self._stage.bus.append(subject, nothing)
-                if (stored := await self._stage.bus.read(subjects.STREAM_TOK, appended.seq)) is not None:
-                    self._requests.observe_clock(stored.stamp)
+                await self.look_at_clock()
             except BusError as error:
                 self._stage.log.warning("clock_unknown", error=repr(error))
-            await asyncio.sleep(CLOCK_INTERVAL)
+
+    async def look_at_clock(self) -> None:
+        """An entry without tokens shows the time at which the server stored it."""
+        subject, nothing = subjects.tok(self._settings.model, 0), codec.encode(m.StepTokens("", 0, ()))
+        appended = await self._stage.bus.append(subject, nothing)
+        if (stored := await self._stage.bus.read(subjects.STREAM_TOK, appended.seq)) is not None:
+            self._requests.observe_clock(stored.stamp)
 
     async def trim_forever(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.scheduler.assignments import Assignments
 from services.scheduler.entries import Entries
 from services.scheduler.fleet import Fleet
 from services.scheduler.ledger import Ledger
@@ -13,6 +14,7 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import BusError, PayloadTooLarge
 from shared.errors import ErrorCode
+from shared.retry import until_done
 from shared.service import Service
 
 TRY_ELSEWHERE = frozenset({"overloaded", "draining"})
@@ -26,6 +28,7 @@ class Orders:
         fleet: Fleet,
         ledger: Ledger,
         requests: Requests,
+        assignments: Assignments,
         entries: Entries,
     ) -> None:
         self._stage = stage
@@ -33,6 +36,7 @@ class Orders:
         self._fleet = fleet
         self._ledger = ledger
         self._requests = requests
+        self._assignments = assignments
         self._entries = entries
 
     async def run(
@@ -82,7 +86,11 @@ class Orders:
         )
         if reply.code in TRY_ELSEWHERE:
             return False
-        await self._entries.append(m.End(request.key, "error", failure=m.Failure(reply.code, reply.message)))
+        # The answer may be old: this process may have stood still, and another scheduler have found a worker that takes it.
+        entry = await until_done("assign", request.key, lambda: self._assignments.get(request.key))
+        present = codec.decode(entry.value or b"") if entry is not None else None
+        if isinstance(present, m.Assignment) and (present.epoch, present.worker) == (epoch, worker):
+            await self._entries.append(m.End(request.key, "error", failure=m.Failure(reply.code, reply.message)))
         return True
 
     def abort(self, worker: str, key: str, epoch: int) -> None:

@@ -26,6 +26,7 @@ from shared import messages as m
 from shared.bus import Bus, Entry, Message
 from shared.logging import note_request
 from shared.rendezvous import owner
+from shared.retry import until_done
 from shared.service import Service
 
 TICK = 0.05
@@ -45,7 +46,7 @@ class SchedulerService(Service):
         self._requests = requests = Requests(bus)
         self._assignments = assignments = Assignments(bus, ledger, link)
         entries = Entries(bus, settings, requests)
-        self._orders = orders = Orders(self, settings, self.fleet, ledger, requests, entries)
+        self._orders = orders = Orders(self, settings, self.fleet, ledger, requests, assignments, entries)
         self._migrations = Migrations(self, settings, ledger, dispatcher, requests, assignments, entries, orders)
         self._intake = Intake(
             self, settings, dispatcher, requests, assignments, entries, orders, self._migrations, self._on_assignment
@@ -61,6 +62,8 @@ class SchedulerService(Service):
         await self.bus.subscribe(subjects.heartbeats("model_worker", model), self._on_worker_beat)
         await self.bus.subscribe(subjects.heartbeats(self.stage, model), self._on_scheduler_beat)
         await self._cancel_door.open()
+        # Before the first delivery: how old a request is that waited for a scheduler would not be known.
+        await until_done("clock", model, self._housekeeping.look_at_clock)
         await self._intake.open()
         self.spawn(self._tick_forever(), "tick")
         self.spawn(self._housekeeping.watch_clock_forever(), "clock")

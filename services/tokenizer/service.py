@@ -326,7 +326,9 @@ class TokenizerService(Service):
 
     def _refuse(self, refused: Refused) -> None:
         self._note_refusal(refused)
-        self._send(refused.to, error_event(refused.to.id, refused.error, metadata=refused.to.metadata))
+        self._send(
+            refused.to, error_event(refused.to.id, refused.error, metadata=refused.to.metadata) | {"refused": True}
+        )
 
     def _note_refusal(self, refused: Refused) -> None:
         error, to = refused.error, refused.to

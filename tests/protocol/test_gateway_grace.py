@@ -1,0 +1,95 @@
+"""Gateways whose readers have left, on the in-memory bus in virtual time: a request that is read elsewhere, or may be, goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from services.gateway.generation import Generation, Generations
+from services.gateway.settings import GatewaySettings
+from shared.memory_bus import MemoryBus
+from tests.protocol.detokenizer_world import MODEL, World, until, virtual
+
+BODY: dict[str, Any] = dict(prompt="x", max_tokens=1000)
+
+
+async def gateway(world: World, grace: float) -> Generations:
+    spawn = lambda coroutine, name: asyncio.get_running_loop().create_task(coroutine, name=name)  # noqa: E731
+    generations = Generations(
+        MemoryBus(world.broker), GatewaySettings(partitions=world.partitions, reattach_grace=grace), spawn
+    )
+    await generations.start()
+    return generations
+
+
+async def read(generations: Generations) -> Generation:
+    """A call with an Idempotency-Key, up to the first tokens."""
+    generation = await generations.begin(MODEL, "default", "r", dict(BODY), survives=True, patience=10.0)
+    await until(lambda: generation.deltas or generation.end)
+    return generation
+
+
+async def ending(generation: Generation) -> str:
+    await until(lambda: generation.end, 60)
+    assert generation.end is not None
+    return str(generation.end["event"])
+
+
+@virtual
+async def test_what_nobody_reads_is_cancelled_after_the_grace() -> None:
+    async with World(partitions=1) as world, world.client() as client:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 1000])
+        one, _ = await gateway(world, 3.0), await gateway(world, 3.0)
+        generation = await read(one)
+        stream = client.attach("r")
+        one.leave(generation)
+        assert (await stream.result()).status == "cancelled"
+
+
+@virtual
+async def test_silence_of_the_others_proves_nothing_while_nats_is_away() -> None:
+    """The client came back through another gateway; NATS is gone when the first one's grace ends."""
+    async with World(partitions=1) as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 1000])
+        one, two = await gateway(world, 6.0), await gateway(world, 3.0)
+        first = await read(one)
+        left = asyncio.get_running_loop().time()
+        one.leave(first)
+        again = await read(two)
+        await asyncio.sleep(left + 5.9 - asyncio.get_running_loop().time())
+        world.broker.kill()
+        await asyncio.sleep(4.0)
+        world.broker.restart()
+        assert await ending(again) == "finished"
+
+
+@virtual
+async def test_the_grace_of_one_gateway_is_not_cut_short_by_another() -> None:
+    """The client left the first one long ago, and the second one a moment ago: that is the one to wait."""
+    async with World(partitions=1) as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 500])
+        one, two, three = [await gateway(world, 6.0) for _ in range(3)]
+        first = await read(one)
+        left = asyncio.get_running_loop().time()
+        one.leave(first)
+        again = await read(two)
+        await asyncio.sleep(left + 5.5 - asyncio.get_running_loop().time())
+        two.leave(again)
+        await asyncio.sleep(2.5)
+        assert await ending(await read(three)) == "finished"
+
+
+@virtual
+async def test_two_gateways_whose_readers_have_left_do_not_excuse_each_other() -> None:
+    async with World(partitions=1) as world, world.client() as client:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 1000])
+        one, two = await gateway(world, 3.0), await gateway(world, 3.0)
+        first, second = await read(one), await read(two)
+        stream = client.attach("r")
+        one.leave(first)
+        two.leave(second)
+        assert (await stream.result()).status == "cancelled"
