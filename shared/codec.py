@@ -92,7 +92,7 @@ _REBUILD_SAMPLING: dict[str, Any] = {"stop_token_ids": tuple, "logit_bias": _tup
 
 def _tokens(row: list[Any]) -> m.Tokens:
     if len(row) > 7 and row[7] is not None:
-        row[7] = tuple(m.TokenLogprobs(chosen, ids, tuple(top)) for chosen, ids, top in row[7])
+        row[7] = tuple(m.TokenLogprobs(r[0], r[1], tuple(r[2])) for r in row[7])
     if len(row) > 8 and row[8] is not None:
         row[8] = _make(m.Failure, row[8])
     return m.Tokens(*row[:9])
@@ -103,6 +103,7 @@ _REBUILD: dict[type[Any], dict[str, Any]] = {
     m.Request: {"sampling": _sampling, "reply": lambda r: _make(m.ReplyTo, r), "stop": tuple},
     m.Open: {"reply": lambda r: _make(m.ReplyTo, r), "stop": tuple},
     m.Attach: {"reply": lambda r: _make(m.ReplyTo, r)},
+    m.TokenLogprobs: {"top": tuple},
     m.StepTokens: {"entries": lambda rows: tuple(map(_tokens, rows))},
     m.End: {"failure": lambda r: _make(m.Failure, r)},
     m.Run: {"sampling": _sampling, "generated": tuple, "done": tuple},
@@ -149,15 +150,21 @@ def encode(message: Any) -> bytes:
     return _packers.message((_TAGS[type(message)], *message))
 
 
+def rebuild(cls: type[T], row: list[Any]) -> T:
+    """The message, or part of one, of what msgpack made of it. A row of a newer process may have further fields: they are left out."""
+    if cls is m.Tokens:
+        return _tokens(row)  # type: ignore[return-value]
+    for index, rebuild_field in _REBUILD_AT.get(cls, ()):
+        if index < len(row) and row[index] is not None:
+            row[index] = rebuild_field(row[index])
+    return _make(cls, row)  # type: ignore[no-any-return]
+
+
 def decode(data: bytes) -> Any:
     """Bytes → the message. Raises CodecError for anything else."""
     try:
         tag, *row = msgpack.unpackb(data, strict_map_key=False)
-        cls = _TYPES[tag]
-        for index, rebuild in _REBUILD_AT.get(cls, ()):
-            if index < len(row) and row[index] is not None:
-                row[index] = rebuild(row[index])
-        return _make(cls, row)
+        return rebuild(_TYPES[tag], row)
     except Exception as error:
         raise CodecError(f"not a Gorgon message: {error!r}") from error
 

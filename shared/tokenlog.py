@@ -21,12 +21,12 @@ Time is the stream's (the store time of entries), so pruning is the same for eve
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 
 from shared import messages as m
-from shared.codec import unpack_ids
+from shared.codec import rebuild, unpack_ids
 
 # A choice that ended so has simply finished; any other finish ("deadline", "error") fails the request.
 FINISHED = frozenset({"stop", "stop_token", "length", "stop_string"})
@@ -350,32 +350,20 @@ class PartitionFold:
             data, strict_map_key=False
         ):
             request = RequestState(key, epoch=epoch, touched=touched)
-            request.opened = _open_from(opened) if opened is not None else None
-            request.reply = m.ReplyTo(*reply) if reply is not None else None
-            request.choices = [Choice(*row) for row in choices]
+            request.opened = rebuild(m.Open, opened) if opened is not None else None
+            request.reply = rebuild(m.ReplyTo, reply) if reply is not None else None
+            request.choices = [Choice(*row[:5]) for row in choices]
             if added and added[0] is not None:
-                request.prompt = Choice(*added[0])
+                request.prompt = Choice(*added[0][:2])
             for row in held:
-                tokens = _tokens_from(row)
+                tokens = rebuild(m.Tokens, row)
                 request.held[tokens.choice, tokens.position] = tokens
             if terminal is not None:
-                request.terminal = Terminal(terminal[0], m.Failure(*terminal[1]) if terminal[1] is not None else None)
+                reason, failure, *_ = terminal
+                request.terminal = Terminal(reason, rebuild(m.Failure, failure) if failure is not None else None)
             fold.requests[key] = request
         return fold
 
 
 def _is_over(request: RequestState, before: float) -> bool:
     return request.touched < before and (request.terminal is not None or request.opened is None)
-
-
-def _open_from(row: list[Any]) -> m.Open:
-    opened = m.Open(*row)
-    return opened._replace(reply=m.ReplyTo(*opened.reply), stop=tuple(opened.stop))
-
-
-def _tokens_from(row: list[Any]) -> m.Tokens:
-    tokens = m.Tokens(*row)
-    return tokens._replace(
-        logprobs=tokens.logprobs and tuple(m.TokenLogprobs(c, i, tuple(t)) for c, i, t in tokens.logprobs),
-        failure=tokens.failure and m.Failure(*tokens.failure),
-    )

@@ -11,7 +11,7 @@ from services.detokenizer.decoding import Decoding, NewDecoding
 from services.detokenizer.stream import ChoiceStream
 from services.detokenizer.track import NoText, Track, mean_logprob
 from shared import api
-from shared.codec import unpack_ids
+from shared.codec import rebuild, unpack_ids
 from shared.messages import PROMPT, Failure, TokenLogprobs
 from shared.subjects import split_request_key
 from shared.tokenlog import Committed, RequestState
@@ -365,14 +365,14 @@ class Answer:
         if self.broken:
             return
         for kept, rows in zip(self.logprobs or (), logprobs or (), strict=True):
-            kept.extend(map(_row, rows))
+            kept.extend(rebuild(TokenLogprobs, row) for row in rows)
         for choice, stream, hidden in zip(self.state.choices, self.streams, self.hidden, strict=True):
             stream.feed(choice.ids, hidden)
             if choice.finish is not None or self.ended:
                 stream.flush()
         if self.prompt is not None and self.prompt.logprobs is not None:
             self.prompt.stream.feed(self.prompt.ids)
-            self.prompt.logprobs.extend(map(_row, prompt_logprobs or ()))
+            self.prompt.logprobs.extend(rebuild(TokenLogprobs, row) for row in prompt_logprobs or ())
         if self.ended:
             self._close()
 
@@ -382,11 +382,6 @@ def _after(decoding: Decoding, ids: list[int]) -> Decoding:
     if ids:
         decoding.feed(ids)
     return decoding
-
-
-def _row(row: list[Any]) -> TokenLogprobs:
-    chosen, top_ids, top = row
-    return TokenLogprobs(chosen, top_ids, tuple(top))
 
 
 def _lengths(track: Track) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgpack
 import pytest
 
 from shared import codec
@@ -37,6 +38,28 @@ def test_the_usual_entry_has_the_effects_that_the_rules_give_it() -> None:
             entry = codec.decode(data)
             assert fold.apply(entry, stamp) == asking.apply(entry, stamp), f"seed {seed}, entry {stamp}"
         assert fold.snapshot() == asking.snapshot()
+
+
+def test_a_snapshot_of_a_newer_version_is_understood() -> None:
+    """Of whose rows this one does not know the last fields."""
+    fold = PartitionFold()
+    logprobs = (m.TokenLogprobs(-0.5, codec.pack_ids([1]), (-0.5,)),)
+    held = m.Tokens("t.a", 0, 1, 3, codec.pack_ids([9]), logprobs=logprobs, failure=m.Failure("internal", "no"))
+    failed = m.End("t.b", "error", failure=m.Failure("internal", "no"))
+    entries = [_open(), _tokens(0, [1, 2]), m.StepTokens("w", 0, (held,)), _open()._replace(key="t.b"), failed]
+    for stamp, entry in enumerate(entries):
+        fold.apply(entry, stamp)
+    rows = msgpack.unpackb(fold.snapshot(), strict_map_key=False)
+    for row in rows:
+        opened, reply, choices, waiting, terminal = row[1], row[2], row[4], row[5], row[6]
+        opened[1].append("new")
+        for known in (opened, reply, *choices, *waiting, *(t[7][0] for t in waiting), *(t[8] for t in waiting)):
+            known.append("new")
+        if terminal is not None:
+            terminal[1].append("new")
+            terminal.append("new")
+        row.append("new")
+    assert PartitionFold.restore(msgpack.packb(rows)).snapshot() == fold.snapshot()
 
 
 class AnyEpoch(PartitionFold):
