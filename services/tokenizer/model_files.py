@@ -15,6 +15,7 @@ from services.tokenizer.encoder import Encoder
 from services.tokenizer.tool_format import tool_format_of
 from shared.api import GenerateRequest
 from shared.errors import StartError
+from shared.model_folder import eos_ids
 from shared.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 # The named special tokens that transformers hands to chat templates.
@@ -77,24 +78,20 @@ def load_model_files(folder: Path) -> ModelFiles:
     except TemplateBroken as error:
         raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
     generation = folder / "generation_config.json"
-    eos_ids = _eos_ids(_read_json(generation).get("eos_token_id", config.get("eos_token_id")), generation)
+    try:
+        ends = eos_ids(config, _read_json(generation), vocab_size)
+    except ValueError as error:
+        raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
     return ModelFiles(
         Encoder(tokenizer),
         template,
         vocab_size,
         context,
         _defaults(generation),
-        _bad_words(generation, config, vocab_size),
+        _bad_words(generation, ends, vocab_size),
         tool_format_of(templates.values(), [token.content for token in tokenizer.get_added_tokens_decoder().values()]),
-        eos_ids,
+        ends,
     )
-
-
-def _eos_ids(value: Any, path: Path) -> frozenset[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise ModelFilesError("invalid_file", f"{path}: eos_token_id is {value!r:.80}")
-    return frozenset(ids)
 
 
 def _read_text(path: Path) -> str:
@@ -171,12 +168,9 @@ def _defaults(path: Path) -> dict[str, Any]:
     return {name: getattr(request, name) for name in defaults}
 
 
-def _bad_words(path: Path, model_config: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+def _bad_words(path: Path, ends: frozenset[int], vocab_size: int) -> tuple[tuple[int, ...], ...]:
     """`bad_words_ids`. As in transformers, an end-of-sequence id alone is not banned."""
-    config = _read_json(path)
-    words = config.get("bad_words_ids") or []
-    eos = config.get("eos_token_id", model_config.get("eos_token_id"))
-    ends = eos if isinstance(eos, list) else [eos]
+    words = _read_json(path).get("bad_words_ids") or []
     try:
         banned = tuple(tuple(word) for word in words if not (len(word) == 1 and word[0] in ends))
         fits = len(banned) <= MAX_BAD_WORDS and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in banned)

@@ -6,11 +6,13 @@ from typing import Any
 import msgpack
 import pytest
 
+from services.model_worker.models.config import load_config
 from services.tokenizer.admission import Admission, Admitted, Refused
 from services.tokenizer.model_files import ModelFiles, ModelFilesError, load_model_files
 from shared import codec
 from shared.errors import ErrorCode
 from shared.messages import ReplyTo
+from shared.structured import Vocabulary
 
 CONTEXT = 1024
 
@@ -110,6 +112,24 @@ def test_best_of_echo_and_prompt_logprobs(admission: Admission) -> None:
     for field, body in (("max_tokens", {"max_tokens": 0}), ("best_of", {"n": 2, "best_of": 1})):
         error = refuse(admission, {"prompt": "Once"} | body).error
         assert error.code == ErrorCode.INVALID_REQUEST and field in error.message
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "ends"),
+    [(1, [1, 4096, 4101], {1}), (1, None, {1}), ([1, 2], {}, {1, 2}), (1, [3], {3}), (None, None, set())],
+)
+def test_the_stages_agree_where_a_text_may_end(tmp_path: Path, own: object, generation: object, ends: set[int]) -> None:
+    """Ids without logits never end one, and null says nothing. Constraints take these ids, and no others."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((Path(__file__).parents[2] / "models/demo" / file).read_bytes())
+    config = json.loads((Path(__file__).parents[2] / "models/demo/config.json").read_text()) | {"eos_token_id": own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = {} if generation == {} else {"eos_token_id": generation}
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    files = load_model_files(tmp_path)
+    assert files.eos_ids == load_config(tmp_path).eos_ids == ends
+    if ends:
+        Vocabulary(files.encoder.to_json(), files.vocab_size, files.eos_ids)
 
 
 def test_generation_config(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import StartError
+from shared.model_folder import eos_ids
 
 
 class ModelError(StartError):
@@ -117,13 +119,11 @@ def load_config(folder: Path) -> ModelConfig:
     """The configuration of a Hugging Face model folder. Raises ModelError."""
     raw = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    # What the authors generate with goes before what they trained with: chat models end their turns by ids named only here.
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return parse_config(raw, eos)
+    return parse_config(raw, read_json(generation) if generation.exists() else {})
 
 
-def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
-    """config.json's content → ModelConfig; `eos` overrides its end-of-sequence ids. Raises ModelError."""
+def parse_config(raw: dict[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The content of config.json and of generation_config.json → ModelConfig. Raises ModelError."""
     architectures = raw.get("architectures") or [None]
     name = architectures[0] if isinstance(architectures, list) else architectures
     family = FAMILIES.get(name) if isinstance(name, str) else None
@@ -137,8 +137,6 @@ def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
     try:
         hidden, heads, layers = (config[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
         attention_bias = bool(config.get("attention_bias", False))
-        if eos is None:
-            eos = config.get("eos_token_id")
         parsed = ModelConfig(
             family=family.name,
             hidden_size=hidden,
@@ -158,7 +156,7 @@ def parse_config(raw: dict[str, Any], eos: Any = None) -> ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_ids=_eos_ids(eos, config["vocab_size"]),
+            eos_ids=eos_ids(config, generation or {}, config["vocab_size"]),
         )
     except KeyError as error:
         raise ModelError("config_invalid", f"config.json lacks {error}") from None
@@ -190,14 +188,6 @@ def _check(config: ModelConfig) -> None:
         raise ModelError("config_invalid", f"{config.num_heads} heads cannot share {config.num_kv_heads} KV heads")
     if config.head_dim % 2:
         raise ModelError("config_invalid", f"head_dim {config.head_dim} is odd: no rotary embedding")
-
-
-def _eos_ids(eos: Any, vocab_size: int) -> frozenset[int]:
-    """Those that the model can generate: there are logits of no others. Raises ValueError."""
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise ValueError(f"eos_token_id is {eos!r:.80}, not a token id or a list of them")
-    return frozenset(token for token in ids if token < vocab_size)
 
 
 def _rope(config: dict[str, Any]) -> RopeConfig:
