@@ -1,4 +1,5 @@
-"""Load generators of benchmarks/pipeline.py. Each function runs in a process of its own and talks to NATS as any client would.
+"""Load generators of the benchmarks that run a pipeline. Each function runs in a process of its own and talks to NATS as any client
+would.
 
 Times are `time.monotonic()`, which all processes of a host share.
 """

@@ -1,9 +1,9 @@
 """x [M, K] · weight [N, K]ᵀ (+ bias) of few rows, M ≤ 128: bound by reading the weights once. Oracle: torch's linear in float64.
 
-Two kernels. With M ≤ 4 a program multiplies whole rows of the weights in f32 and needs no other program. With more, the weights
-are the left operand of a tensor-core product (weights · xᵀ: few rows of x then waste little of an instruction), K is cut over
-programs until enough of them stream, and a second kernel adds their f32 sums in a fixed order. Neither uses atomics: the same
-call gives the same bits, and with a given `GemmConfig` a row's bits do not depend on M.
+Two kernels. In one, for M ≤ 4 (chosen for M ≤ 2), a program multiplies whole rows of the weights in f32 and needs no other program.
+In the other the weights are the left operand of a tensor-core product (weights · xᵀ: few rows of x then waste little of an
+instruction), K is cut over programs until enough of them stream, and a second kernel adds their f32 sums in a fixed order. Neither
+uses atomics: the same call gives the same bits, and with a given `GemmConfig` a row's bits do not depend on M.
 
 Weights are read before the kernels ahead have finished (`kernels.dependent_launch`): they must not change while a model runs.
 """

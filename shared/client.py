@@ -20,7 +20,7 @@ import msgpack
 import structlog
 
 from shared import subjects
-from shared.api import DEFAULT_TENANT, parse_request
+from shared.api import DEFAULT_TENANT, as_error, parse_request
 from shared.bus import Bus, BusError, Message, PayloadTooLarge, Subscription
 from shared.client_stream import FORGOTTEN_AFTER, Cursor, Stream
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
@@ -145,8 +145,8 @@ class Client:
         except BusError:
             return ""
         if answer.get("event") == "error":
-            raise GorgonError(ErrorCode(answer["code"]), answer["message"])
-        return str(answer.get("request", "live"))  # older schedulers do not say
+            raise as_error(answer)
+        return str(answer["request"])
 
     def _add(self, stream: Stream) -> Stream:
         if stream.id in self._streams:

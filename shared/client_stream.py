@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 
 from shared import subjects
-from shared.api import TERMINAL_EVENTS
+from shared.api import TERMINAL_EVENTS, as_error
 from shared.call_reader import CallReader, calls_of
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT
@@ -299,7 +299,7 @@ class Stream:
         self._changed()
 
     def _on_error(self, event: dict[str, Any]) -> None:
-        error = _as_error(event)
+        error = as_error(event)
         now = self._client.loop.time()
         if error.code == ErrorCode.NOT_FOUND and not self._known:
             # Of a tokenizer; a server that has just restarted may not show yet what it has stored, so it is believed in the end only.
@@ -340,9 +340,6 @@ class Stream:
                 self._on_tokens(whole | ({"logprobs": end["logprobs"]} if "logprobs" in end else {}))
             if (choice.position, choice.offset) != (end["tokens"], end["chars"]):
                 return False
-        if event["event"] == "cancelled" and "choices" not in event:  # of an older detokenizer
-            counted: int = event["usage"]["completion_tokens"]
-            return sum(c.position for c in self._choices.values()) >= counted
         return True
 
     def _is_ahead(self, event: dict[str, Any]) -> bool:
@@ -374,7 +371,7 @@ class Stream:
 
     def _terminal_event(self, event: dict[str, Any]) -> dict[str, Any]:
         if event["event"] == "error":
-            raise _as_error(event)
+            raise as_error(event)
         return event
 
     def _choice(self, index: int) -> _Choice:
@@ -424,11 +421,3 @@ class Stream:
     def _ask(self) -> None:
         self._asked = self._client.loop.time()
         self._client.ask_replay(self)
-
-
-def _as_error(event: dict[str, Any]) -> GorgonError:
-    try:
-        code = ErrorCode(event["code"])
-    except ValueError:
-        code = ErrorCode.INTERNAL  # of a newer server
-    return GorgonError(code, event["message"], retry_after=event.get("retry_after"))

@@ -134,10 +134,8 @@ def configure_logging(settings: StageSettings, stage: str) -> None:
     _process.tap = None
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", key="ts"),
-            structlog.processors.StackInfoRenderer(),
             structlog.processors.format_exc_info,
             _order,
             _tap,

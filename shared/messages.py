@@ -37,7 +37,9 @@ class Request(NamedTuple):
 
     key: str
     model: str
-    body_hash: bytes  # of everything but id and reply: the same id with another body is an error
+    body_hash: (
+        bytes  # of all that makes it this request (shared.api.hash_body): the same id with another body is an error
+    )
     prompt_ids: bytes
     sampling: SamplingParams
     reply: ReplyTo
@@ -217,18 +219,16 @@ class PrefixReply(NamedTuple):
 
 
 class PiecesQuery(NamedTuple):
-    """What token ids stand for, or the ids of a plain prompt: whichever is given."""
+    """What token ids stand for."""
 
-    ids: bytes = b""
-    text: str = ""
+    ids: bytes
 
 
 class PiecesReply(NamedTuple):
     """`pieces`: the bytes of each id that was asked for, b"" for one that stands for nothing; `special`: those among them that leave no
-    text. `ids`: of the text."""
+    text."""
 
-    pieces: tuple[bytes, ...] = ()
-    ids: bytes = b""
+    pieces: tuple[bytes, ...]
     special: bytes = b""
 
 

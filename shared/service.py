@@ -114,10 +114,9 @@ class Service:
         self.endpoints.append(endpoint)
         return endpoint
 
-    async def serve(self, name: str, subject: str, handler: Callable[[Message], str | None], queue: str = "") -> None:
+    async def serve(self, name: str, subject: str, handler: Callable[[Message], str | None]) -> None:
         """Answers on an endpoint until the stage ends. `handler` returns "code:description" if it answered with an error."""
-        endpoint = self.endpoint(name, subject, queue)
-        await self.bus.subscribe(subject, endpoint.counting(handler), queue=queue)
+        await self.bus.subscribe(subject, self.endpoint(name, subject).counting(handler))
 
     @property
     def model(self) -> str:

@@ -1,4 +1,4 @@
-"""The only place where a NATS subject, stream, bucket or consumer name is spelled.
+"""The only place where a NATS subject, stream, bucket or consumer name is spelled (shared/permissions.py adds the wildcards).
 
 llm.v1.generate.<model>                request door (core, queue group TOKENIZERS)
 llm.v1.jobs.<model>                    durable door (stream JOBS)
@@ -167,21 +167,6 @@ def micro(verb: str, service: str, instance: str) -> tuple[str, str, str]:
 def micro_name(stage: str) -> str:
     """A stage's name as a NATS micro service."""
     return f"gorgon-{stage}"
-
-
-def replays(model: str) -> str:
-    """The replay subjects of all partitions."""
-    return f"{ROOT}.replay.{model}.*"
-
-
-def attaches(model: str) -> str:
-    """The attach subjects of all partitions."""
-    return f"{ROOT}.attach.{model}.*"
-
-
-def prefixes(model: str) -> str:
-    """The prefix subjects of all partitions."""
-    return f"{ROOT}.prefix.{model}.*"
 
 
 def consumer_req(model: str, tenant_class: int) -> str:

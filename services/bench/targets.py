@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 from pydantic import TypeAdapter
@@ -19,13 +19,6 @@ from shared.messages import WorkerHeartbeat
 from shared.sampling import SamplingParams
 
 DRIFT = 0.0005  # seconds: what is due sooner than this is sent at once
-
-
-class Target(Protocol):
-    vocabulary: int
-    context: int
-
-    async def run(self, planned: list[Planned], timeout: float) -> list[Timeline]: ...
 
 
 class Run:

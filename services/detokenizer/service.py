@@ -40,9 +40,9 @@ class DetokenizerService(Service):
         self._leaving: dict[int, Subscription] = {}  # partitions that go to another owner, and the ear for its beacon
         self._changing = asyncio.Lock()
         self._tokens_before = 0  # committed in partitions that are another's now
-        replays = self.endpoint("replay", subjects.replays(settings.model))
-        prefixes = self.endpoint("prefix", subjects.prefixes(settings.model))
-        attaches = self.endpoint("attach", subjects.attaches(settings.model))
+        replays = self.endpoint("replay", subjects.replay(settings.model, "*"))
+        prefixes = self.endpoint("prefix", subjects.prefix(settings.model, "*"))
+        attaches = self.endpoint("attach", subjects.attach(settings.model, "*"))
         self._recorder = Recorder(self.meter, self.tracer, replays, prefixes, attaches)
 
     # ------------------------------------------------ life

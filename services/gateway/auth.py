@@ -26,11 +26,9 @@ from shared.subjects import TOKEN_RULE, is_token
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is. `key_name` is the key's name in the file, for logs; empty where no keys are asked for. `bucket` counts
-    what it asks for, if that is limited."""
+    """Whose request it is. `bucket` counts what it asks for, if that is limited."""
 
     tenant: str = DEFAULT_TENANT
-    key_name: str = ""
     bucket: Bucket | None = None
 
     def count(self, now: float) -> None:
@@ -63,7 +61,7 @@ class Authenticator:
                 raise ValueError(f"{path}: keys.{name}.requests_per_minute: a number, at least 1")
             if unknown := table.keys() - {"sha256", "tenant", "requests_per_minute"}:
                 raise ValueError(f"{path}: keys.{name}: unknown: {', '.join(sorted(unknown))}")
-            keys[digest] = Caller(tenant, name, Bucket(limit) if limit is not None else None)
+            keys[digest] = Caller(tenant, Bucket(limit) if limit is not None else None)
         return cls(keys)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:

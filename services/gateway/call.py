@@ -9,11 +9,11 @@ from typing import Any
 from services.gateway.cursor import Cursor, Progress
 from services.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError
 from services.gateway.generation import Generation, Generations
-from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt, dump, usage_of
+from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt, dump
 from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
+from shared.api import as_error, usage_of
 from shared.client_stream import Delta
-from shared.errors import ErrorCode, GorgonError
 from shared.messages import PROMPT
 from shared.tool_calls import MARKERS, parse
 
@@ -95,11 +95,7 @@ class Call:
         if end["event"] == "cancelled":
             message = "the request was cancelled"
             raise ApiError(CLIENT_CLOSED_REQUEST, message, type="cancelled_error", code="cancelled")
-        try:
-            code = ErrorCode(end["code"])
-        except ValueError:
-            code = ErrorCode.INTERNAL
-        raise ApiError.of(GorgonError(code, end["message"], retry_after=end.get("retry_after")))
+        raise ApiError.of(as_error(end))
 
     # ------------------------------------------------ as a whole
 

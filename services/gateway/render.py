@@ -27,14 +27,6 @@ class Pieces(Protocol):
     special: set[int]
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return dict(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-    )
-
-
 @dataclass(slots=True)
 class Prompt:
     """What `echo` gives back of a prompt, as far as it has come."""
@@ -76,7 +68,6 @@ class Renderer:
     def __init__(self, base: str, created: int, model: str, *, include_usage: bool, logprobs: int | None) -> None:
         self._logprobs = logprobs
         self.with_logprobs = logprobs is not None
-        self._include_usage = include_usage
         self._identity: dict[str, Any] = dict(
             id=f"{self.id_prefix}{base}", object=self.object_name, created=created, model=model
         )

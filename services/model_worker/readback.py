@@ -53,9 +53,6 @@ class Ticket:
         self._beams = beams
         self._event = event
 
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
     def result(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()

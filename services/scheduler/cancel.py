@@ -59,8 +59,15 @@ class CancelDoor:
         self._stage.spawn(self._cancel(key, encoding, message.reply, began), f"cancel.{key}")
 
     def _cancelled_key(self, message: Message) -> tuple[str, str]:
-        door = subjects.cancel(self._settings.model)
-        return _cancelled_key(message.data, subjects.tenant_of(message.subject, door))
+        """(request key, encoding) of a cancel. Raises GorgonError(INVALID_REQUEST)."""
+        door_of = subjects.tenant_of(message.subject, subjects.cancel(self._settings.model))
+        body, encoding = api.decode_body(message.data)
+        api.check_tenant(body, door_of)
+        tenant, request_id = door_of or body.get("tenant", api.DEFAULT_TENANT), body.get("id")
+        unknown = body.keys() - {"id", "tenant"}
+        if unknown or not all(isinstance(x, str) and subjects.is_token(x) for x in (tenant, request_id)):
+            raise GorgonError(ErrorCode.INVALID_REQUEST, f"a cancel is {{id, tenant?}}, each {subjects.TOKEN_RULE}")
+        return subjects.request_key(tenant, str(request_id)), encoding
 
     async def _cancel(self, key: str, encoding: str, reply: str, began: float) -> None:
         """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
@@ -74,14 +81,3 @@ class CancelDoor:
         if reply:
             self._stage.bus.publish(reply, api.encode_event({"ok": True, "request": state}, encoding))
         self._endpoint.done(self._loop.time() - began)
-
-
-def _cancelled_key(data: bytes, door_of: str | None = None) -> tuple[str, str]:
-    """(request key, encoding) of a cancel; `door_of` is the tenant through whose door it came. Raises GorgonError(INVALID_REQUEST)."""
-    body, encoding = api.decode_body(data)
-    api.check_tenant(body, door_of)
-    tenant, request_id = door_of or body.get("tenant", api.DEFAULT_TENANT), body.get("id")
-    unknown = body.keys() - {"id", "tenant"}
-    if unknown or not all(isinstance(x, str) and subjects.is_token(x) for x in (tenant, request_id)):
-        raise GorgonError(ErrorCode.INVALID_REQUEST, f"a cancel is {{id, tenant?}}, each {subjects.TOKEN_RULE}")
-    return subjects.request_key(tenant, str(request_id)), encoding

@@ -211,7 +211,4 @@ class Intake:
         while True:
             await asyncio.sleep(self._settings.ack_wait / 3)
             for delivery in list(self.holding.values()):
-                try:
-                    await delivery.in_progress()
-                except BusError as error:
-                    self._stage.log.warning("in_progress_failed", seq=delivery.message.seq, error=repr(error))
+                await delivery.in_progress()

@@ -21,7 +21,7 @@ from services.tokenizer.settings import TokenizerSettings
 from services.tokenizer.store import RequestStore
 from shared import codec, subjects
 from shared.api import DEFAULT_TENANT, accepted_event, decode_body, encode_for, encoding_of, error_event
-from shared.bus import Bus, BusError, Consumer, Delivery, Message, PayloadTooLarge, Subscription
+from shared.bus import Bus, BusError, Consumer, Delivery, Message, Subscription
 from shared.errors import ErrorCode, GorgonError
 from shared.logging import note_request
 from shared.messages import Heartbeat, PiecesQuery, PiecesReply, ReplyTo, WorkerHeartbeat
@@ -349,23 +349,10 @@ class TokenizerService(Service):
         except codec.CodecError as error:
             self.log.error("pieces_query_unreadable", error=str(error))
             return
-        if query.text:
-            self.spawn(self._encode_for(query.text, message.reply), "encode")
-            return
         ids = codec.unpack_ids(query.ids)
         special = codec.pack_ids(self._pieces.special.intersection(ids))
         reply = PiecesReply(tuple(self._pieces[token] for token in ids), special=special)
         self.bus.publish(message.reply, codec.encode(reply))
-
-    async def _encode_for(self, text: str, reply: str) -> None:
-        """In a thread, as texts may be long."""
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._threads, self._encoder.encode, text, True)
-        try:
-            self.bus.publish(reply, codec.encode(PiecesReply(ids=codec.pack_ids(ids))))
-        except PayloadTooLarge as error:
-            self.log.warning("encoding_too_large", characters=len(text), error=str(error))
-            self.bus.publish(reply, codec.encode(PiecesReply()))
 
     # ------------------------------------------------ models that nobody serves
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from nats.aio.msg import Msg
 
 from services.supervisor import GATEWAY, STAGES, Plan, Supervisor
 from shared import presence
-from shared.broker import free_port
+from shared.broker import free_port, free_ports
 from shared.config import StageSettings
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.nats_bus import NatsBus
@@ -89,19 +88,6 @@ def complaints(beat: Heartbeat | WorkerHeartbeat) -> list[str]:
         if base.detail["slots_free"] != beat.max_seqs or base.detail["outbox"]:
             found.append(f"slots or outbox: {base.detail}")
     return found
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` TCP ports in a row that were free a moment ago."""
-    while True:
-        first = free_port()
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            continue
-        return first
 
 
 @asynccontextmanager

@@ -30,8 +30,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.supervisor import STAGES
 from shared import subjects
+from shared.broker import free_ports
 from shared.metrics import Kind, metrics_of
-from tests.pipeline.harness import Deployment, RawClient, deployed, free_ports
+from tests.pipeline.harness import Deployment, RawClient, deployed
 from tests.pipeline.http_client import call
 from tests.protocol.systems import until, until_equal
 

@@ -5,7 +5,6 @@ writes the token log itself. In virtual time, on the in-memory bus.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -24,32 +23,11 @@ from shared.client import Client
 from shared.client_stream import Stream
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.tokenlog import PartitionFold
-from shared.virtual_time import VirtualTimeLoop
 
 MODEL = "m"
 STEP = 0.02
 EOS = 99
 PROMPT_TOKENS = 5
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs the test in virtual time."""
-
-    def run(**arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(**arguments))
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
-
-
-async def until(condition: Callable[[], Any], within: float = 30.0) -> Any:
-    """Waits in virtual time until the condition holds; returns its value."""
-    async with asyncio.timeout(within):
-        while not (value := condition()):  # noqa: ASYNC110 - virtual time
-            await asyncio.sleep(0.005)
-    return value
 
 
 class Letters:
@@ -186,7 +164,7 @@ class Backend:
         body, _ = decode_body(message.data)
         key = subjects.request_key(body["tenant"], body["id"])
         self.spawn(self.append(m.End(key, "cancelled"), self.partition(key)))
-        self.bus.publish(message.reply, msgpack.packb({"ok": True}))
+        self.bus.publish(message.reply, msgpack.packb({"ok": True, "request": "live"}))
 
     async def _follow(self, partition: int) -> None:
         fold = self.folds[partition] = PartitionFold()

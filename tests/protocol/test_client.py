@@ -17,7 +17,8 @@ from shared.client import Client
 from shared.client_stream import Cursor
 from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
-from tests.protocol.detokenizer_world import MODEL, World, until, virtual
+from tests.protocol.detokenizer_world import MODEL, World
+from tests.protocol.virtual import until, virtual
 
 KEY = subjects.request_key(api.DEFAULT_TENANT, "r")
 PARTITION = subjects.partition_of(KEY, 4)

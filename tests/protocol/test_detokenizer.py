@@ -26,7 +26,8 @@ from shared.errors import ErrorCode, GorgonError
 from shared.memory_bus import Faults
 from shared.nats_bus import NatsBus
 from shared.streams import ensure_streams
-from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Letters, Plan, World, until, virtual
+from tests.protocol.detokenizer_world import EOS, MODEL, STEP, Letters, Plan, World
+from tests.protocol.virtual import until, virtual
 
 LOSSY = dict(drop=0.03, duplicate=0.03, delay=0.05, max_delay=0.3, lose_append=0.02, lose_ack=0.02, late_append=0.01)
 

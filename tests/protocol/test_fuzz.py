@@ -14,7 +14,8 @@ import msgpack
 from shared import subjects
 from shared.api import GenerateRequest
 from shared.errors import ErrorCode
-from tests.protocol.test_tokenizer import MODEL, World, virtual
+from tests.protocol.test_tokenizer import MODEL, World
+from tests.protocol.virtual import virtual
 
 CASES = 10_000
 VALID: dict[str, Any] = {

@@ -8,7 +8,8 @@ from typing import Any
 from services.gateway.generation import Generation, Generations
 from services.gateway.settings import GatewaySettings
 from shared.memory_bus import MemoryBus
-from tests.protocol.detokenizer_world import MODEL, World, until, virtual
+from tests.protocol.detokenizer_world import MODEL, World
+from tests.protocol.virtual import until, virtual
 
 BODY: dict[str, Any] = dict(prompt="x", max_tokens=1000)
 

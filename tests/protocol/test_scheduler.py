@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -21,29 +20,10 @@ from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.sampling import SamplingParams
 from shared.streams import ensure_streams
 from shared.tokenlog import Ended, Fenced, PartitionFold
-from shared.virtual_time import VirtualTimeLoop
 from tests.protocol.systems import lose_first_attempts
+from tests.protocol.virtual import until, virtual
 
 MODEL, PARTITIONS, BEAT, STEP = "m", 2, 0.1, 0.02
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs the test in virtual time."""
-
-    def run(**arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(**arguments))
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
-
-
-async def until(condition: Callable[[], Any], within: float = 30.0) -> Any:
-    async with asyncio.timeout(within):
-        while not (value := condition()):  # noqa: ASYNC110 - virtual time
-            await asyncio.sleep(0.005)
-    return value
 
 
 def append(broker: MemoryBroker, entry: m.LogEntry, key: str) -> None:

@@ -4,9 +4,7 @@ true before, and time in which it heard nothing proves nothing."""
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgpack
@@ -21,23 +19,11 @@ from shared.client import Client
 from shared.errors import ErrorCode, GorgonError
 from shared.memory_broker import MemoryBroker
 from shared.memory_bus import MemoryBus
-from tests.protocol.detokenizer_world import MODEL, STEP, Letters, World, until, virtual
-from tests.protocol.simulated_processes import Process, SimulationLoop
+from tests.protocol.detokenizer_world import MODEL, STEP, Letters, World
+from tests.protocol.simulated_processes import Process
 from tests.protocol.test_client import Script
 from tests.protocol.test_scheduler import World as SchedulerWorld
-
-
-def with_processes(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """`virtual`, with processes that can be stopped."""
-
-    def run() -> None:
-        with asyncio.Runner(loop_factory=SimulationLoop) as runner:
-            runner.run(test())
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
-
+from tests.protocol.virtual import until, virtual, with_processes
 
 # ---------------------------------------------------------------- detokenizers
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import inspect
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ from shared.capabilities import KNOWN, Fields
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.streams import stream_specs
 from shared.structured import Matcher, Vocabulary, json_constraint
-from shared.virtual_time import VirtualTimeLoop
 from tests.protocol.systems import lose_first_attempts
+from tests.protocol.virtual import virtual
 
 MODEL = "demo"
 DEMO = Path(__file__).parents[2] / "models/demo"
@@ -36,18 +34,6 @@ DEMO = Path(__file__).parents[2] / "models/demo"
 @functools.cache
 def demo_files() -> ModelFiles:
     return load_model_files(DEMO)
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs the test in virtual time."""
-
-    def run(**arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(**arguments))
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
 
 
 class World:

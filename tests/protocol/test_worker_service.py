@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,22 +24,11 @@ from shared.sampling import SamplingParams
 from shared.tokenlog import PartitionFold, RequestState
 from shared.tracing import Span, Tracer
 from shared.virtual_time import VirtualTimeLoop
+from tests.protocol.virtual import virtual
 
 MODEL = "m"
 STEP = 0.02
 POISON = 77  # a token id that brings a fault with it
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs the test in virtual time."""
-
-    def run(**arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(**arguments))
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
 
 
 class World:

@@ -65,12 +65,11 @@ async def test_something_else_on_the_port_is_no_server() -> None:
 
 
 def test_the_command_serves_the_configuration_it_wrote(tmp_path: Path) -> None:
-    command = server_command(tmp_path / "data", 4333, sync_interval="always", monitor_port=8222)
+    command = server_command(tmp_path / "data", 4333, store_limit=2**30)
     assert command[0] == str(find_binary())
     config = json.loads(Path(command[-1]).read_text())
     assert config["port"] == 4333
-    assert config["http"] == "127.0.0.1:8222"
-    assert config["jetstream"]["sync_interval"] == "always"
+    assert config["jetstream"]["max_file_store"] == 2**30
 
 
 def test_the_binary_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

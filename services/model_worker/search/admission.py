@@ -24,7 +24,7 @@ def refusal(
 ) -> Refusal | None:
     """Why a sequence with another strategy than sampling can never run here. memory_tokens: 0 without contrastive search."""
     params = sequence.request.params
-    if params.max_tokens < 1 and sequence.strategy is not Strategy.SAMPLING:
+    if params.max_tokens < 1:
         return ErrorCode.INVALID_REQUEST, "max_tokens: a search generates one token at least"
     match sequence.strategy:
         case Strategy.BEAM_SEARCH:
@@ -52,6 +52,4 @@ def refusal(
         case Strategy.CONTRASTIVE_DECODING:
             if not amateur:
                 return ErrorCode.UNSUPPORTED, "cd_alpha: this worker has no amateur model"
-        case Strategy.SAMPLING:
-            pass
     return None
