@@ -1,4 +1,5 @@
-"""Who is there: one question to every stage of a deployment (`gorgon ps`, health checks, tests that wait for readiness)."""
+"""Who is there: what heartbeats tell, and one question to every stage of a deployment (`gorgon ps`, health checks, tests that wait
+for readiness)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,46 @@ from shared.messages import Heartbeat, WorkerHeartbeat
 
 def base_of(beat: Heartbeat | WorkerHeartbeat) -> Heartbeat:
     return beat.base if isinstance(beat, WorkerHeartbeat) else beat
+
+
+# Seconds of silence after which a process counts as gone, at least so many of its beats.
+SILENCE, MISSED_BEATS = 1.0, 5
+# Seconds for which a model is remembered whose stages are all gone: they may be restarting.
+MEMORY = 600.0
+
+
+def longest(beat: WorkerHeartbeat) -> int:
+    """The longest sequence that the worker takes, in tokens."""
+    return min(beat.max_model_len, beat.kv_tokens_total)
+
+
+def is_fresh(base: Heartbeat, heard: float, now: float) -> bool:
+    return now - heard < max(SILENCE, MISSED_BEATS * base.interval)
+
+
+class Heard:
+    """What heartbeats have told lately. `now` is always the loop's time, in seconds."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, tuple[Heartbeat | WorkerHeartbeat, float]] = {}
+        self._served: dict[str, tuple[float, float]] = {}  # when a tokenizer of the model was heard first, and last
+
+    def hear(self, beat: Heartbeat | WorkerHeartbeat, now: float) -> None:
+        base = base_of(beat)
+        self._beats[base.instance] = beat, now
+        if base.stage == "tokenizer":
+            self._served[base.model] = self._served.get(base.model, (now, now))[0], now
+
+    def live(self, now: float) -> list[Heartbeat | WorkerHeartbeat]:
+        return [beat for beat, heard in self._beats.values() if is_fresh(base_of(beat), heard, now)]
+
+    def remembers(self, model: str, now: float) -> bool:
+        """Whether the model was served not long ago."""
+        return model in self._served and now - self._served[model][1] < MEMORY
+
+    def forget_old(self, now: float) -> None:
+        self._beats = {name: (beat, heard) for name, (beat, heard) in self._beats.items() if now - heard < MEMORY}
+        self._served = {model: times for model, times in self._served.items() if now - times[1] < MEMORY}
 
 
 async def gather(

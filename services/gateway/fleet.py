@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shared.messages import Heartbeat, WorkerHeartbeat
-from shared.presence import base_of
+from shared.messages import WorkerHeartbeat
+from shared.presence import Heard, base_of, longest
 
-# Seconds of silence after which a stage counts as gone, at least so many of its beats.
-SILENCE, MISSED_BEATS = 1.0, 5
-# Seconds for which a model is remembered whose stages are all gone: they may be restarting.
-MEMORY = 600.0
 # Stages that a request of a model needs.
 NEEDED = frozenset({"tokenizer", "scheduler", "model_worker", "detokenizer"})
 
@@ -33,28 +29,7 @@ class Model(NamedTuple):
         return NEEDED - self.stages
 
 
-class Fleet:
-    """`now` is always the loop's time, in seconds."""
-
-    def __init__(self) -> None:
-        self._beats: dict[str, tuple[Heartbeat | WorkerHeartbeat, float]] = {}
-        self._first: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-
-    def hear(self, beat: Heartbeat | WorkerHeartbeat, now: float) -> None:
-        base = base_of(beat)
-        self._beats[base.instance] = beat, now
-        if base.stage == "tokenizer":
-            self._first.setdefault(base.model, now)
-            self._last[base.model] = now
-
-    def live(self, now: float) -> list[Heartbeat | WorkerHeartbeat]:
-        return [
-            beat
-            for beat, heard in self._beats.values()
-            if now - heard < max(SILENCE, MISSED_BEATS * base_of(beat).interval)
-        ]
-
+class Fleet(Heard):
     def models(self, now: float) -> dict[str, Model]:
         """Those that a tokenizer serves now, by name."""
         stages: dict[str, set[str]] = {}
@@ -63,22 +38,12 @@ class Fleet:
             base = base_of(beat)
             stages.setdefault(base.model, set()).add(base.stage)
             if isinstance(beat, WorkerHeartbeat):
-                longest = min(beat.max_model_len, beat.kv_tokens_total)
-                contexts[base.model] = max(contexts.get(base.model, 0), longest)
+                contexts[base.model] = max(contexts.get(base.model, 0), longest(beat))
         return {
-            name: Model(name, self._first[name], frozenset(there), contexts.get(name))
+            name: Model(name, self._served[name][0], frozenset(there), contexts.get(name))
             for name, there in sorted(stages.items())
             if "tokenizer" in there
         }
-
-    def remembers(self, model: str, now: float) -> bool:
-        """Whether the model was served not long ago."""
-        return now - self._last.get(model, -MEMORY) < MEMORY
-
-    def forget_old(self, now: float) -> None:
-        self._beats = {name: (beat, heard) for name, (beat, heard) in self._beats.items() if now - heard < MEMORY}
-        for model in [m for m, heard in self._last.items() if now - heard >= MEMORY]:
-            del self._last[model], self._first[model]
 
     def picture(self, now: float) -> list[dict[str, Any]]:
         """One row an instance, for the web page."""
