@@ -21,11 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from services.supervisor import GATEWAY, STAGES, Plan, Supervisor  # noqa: E402
-from shared import presence  # noqa: E402
+from services.running import running  # noqa: E402
+from services.supervisor import GATEWAY, STAGES, Plan  # noqa: E402
 from shared.broker import free_port  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
-from shared.nats_bus import NatsBus  # noqa: E402
 
 MODEL = "demo"
 TASKS = {
@@ -82,12 +80,7 @@ async def main(args: argparse.Namespace) -> None:
         copies = dict.fromkeys(STAGES, 1) | {GATEWAY: 1}
         plan = Plan(folder / "data", MODEL, model_path, free_port(), copies, http_port=free_port())
         plan.flags["model_worker"] = ["--device", "cpu", "--threads", "1"]
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, 60)
-            await bus.close()
+        async with running(plan):
             await asyncio.sleep(1.5)  # the gateway hears who is there
             url = f"http://127.0.0.1:{plan.http_port}"
             for tool, check in ((args.lm_eval, lm_eval), (args.guidellm, guidellm)):
@@ -95,8 +88,6 @@ async def main(args: argparse.Namespace) -> None:
                     out = folder / check.__name__
                     out.mkdir()
                     await check(tool.absolute(), url, model_path, out)
-        finally:
-            await supervisor.stop()
 
 
 if __name__ == "__main__":

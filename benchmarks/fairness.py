@@ -23,16 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from services.supervisor import STAGES, Plan, Supervisor  # noqa: E402
-from shared import presence  # noqa: E402
+from services.running import running  # noqa: E402
+from services.supervisor import STAGES, Plan  # noqa: E402
 from shared.broker import free_port  # noqa: E402
 from shared.client import Client  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
 from shared.errors import GorgonError  # noqa: E402
-from shared.nats_bus import NatsBus  # noqa: E402
 
 MODEL = "fairness"
-START_TIMEOUT = 60.0
 MOST = 1.5  # times the p99 alone
 
 
@@ -101,30 +98,23 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         copies = dict.fromkeys(STAGES, 1) | {"model_worker": args.workers}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags)
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, START_TIMEOUT)
-            async with (
-                Client(plan.nats_url, MODEL, tenant="quiet") as quiet,
-                Client(plan.nats_url, MODEL, tenant="loud", accept_timeout=600.0) as loud,
-            ):
-                await Tenant(quiet, args.tokens, "warm").now_and_then(2.0, args.every)
-                alone = Tenant(quiet, args.tokens, "alone")
-                await alone.now_and_then(args.seconds, args.every)
-                over = asyncio.Event()
-                noise = Tenant(loud, args.flood_tokens, "loud")
-                flooding = asyncio.create_task(noise.flood(args.flood, over))
-                await asyncio.sleep(3.0)
-                beside = Tenant(quiet, args.tokens, "beside")
-                await beside.now_and_then(args.seconds, args.every)
-                over.set()
-                flooding.cancel()
-                await asyncio.gather(flooding, return_exceptions=True)
-            await bus.close()
-        finally:
-            await supervisor.stop()
+        async with (
+            running(plan),
+            Client(plan.nats_url, MODEL, tenant="quiet") as quiet,
+            Client(plan.nats_url, MODEL, tenant="loud", accept_timeout=600.0) as loud,
+        ):
+            await Tenant(quiet, args.tokens, "warm").now_and_then(2.0, args.every)
+            alone = Tenant(quiet, args.tokens, "alone")
+            await alone.now_and_then(args.seconds, args.every)
+            over = asyncio.Event()
+            noise = Tenant(loud, args.flood_tokens, "loud")
+            flooding = asyncio.create_task(noise.flood(args.flood, over))
+            await asyncio.sleep(3.0)
+            beside = Tenant(quiet, args.tokens, "beside")
+            await beside.now_and_then(args.seconds, args.every)
+            over.set()
+            flooding.cancel()
+            await asyncio.gather(flooding, return_exceptions=True)
     return dict(
         machine=dict(cpus=os.cpu_count(), load=os.getloadavg()[0], python=platform.python_version()),
         setting={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

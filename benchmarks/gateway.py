@@ -34,14 +34,11 @@ from nats.aio.client import Client as Nats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from services.running import running  # noqa: E402
 from services.supervisor import GATEWAY, STAGES, Plan, Supervisor  # noqa: E402
-from shared import presence  # noqa: E402
 from shared.broker import free_port  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
-from shared.nats_bus import NatsBus  # noqa: E402
 
 MODEL = "bench"
-START_TIMEOUT = 60
 WARM_UP = 10  # tokens of each stream that do not count
 
 
@@ -180,17 +177,10 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         flags = {"model_worker": [*fixed, "--max-seqs", "2048"]}
         copies = dict.fromkeys(STAGES, 1) | {GATEWAY: args.gateways}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, http_port=free_port())
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, START_TIMEOUT)
-            await bus.close()
+        async with running(plan) as (supervisor, _):
             await asyncio.sleep(1.5)  # the gateway hears who is there
             # In a thread of its own: uvloop is the faster client, but cannot start processes as the supervisor does.
             return await asyncio.to_thread(lambda: uvloop.run(measure(args, supervisor)))
-        finally:
-            await supervisor.stop()
 
 
 def main() -> None:

@@ -29,13 +29,13 @@ from typing import Any
 
 from benchmarks.stalls import Watched, summary
 from benchmarks.workloads import SHAPES
+from services.running import running
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.broker import free_port
 from shared.bus import Bucket, Message
 from shared.client import Client
 from shared.client_stream import Delta
-from shared.config import StageSettings
 from shared.errors import GorgonError
 from shared.messages import Tombstone, WorkerHeartbeat
 from shared.nats_bus import NatsBus
@@ -238,11 +238,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         worker += ["--max-seqs", str(args.max_seqs), *load_flags, *args.worker_flag]
         copies = dict.fromkeys(STAGES, 1) | {"model_worker": args.workers}
         plan = Plan(folder, MODEL, path, free_port(), copies, {"model_worker": worker})
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, READY)
+        async with running(plan, READY) as (supervisor, bus):
             fleet = Fleet()
             await bus.subscribe(subjects.heartbeats("model_worker", MODEL), fleet.on_beat)
             assignments = await bus.bucket(subjects.BUCKET_ASSIGN)
@@ -254,19 +250,11 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 assert not broken, f"broken though undisturbed: {broken[:5]}"
                 load = Load(client, bodies, assignments, "run")
                 over = asyncio.Event()
-                running = asyncio.create_task(load.keep(args.streams, over, random.Random(args.seed)))
+                keeping = asyncio.create_task(load.keep(args.streams, over, random.Random(args.seed)))
                 await asyncio.sleep(args.settle)
                 kills, stalls = await kill(args, supervisor, bus, load, fleet)
                 over.set()
-                await running
-            await bus.close()
-        except BaseException:
-            for child in supervisor.children():
-                lines = child.log_path.read_text().splitlines()[-8:] if child.log_path.exists() else []
-                print(f"---- {child.name}", *lines, sep="\n", file=sys.stderr)
-            raise
-        finally:
-            await supervisor.stop()
+                await keeping
     migrated = [run for run in load.runs if run.epoch > 1]
     tell = Counter(run.broken for run in load.runs if run.broken)
     return dict(

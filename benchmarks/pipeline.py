@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import load  # noqa: E402
+from services.running import running  # noqa: E402
 from services.supervisor import Plan, Supervisor  # noqa: E402
 from shared import presence  # noqa: E402
 from shared.broker import free_port  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
 from shared.nats_bus import NatsBus  # noqa: E402
 
 MODEL = "bench"
@@ -61,23 +61,11 @@ async def deployment(
         flags = {"model_worker": engine or [*fixed, "--max-seqs", "2048"], "tokenizer": ["--max-waiting", "1000000"]}
         env = {"GORGON_PARTITIONS": str(PARTITIONS)} | (env or {})
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), copies, flags, env)
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, LOAD_TIMEOUT if engine else START_TIMEOUT)
+        async with running(plan, LOAD_TIMEOUT if engine else START_TIMEOUT) as (supervisor, bus):
             await asyncio.sleep(1.0)  # schedulers hear of the workers
             if "detokenizer" in copies:
                 await partitions_settled(bus)
-            await bus.close()
             yield supervisor
-        except BaseException:
-            for child in supervisor.children():
-                lines = child.log_path.read_text().splitlines()[-20:] if child.log_path.exists() else []
-                print(f"---- {child.name}, restarted {child.restarts} times", *lines, sep="\n", file=sys.stderr)
-            raise
-        finally:
-            await supervisor.stop()
 
 
 async def partitions_settled(bus: NatsBus) -> None:

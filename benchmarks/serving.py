@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import sys
 import tempfile
 import time
 import uuid
@@ -23,11 +22,9 @@ import numpy as np
 
 from benchmarks import load
 from benchmarks.workloads import CONTEXT, SHAPES, WORKLOADS, Workload, earlier_rows
+from services.running import running
 from services.supervisor import STAGES, Plan, Supervisor
-from shared import presence
 from shared.broker import free_port
-from shared.config import StageSettings
-from shared.nats_bus import NatsBus
 
 MODEL = "bench"
 
@@ -116,12 +113,8 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
         worker += args.worker_flag
         copies = {stage: 1 if stage == "model_worker" else args.copies for stage in STAGES}
         plan = Plan(Path(folder), MODEL, model, free_port(), copies, {"model_worker": worker})
-        supervisor = Supervisor(plan)
         began = time.perf_counter()
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, copies, MODEL, 120)
+        async with running(plan, 120) as (supervisor, _):
             results["ready_seconds"] = time.perf_counter() - began
             print(f"{shape}: every stage is ready after {results['ready_seconds']:.1f} s", flush=True)
             await asyncio.sleep(1.0)
@@ -162,19 +155,6 @@ async def run_shape(shape: str, args: argparse.Namespace) -> None:
                 print(row + f"| {middle['first_token_ms_mean']:.1f} |  cpu {share}", flush=True)
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / f"serving-{shape}.json").write_text(json.dumps(results, indent=1))
-            await bus.close()
-        except BaseException:
-            for child in supervisor.children():
-                lines = child.log_path.read_text().splitlines()[-8:] if child.log_path.exists() else []
-                print(
-                    f"---- {child.name}, restarted {child.restarts} times",
-                    *(line[:600] for line in lines),
-                    sep="\n",
-                    file=sys.stderr,
-                )
-            raise
-        finally:
-            await supervisor.stop()
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -42,12 +41,12 @@ from benchmarks import load  # noqa: E402
 from services.model_worker.fixed_engine import expected_ids  # noqa: E402
 from services.model_worker.interface import EngineRequest  # noqa: E402
 from services.model_worker.settings import FixedEngineSettings  # noqa: E402
+from services.running import running  # noqa: E402
 from services.supervisor import STAGES, Plan, Supervisor  # noqa: E402
 from shared import presence  # noqa: E402
 from shared.broker import free_port  # noqa: E402
 from shared.bus import BusError  # noqa: E402
 from shared.client import Client  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
 from shared.errors import GorgonError  # noqa: E402
 from shared.nats_bus import NatsBus  # noqa: E402
 from shared.sampling import SamplingParams  # noqa: E402
@@ -207,12 +206,8 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gorgon-soak-") as folder:
         model = model_with_context(args.model_path, Path(folder) / "model")
         plan = Plan(Path(folder), MODEL, model, free_port(), dict.fromkeys(STAGES, 2), {"model_worker": worker}, env)
-        supervisor = Supervisor(plan)
         memory = Memory()
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, plan.copies, MODEL, START_TIMEOUT)
+        async with running(plan) as (supervisor, bus):
             injector = Injector(supervisor)
             tenants = [Client(plan.nats_url, MODEL, tenant=f"t{number}") for number in range(TENANTS)]
             for client in tenants:
@@ -242,11 +237,6 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
             unrest = await idle(bus, supervisor)
             for client in tenants:
                 await client.close()
-            await bus.close()
-        finally:
-            for child in supervisor.children():
-                child.kill(signal.SIGCONT)
-            await supervisor.stop()
     wrong = [text for load in loads for text in load.wrong]
     return dict(
         machine=dict(cpus=os.cpu_count(), load=os.getloadavg()[0], python=platform.python_version()),

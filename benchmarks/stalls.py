@@ -30,13 +30,13 @@ import msgpack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from services.running import running  # noqa: E402
 from services.supervisor import HEALTHY_AFTER, STAGES, Plan, Supervisor  # noqa: E402
 from shared import presence, subjects  # noqa: E402
 from shared.broker import free_port  # noqa: E402
 from shared.bus import Message  # noqa: E402
 from shared.client import Client  # noqa: E402
 from shared.client_stream import Stream  # noqa: E402
-from shared.config import StageSettings  # noqa: E402
 from shared.messages import WorkerHeartbeat  # noqa: E402
 from shared.nats_bus import NatsBus  # noqa: E402
 
@@ -171,22 +171,12 @@ async def run(args: argparse.Namespace, report: Callable[[dict[str, float | str]
     with tempfile.TemporaryDirectory(prefix="gorgon-stalls-") as folder:
         flags = {"model_worker": ["--engine", "fixed", "--fixed.step-time", str(args.step), "--max-seqs", "256"]}
         plan = Plan(Path(folder), MODEL, args.model_path, free_port(), dict.fromkeys(STAGES, 2), flags)
-        supervisor = Supervisor(plan)
-        try:
-            await supervisor.start()
-            bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-            await presence.wait_for_stages(bus, plan.copies, MODEL, START_TIMEOUT)
-            async with Client(plan.nats_url, MODEL) as client:
-                bench = Bench(args, supervisor, bus, client)
-                await bench.start()
-                for fault in args.faults:
-                    report(summary(fault, await bench.measure(fault), args.step))
-                await bench.stop()
-            await bus.close()
-        finally:
-            for child in supervisor.children():
-                child.kill(signal.SIGCONT)
-            await supervisor.stop()
+        async with running(plan) as (supervisor, bus), Client(plan.nats_url, MODEL) as client:
+            bench = Bench(args, supervisor, bus, client)
+            await bench.start()
+            for fault in args.faults:
+                report(summary(fault, await bench.measure(fault), args.step))
+            await bench.stop()
 
 
 def main() -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.running import running
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
 from shared.broker import free_port, free_ports
 from shared.bus import BusError
-from shared.config import StageSettings
 from shared.messages import Heartbeat, Tombstone, WorkerHeartbeat
 from shared.nats_bus import NatsBus
 from tests.chaos.faults import Injector
@@ -108,29 +105,11 @@ async def deployed(
         store_limit=store_limit,
         servers=servers,
     )
-    stack = AsyncExitStack()
-    link: Link | None = None
-    if losses is not None:
-        port = free_port()
-        plan.stages_url = f"nats://127.0.0.1:{port}"
-        link = await stack.enter_async_context(lossy_link(port, plan.port, *losses))
-    supervisor = Supervisor(plan)
-    bus: NatsBus | None = None
-    try:
-        await supervisor.start()
-        bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url))
-        await presence.wait_for_stages(bus, plan.copies, MODEL, READY)
+    async with AsyncExitStack() as stack:
+        link: Link | None = None
+        if losses is not None:
+            port = free_port()
+            plan.stages_url = f"nats://127.0.0.1:{port}"
+            link = await stack.enter_async_context(lossy_link(port, plan.port, *losses))
+        supervisor, bus = await stack.enter_async_context(running(plan, READY))
         yield Deployment(supervisor, bus, Injector(supervisor), link)
-    except BaseException:
-        for child in supervisor.children():
-            tail = child.log_path.read_text().splitlines()[-15:] if child.log_path.exists() else []
-            print(f"---- {child.name}, restarted {child.restarts} times", *tail, sep="\n", file=sys.stderr)
-        raise
-    finally:
-        for child in supervisor.children():  # whoever stands still would not hear that it is to stop
-            if child.pid is not None:
-                os.kill(child.pid, signal.SIGCONT)
-        if bus is not None:
-            await bus.close()
-        await supervisor.stop()
-        await stack.aclose()

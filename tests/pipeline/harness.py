@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import pytest
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 
+from services.running import running
 from services.supervisor import GATEWAY, STAGES, Plan, Supervisor
 from shared import presence
 from shared.broker import free_port, free_ports
@@ -103,24 +103,10 @@ async def deployed(
     flags = {"model_worker": ["--device", "cpu", "--threads", "1", "--max-seqs", "64"]} | (flags or {})
     plan = Plan(data, model, model_path, free_port(), dict.fromkeys(STAGES, 1) | (copies or {}), flags, **more)
     plan.http_port = free_ports(plan.copies.get(GATEWAY, 0))
-    supervisor = Supervisor(plan)
-    bus: NatsBus | None = None
-    try:
-        await supervisor.start()
-        bus = await NatsBus.connect(StageSettings(nats_url=plan.nats_url, **plan.connection("admin")))
-        await presence.wait_for_stages(bus, plan.copies, model, 60)
+    async with running(plan) as (supervisor, bus):
         deployment = Deployment(supervisor, bus)
         yield deployment
         assert deployment.deaths() == deployment.expected_deaths, "a stage died"
-    except BaseException:
-        for child in supervisor.children():
-            tail = child.log_path.read_text().splitlines()[-15:] if child.log_path.exists() else []
-            print(f"---- {child.name}, restarted {child.restarts} times", *tail, sep="\n", file=sys.stderr)
-        raise
-    finally:
-        if bus is not None:
-            await bus.close()
-        await supervisor.stop()
 
 
 @dataclass
