@@ -482,7 +482,7 @@ class Engine:
         if self.trees is not None and plan.decodes:
             accepted = (result.decoded >= 0).sum(axis=1) - 1
             self.trees.observe(_records(plan.decodes), accepted, plan.tree)
-            self.trees.observe_time(len(plan.decodes), plan.tree, None if plan.chunks else seconds)
+            self.trees.observe_time(len(plan.decodes), plan.tree, None if plan.chunks or plan.has_search else seconds)
         tokens, rows = self.scheduler.retire(
             plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates
         )

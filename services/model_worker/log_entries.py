@@ -6,6 +6,7 @@ have their defaults and are not sent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
@@ -32,7 +33,8 @@ class ActiveRun:
 
     lengths    number of generated tokens of each choice
     open       choices that go on
-    unproven   choices of an isolated request that have not come one token further yet, in the log;  outputs: that they have had
+    unproven   choices of an isolated request that have not come one token further yet, in the log
+    outputs    times that each of these came further, stored or not
     taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
     trace      traceparent of the order;  prefix: tokens generated elsewhere before
     """
@@ -50,12 +52,12 @@ class ActiveRun:
     admitted: float = 0.0
     first: float = 0.0
     last: float = 0.0
-    outputs: int = 0
+    outputs: Counter[int] = field(default_factory=Counter)
 
     @property
     def cleared(self) -> bool:
         """Whether its steps have harmed nobody. While the next one is under way its tokens say nothing of that one: so several."""
-        return bool(self.unproven) and self.outputs >= CLEARING_STEPS * len(self.lengths)
+        return bool(self.unproven) and all(self.outputs[choice] >= CLEARING_STEPS for choice in self.unproven)
 
 
 @dataclass(slots=True)

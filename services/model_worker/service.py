@@ -404,7 +404,7 @@ class WorkerService(Service):
         batch.add(self._entry(run, output))
         if run.unproven:
             batch.proven.append((run, output.choice))
-            run.outputs += 1
+            run.outputs[output.choice] += 1
         if not run.open:
             run.last = max(asyncio.get_running_loop().time(), run.first)
             batch.finished.append(run)

@@ -554,6 +554,27 @@ async def test_a_suspect_that_has_come_through_steps_is_cleared_though_the_log_t
     await worker.stop()
 
 
+@virtual
+async def test_only_what_each_choice_has_come_through_clears_a_suspect() -> None:
+    """Neither what is told of its prompt nor what another of its choices does."""
+    world = World()
+    worker = await world.start()
+    world.broker.disk_full = True
+    worker.engine.submit = lambda requests: None  # type: ignore[method-assign]
+    assert (await world.order(order_for("t.a", tokens=100, n=2, isolated=True))).accepted
+    run = worker._runs["t.a"]
+
+    def come(choice: int, position: int, ids: list[int]) -> bool:
+        output = TokenOutput("t.a", choice, run.epoch, position, ids)
+        worker._on_steps([StepOutput(position, [output], seconds=0.1)])
+        return run.cleared
+
+    assert not any(come(m.PROMPT, 512 * piece, [1] * 512) for piece in range(4))
+    assert not any(come(0, position, [1]) for position in range(6))
+    assert [come(1, position, [1]) for position in range(3)] == [False, False, True]
+    await worker.stop()
+
+
 @pytest.mark.parametrize("position", [0, 1, 2])
 @virtual
 async def test_poison_is_not_cleared_by_the_steps_before_it(position: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import pytest
 
 from services.model_worker.speculation.controller import (
     AVERAGE_MEMORY,
+    HOLD,
+    LOOK,
+    LOOK_EVERY,
     MEMORY,
     NOBODY,
     PRIOR_WEIGHT,
@@ -149,6 +153,89 @@ def test_steps_that_cannot_be_timed_are_not_tried_for_ever(batch: int, quality: 
     """Prompts in every second step, say: no two steps are alike."""
     got = simulate(gpu, batch, quality, 6000, overlap=True, mixed=2)
     assert got.rate >= 0.97 * best(gpu, batch, quality)
+
+
+class Phases:
+    """A full batch of requests on one controller, whose device and drafts change from phase to phase. Steps are timed as on a GPU.
+
+    cost: rows → seconds. able: whether the requests speculate. short: the first time that counts of each tree is told so many times
+    too short, as that of a step whose launch was late."""
+
+    def __init__(
+        self, batch: int, trees: tuple[Tree, ...] = TREES, cost: Cost = gpu, able: bool = True, short: float = 1.0
+    ) -> None:
+        self.controller = TreeController(trees, [batch], 512)
+        self._batch, self._trees, self._cost, self._short = batch, trees, cost, short
+        self._able = able
+        self._rng = random.Random(1)
+        self._last: tuple[Tree | None, float | None] | None = None
+        self._shortened: set[int] = set()
+        self.sizes: list[int] = []  # of the trees taken, 1: none
+        for tree in (None, *trees):
+            rows = batch * (1 if tree is None else tree.size)
+            if rows <= 512:
+                self.controller.expect(batch, tree, [cost(rows)])
+
+    def run(self, steps: int, quality: float, slower: float = 1.0, untimed: int = 0) -> float:
+        """Tokens per second, in units of plain decoding's; `untimed`: the first steps, as when they hold prompts, too."""
+        batch, rng, requests = self._batch, self._rng, self.controller.requests
+        places = np.array([requests.admit(self._able) for _ in range(batch)])
+        spent, tokens = 0.0, 0
+        for step in range(steps):
+            tree = self.controller.pick(places)
+            if self._last is not None:
+                self.controller.observe_time(batch, *self._last)
+            size = 1 if tree is None else tree.size
+            seconds = self._cost(batch * size) * slower
+            told: float | None = seconds * max(0.5, rng.gauss(1, 0.03))
+            if size > 1 and size not in self._shortened and self.sizes[-1:] == [size]:
+                self._shortened.add(size)
+                told = seconds / self._short
+            self._last = tree, None if step < untimed else told
+            accepted = [0] * batch
+            if tree is not None and self._able:
+                extra = min(tree.expected_extra * quality, tree.depth)
+                accepted = [int(extra) + (rng.random() < extra - int(extra)) for _ in range(batch)]
+            self.controller.observe(places, np.array(accepted), tree)
+            spent, tokens = spent + seconds, tokens + batch + sum(accepted)
+            self.sizes.append(size)
+        for place in places:
+            requests.release(int(place))
+        return tokens / spent / (batch / (self._cost(batch) * slower))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("short", [3.0, 10.0, 50.0])
+def test_one_short_time_does_not_make_a_kind_of_step_look_fast_for_long(batch: int, short: float) -> None:
+    assert Phases(batch, short=short).run(3000, 0.0) >= 0.97
+
+
+@pytest.mark.parametrize(("batch", "least"), [(4, 2.1), (8, 1.8), (16, 1.55), (32, 1.28)])
+def test_where_the_device_gets_faster_as_the_choice_flips_all_kinds_are_believed_faster(
+    batch: int, least: float
+) -> None:
+    """A batch with long contexts and good drafts, then one with short contexts and bad drafts, then good ones again."""
+    phases = Phases(batch)
+    phases.run(3000, 1.0, slower=2.0)
+    phases.run(300, 0.0, untimed=8)
+    assert phases.run(1000, 1.0) >= least
+
+
+def test_requests_that_cannot_speculate_are_not_looked_at_for_ever() -> None:
+    for batch in (8, 32, 128):
+        assert Phases(batch, able=False).run(8000, 1.0) >= 0.994
+
+
+@pytest.mark.parametrize("ratio", [1.43, 1.89, 1.90])
+def test_drafts_are_looked_at_as_often_as_that_may_cost(ratio: float) -> None:
+    """Also where that falls on the steps at which other trees are tried."""
+    phases = Phases(8, (Tree.of([(0,)], [0.93]),), lambda rows: 1e-3 if rows == 8 else ratio * 1e-3)
+    phases.run(3000, 0.0)
+    phases.run(4000, 0.0)
+    sizes = phases.sizes[3000:]
+    looks = sum(sizes[i - 1 : i + 2] == [1, 2, 1] for i in range(1, len(sizes) - 1))
+    every = HOLD * math.ceil(max(LOOK_EVERY, (ratio - 1) / LOOK) / HOLD)
+    assert abs(looks - 4000 // every) <= 5
 
 
 def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:

@@ -139,7 +139,8 @@ class _Arm:
         """Whether this agrees with what was believed."""
         self.times.append(seconds)
         quartile = _quartile(self.times)
-        self.seconds = min(quartile, SLOWER * self.seconds)
+        # The quartile of few times is the least of them, and a short one would stand for hundreds of steps.
+        self.seconds = quartile if len(self.times) < SAMPLES else min(quartile, SLOWER * self.seconds)
         self.timed = picks
         return quartile <= AGREED * self.seconds
 
@@ -179,6 +180,9 @@ class _BatchSize:
             self.recent.clear()
         self.recent.append(seconds)
         if self.agreed < SAMPLES:
+            median = sorted(self.recent)[len(self.recent) // 2]
+            if arm.measured and len(self.recent) >= ENOUGH and median * AGREED < self.load * arm.seconds:
+                self.load = median / arm.seconds  # all kinds have become faster: else this one alone would seem so
             self.agreed = self.agreed + 1 if arm.add(seconds / self.load, self.picks) else 0
         else:
             self.load = min(_quartile(self.recent) / arm.seconds, SLOWER * self.load)
@@ -247,7 +251,7 @@ class TreeController:
     def _choose(self, state: _BatchSize, batch: NDArray[np.int64], usable: int) -> None:
         """Sets `present`, and `trial` if it is one. usable: how many trees, from the smallest on, have few enough rows."""
         arms, count = state.arms, len(batch)
-        total = self.requests.factors(batch, self.average)
+        total, able = self.requests.factors(batch, self.average), int(self.requests.able[batch].sum())
 
         def rate(index: int, factors: float, seconds: float) -> float:
             """Tokens per second of a step with the tree before `index`, if the requests' factors have this sum."""
@@ -274,13 +278,13 @@ class TreeController:
             best = before
         state.settled = state.present = best
         if state.picks % TRIAL_EVERY == 0:
-            hopes = [rate(index, max(total, count), least[index]) for index in range(len(rates))]
+            hopes = [rate(index, max(total, able), least[index]) for index in range(len(rates))]
             self._try_another(state, {index for index, hope in enumerate(hopes) if hope >= rates[best]})
-        elif best == 0 and len(rates) > 1:
+        if state.present == best == 0 and len(rates) > 1:
             # What would be accepted, plain steps do not show: what a look costs says how often it can be had.
             cheapest = min(range(1, len(rates)), key=seconds.__getitem__)
             every = HOLD * math.ceil(max(LOOK_EVERY, (seconds[cheapest] / seconds[0] - 1) / LOOK) / HOLD)
-            if state.picks % every == 0 and rate(cheapest, max(total, count), seconds[cheapest]) >= rates[0]:
+            if state.picks % every == 0 and rate(cheapest, max(total, able), seconds[cheapest]) >= rates[0]:
                 state.present = cheapest
 
     def _try_another(self, state: _BatchSize, near: set[int]) -> None:
