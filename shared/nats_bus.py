@@ -647,6 +647,10 @@ def _appended(subject: str, done: Callable[[Appended | BusError], None], answer:
     elif _nobody_there(answer):
         done(BusError(f"no stream takes {subject}"))
     else:
-        said = orjson.loads(answer.data)
-        refused = said.get("error")
-        done(Appended(said["seq"], said.get("duplicate", False)) if refused is None else api_error(refused))
+        try:
+            said = orjson.loads(answer.data)
+            refused = said.get("error")
+            told = Appended(said["seq"], said.get("duplicate", False)) if refused is None else api_error(refused)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            told = BusError(f"an answer about {subject} that cannot be read: {error!r}")
+        done(told)

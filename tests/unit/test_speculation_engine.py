@@ -245,6 +245,23 @@ def test_typical_acceptance_is_opt_in_and_leaves_greedy_alone(model: Path, alone
         assert other.ids != alone["plain"].ids and len(other.ids) == 40
 
 
+def test_a_step_with_a_search_tells_nothing_of_what_decoding_takes(model: Path) -> None:
+    """It runs passes of its own in the same step."""
+    with running(model, load_format="dummy") as started:
+        engine = started.engine
+        told: list[tuple[bool, float | None]] = []
+        trees = engine.trees
+        assert trees is not None
+        trees.observe_time = lambda batch, tree, seconds: told.append(  # type: ignore[method-assign]
+            (engine._in_flight[0].plan.has_search, seconds)
+        )
+        beams = EngineRequest("b", 0, 1, (5, 6, 7), SamplingParams(max_tokens=20, num_beams=2, temperature=0.0))
+        started.run([greedy("g", range(3, 9), 40), beams])
+    assert {searched for searched, _ in told} == {True, False}
+    assert all(seconds is None for searched, seconds in told if searched)
+    assert any(seconds is not None for searched, seconds in told if not searched)
+
+
 def test_heads_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
     for folder, code in ((tmp_path, "heads_missing"), (random_heads(tmp_path / "wide", 48), "heads_wrong_shape")):
         with pytest.raises(ModelError) as caught:
