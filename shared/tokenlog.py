@@ -61,6 +61,7 @@ class RequestState:
     terminal: Terminal | None = None
     prompt: Choice | None = None  # the prompt's tokens whose log-probabilities are committed, if they are wanted
     touched: float = 0.0  # store time of the last entry about it, up to the one that ended it
+    req_seq: int = 0  # its place in REQ, by OPEN
 
     @property
     def prefix(self) -> tuple[list[int], ...]:
@@ -193,7 +194,7 @@ class PartitionFold:
     def _open(self, request: RequestState, entry: m.Open, effects: list[Effect]) -> None:
         if request.opened is not None:
             return  # a scheduler repeats OPEN when it does not know whether the first was stored
-        request.opened = entry
+        request.opened, request.req_seq = entry, entry.req_seq
         request.choices = [Choice() for _ in range(entry.choices)]
         request.prompt = Choice() if entry.prompt_logprobs else None
         if request.reply is None or not self.keeps_attached_reply():
@@ -327,7 +328,7 @@ class PartitionFold:
         request = self.requests.get(opened.key)
         if request is None or not _is_over(request, before):
             return False
-        if request.opened is not None and request.opened.req_seq == opened.req_seq:
+        if request.opened is not None and request.req_seq == opened.req_seq:
             return False
         del self.requests[opened.key]
         return True
@@ -339,7 +340,7 @@ class PartitionFold:
             choices = [(c.ids, c.base, c.finish, c.stop, c.length) for c in r.choices]
             held = list(r.held.values())
             prompt = None if r.prompt is None else (r.prompt.ids, r.prompt.base)
-            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched, prompt))
+            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched, prompt, r.req_seq))
         data: bytes = msgpack.packb(rows)
         return data
 
@@ -353,6 +354,9 @@ class PartitionFold:
             request.opened = rebuild(m.Open, opened) if opened is not None else None
             request.reply = rebuild(m.ReplyTo, reply) if reply is not None else None
             request.choices = [Choice(*row[:5]) for row in choices]
+            request.req_seq = (
+                added[1] if len(added) > 1 else request.opened.req_seq if request.opened is not None else 0
+            )
             if added and added[0] is not None:
                 request.prompt = Choice(*added[0][:2])
             for row in held:

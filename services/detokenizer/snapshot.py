@@ -16,7 +16,7 @@ from shared.tokenlog import PartitionFold, RequestState, Terminal
 VERSION = 1
 # Below this size compression costs more time than it saves (ids hardly compress).
 COMPRESS_ABOVE = 2**20
-# Of thousands of ended requests, which share what is in them: more than half of what each would take.
+# Of thousands of ended requests, which share them: more than half of what each would take.
 _OPENED, _FINISHED = Open("", ReplyTo(""), 0, 0, 0), Terminal("finished")
 
 
@@ -76,7 +76,7 @@ def unpack_answer(data: bytes, new_decoding: NewDecoding) -> Answer:
 def lighten(state: RequestState) -> None:
     """Takes from an ended request what the fold's rules do not need: that it was opened and how it ended stays."""
     assert state.opened is not None and state.terminal is not None
-    state.opened = _OPENED._replace(req_seq=state.opened.req_seq)
+    state.opened = _OPENED
     if state.terminal == _FINISHED:
         state.terminal = _FINISHED
     state.reply = None
