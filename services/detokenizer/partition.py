@@ -56,9 +56,7 @@ FORGOTTEN_AFTER = REDELIVERY + 10.0
 END_LOST = Failure("internal", "how the request ended is no longer in the log")
 EVENTS_PER_MESSAGE = 256
 CATCH_UP = 1.0  # seconds within which what is at the log's end must come, or it is looked at again
-LOOK_PAUSE = (
-    0.05  # seconds between two looks at it: thousands of clients whose requests are queued ask every few seconds
-)
+LOOK_PAUSE = 0.05  # seconds between two looks: thousands of clients whose requests are queued ask every few seconds
 
 
 def snapshot_pause(size: int, settings: DetokenizerSettings) -> float:

@@ -42,11 +42,11 @@ class Housekeeping:
 
     async def watch_clock_forever(self) -> None:
         while True:
-            await asyncio.sleep(CLOCK_INTERVAL)
             try:
                 await self.look_at_clock()
             except BusError as error:
                 self._stage.log.warning("clock_unknown", error=repr(error))
+            await asyncio.sleep(CLOCK_INTERVAL)
 
     async def look_at_clock(self) -> None:
         """An entry without tokens shows the time at which the server stored it."""

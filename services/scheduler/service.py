@@ -7,6 +7,7 @@ of KV `assign`), and each looks after the part that rendezvous hashing gives it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from services.scheduler.assignments import Assignments
 from services.scheduler.cancel import CancelDoor
@@ -30,6 +31,7 @@ from shared.retry import until_done
 from shared.service import Service
 
 TICK = 0.05
+CLOCK_PATIENCE = 5.0
 SCAN = 0.2
 
 
@@ -62,8 +64,11 @@ class SchedulerService(Service):
         await self.bus.subscribe(subjects.heartbeats("model_worker", model), self._on_worker_beat)
         await self.bus.subscribe(subjects.heartbeats(self.stage, model), self._on_scheduler_beat)
         await self._cancel_door.open()
-        # Before the first delivery: how old a request is that waited for a scheduler would not be known.
-        await until_done("clock", model, self._housekeeping.look_at_clock)
+        # Before the first delivery, else it is not known how old a request is that waited for a scheduler; but for no longer than this,
+        # as a store without room has none for the entry that tells.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOCK_PATIENCE):
+                await until_done("clock", model, self._housekeeping.look_at_clock)
         await self._intake.open()
         self.spawn(self._tick_forever(), "tick")
         self.spawn(self._housekeeping.watch_clock_forever(), "clock")
