@@ -14,6 +14,9 @@ from shared.api import encode_for
 from shared.bus import Bus, BusError, NoResponders
 from shared.messages import ReplyTo
 
+Spawn = Callable[[Coroutine[Any, Any, None], str], None]
+Gone = Callable[[Answer, ReplyTo], Awaitable[None]]  # told of an answer whose client listens no more there
+
 PROBES = 6  # in the time after which a client that does not listen has vanished
 AT_ONCE = 8
 TIMEOUT = 0.25
@@ -26,29 +29,18 @@ class _Silence(NamedTuple):
 
 
 class ClientProbe:
-    """Calls `vanished` with the key of a live request whose reply subject had no listener for `vanished_after` seconds. `catch_up`
-    returns when all is folded that is in the log: the client may listen elsewhere since."""
+    """Counts as gone whose reply subject had no listener for `vanished_after` seconds."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        vanished_after: float,
-        spawn: Callable[[Coroutine[Any, Any, None], str], None],
-        catch_up: Callable[[], Awaitable[None]],
-        vanished: Callable[[str], None],
-    ) -> None:
+    def __init__(self, bus: Bus, vanished_after: float) -> None:
         self._bus = bus
         self._vanished_after = vanished_after
-        self._spawn = spawn
-        self._catch_up = catch_up
-        self._vanished = vanished
         self._silent: dict[str, _Silence] = {}  # by request key
 
     def forget(self, key: str) -> None:
         """The client was heard, or its request is over."""
         self._silent.pop(key, None)
 
-    async def probe_forever(self, core: PartitionCore) -> None:
+    async def probe_forever(self, core: PartitionCore, spawn: Spawn, gone: Gone) -> None:
         """Asks every live client's reply subject now and then with an event without news; the server says at once if nobody listens.
         Nobody needs to answer: silence means that somebody is there. Who does not stream counts on a single event, and is asked only
         after a time in which nobody would wait for it in vain."""
@@ -66,33 +58,31 @@ class ClientProbe:
             for start in range(0, rounds * AT_ONCE, AT_ONCE):
                 await asyncio.sleep(interval / rounds)
                 for answer in live[start : start + AT_ONCE]:
-                    self._spawn(self._probe(answer), "probe")
+                    spawn(self._probe(answer, gone), "probe")
 
-    async def _probe(self, answer: Answer) -> None:
-        reply = answer.state.reply
+    async def _probe(self, answer: Answer, gone: Gone) -> None:
+        key, reply = answer.state.key, answer.state.reply
         if answer.ended or reply is None or not reply.subject:
             return
         (data,) = encode_for(reply, [answer.sign_of_life()])
         try:
             await self._bus.request(reply.subject, data, TIMEOUT)
         except NoResponders:
-            if not answer.ended and answer.state.reply == reply:
-                await self._count(answer, reply)
+            if not answer.ended and answer.state.reply == reply and self._is_gone(key, reply.subject):
+                await gone(answer, reply)
             return
         except BusError:
             pass
-        self.forget(answer.state.key)
+        self.forget(key)
 
-    async def _count(self, answer: Answer, reply: ReplyTo) -> None:
+    def _is_gone(self, key: str, subject: str) -> bool:
         """Time alone proves nothing, as this process may have stood still: as many probes count as there are in that time."""
-        key, now = answer.state.key, asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         silence = self._silent.get(key)
-        if silence is None or silence.subject != reply.subject:
-            silence = _Silence(reply.subject, now, 0)
+        if silence is None or silence.subject != subject:
+            silence = _Silence(subject, now, 0)
         self._silent[key] = silence._replace(probes=silence.probes + 1)
         if silence.probes < PROBES or now - silence.since < self._vanished_after:
-            return
+            return False
         self.forget(key)
-        await self._catch_up()
-        if not answer.ended and answer.state.reply == reply:
-            self._vanished(key)
+        return True

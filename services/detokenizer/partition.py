@@ -98,7 +98,7 @@ class Partition:
         self._writers: dict[str, ResultsWriter] = {}
         self._settling: set[str] = set()
         self._held: dict[str, list[tuple[PrefixQuery, str]]] = {}  # questions for a prefix that wait for their fence
-        self._clients = ClientProbe(bus, settings.vanished_after, self._spawn, self._catch_up, self._on_vanished)
+        self._clients = ClientProbe(bus, settings.vanished_after)
         self._unknown: dict[tuple[str, str], Replay] = {}  # questions for what is not known here, by key and asker
         self._doubt = asyncio.Event()  # there are such questions
         self._progress = asyncio.Event()  # something was folded
@@ -118,7 +118,6 @@ class Partition:
         while self._subscriptions:  # each holds this partition by its handler
             with contextlib.suppress(BusError):
                 await self._subscriptions.pop().unsubscribe()
-        del self._clients  # they refer to each other
         if was_serving:
             with contextlib.suppress(BusError):
                 await self._save()
@@ -189,7 +188,7 @@ class Partition:
         self._spawn(self._prune_forever(), "prune")
         self._spawn(self._answer_unknown_forever(), "unknown")
         if self._settings.vanished_after:
-            self._spawn(self._clients.probe_forever(self.core), "probe")
+            self._spawn(self._clients.probe_forever(self.core, self._spawn, self._cancel_vanished), "probe")
         self._log.info("serving", seq=self.core.seq, requests=len(self.core.answers))
         if self._log_was_trimmed and (live := [a for a in self.core.answers.values() if not a.ended]):
             self._spawn(self._end_what_has_ended(live), "look")
@@ -359,10 +358,13 @@ class Partition:
         await self._assignments.put(state.key, codec.encode(tombstone), kept + REDELIVERY)
         self._recorder.ended(answer)
 
-    def _on_vanished(self, key: str) -> None:
-        self._log.info("client_vanished", request_id=key)
+    async def _cancel_vanished(self, answer: Answer, reply: ReplyTo) -> None:
+        await self._catch_up()  # it may listen elsewhere since
+        if answer.ended or answer.state.reply != reply:
+            return
+        self._log.info("client_vanished", request_id=answer.state.key)
         self._recorder.vanished()
-        self._append(End(key, "cancelled"))
+        self._append(End(answer.state.key, "cancelled"))
 
     async def _prune_forever(self) -> None:
         while True:

@@ -417,6 +417,27 @@ async def test_a_partition_is_given_up_only_to_an_owner_that_has_caught_up():
 
 
 @virtual
+async def test_what_ends_as_its_partition_is_given_up_is_settled():
+    """It is delivered by the last snapshot, which is saved when all tasks have been cancelled."""
+    async with World(partitions=1, snapshot_interval=1000.0) as world, world.client() as client:
+        service = await world.detokenizer("a")
+        await until(lambda: world.serving(service))
+        world.plan("r", choices=[[1] * 1000])
+        stream = client.generate("x", id="r")
+        await until(lambda: stream.cursors)
+        partition = service.partitions[0]
+        deliver, partition.deliver = partition.deliver, lambda: None  # type: ignore[method-assign]
+        await world.backend.append(m.End("default.r", "cancelled"), 0)
+        await until(lambda: partition.core.answers["default.r"].ended)
+        partition.deliver = deliver  # type: ignore[method-assign]
+        await service._give_up(0)
+        assert (await stream.result()).status == "cancelled"
+        await until_tombstone(world, "default.r")
+        await asyncio.sleep(1.0)
+        assert service.failed is not None and not service.failed.done()
+
+
+@virtual
 async def test_two_owners_at_once_harm_nobody():
     """Each sees itself alone: both own everything, all the time."""
     async with World(3) as world, world.client() as client:
