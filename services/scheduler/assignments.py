@@ -40,6 +40,12 @@ class Assignments:
         """One attempt. Raises BusError."""
         return await self._bucket.get(key)
 
+    async def present(self, key: str) -> m.Assignment | m.Tombstone | None:
+        """What is known of the request, however long it takes to hear."""
+        entry = await until_done("assign", key, lambda: self._bucket.get(key))
+        present: m.Assignment | m.Tombstone | None = codec.decode(entry.value or b"") if entry is not None else None
+        return present
+
     async def create(self, known: Known, worker: str) -> None:
         """Raises WrongRevision if the request is assigned already, BusError."""
         request, key = known.request, known.request.key

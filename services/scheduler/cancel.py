@@ -8,11 +8,10 @@ from services.scheduler.assignments import Assignments
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.entries import Entries
 from services.scheduler.settings import SchedulerSettings
-from shared import api, codec, subjects
+from shared import api, subjects
 from shared import messages as m
 from shared.bus import Message
 from shared.errors import ErrorCode, GorgonError
-from shared.retry import until_done
 from shared.service import Service
 
 
@@ -71,8 +70,7 @@ class CancelDoor:
 
     async def _cancel(self, key: str, encoding: str, reply: str, began: float) -> None:
         """The END may come before the OPEN. It is not written after the end, when it would be remembered for a request to come."""
-        entry = await until_done("assign", key, lambda: self._assignments.get(key))
-        known = codec.decode(entry.value or b"") if entry is not None else None
+        known = await self._assignments.present(key)
         state = "unknown" if known is None else "ended" if isinstance(known, m.Tombstone) else "live"
         if state != "ended":
             await self._entries.append(m.End(key, "cancelled"))

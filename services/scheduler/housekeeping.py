@@ -41,12 +41,13 @@ class Housekeeping:
         self._acked_before: dict[str, int] = {}  # by intake subject: all below was acked a round of trimming ago
 
     async def watch_clock_forever(self) -> None:
+        """Goes on after the first look, which is at the start."""
         while True:
+            await asyncio.sleep(CLOCK_INTERVAL)
             try:
                 await self.look_at_clock()
             except BusError as error:
                 self._stage.log.warning("clock_unknown", error=repr(error))
-            await asyncio.sleep(CLOCK_INTERVAL)
 
     async def look_at_clock(self) -> None:
         """An entry without tokens shows the time at which the server stored it."""

@@ -14,7 +14,6 @@ from shared import codec, subjects
 from shared import messages as m
 from shared.bus import BusError, PayloadTooLarge
 from shared.errors import ErrorCode
-from shared.retry import until_done
 from shared.service import Service
 
 TRY_ELSEWHERE = frozenset({"overloaded", "draining"})
@@ -87,8 +86,7 @@ class Orders:
         if reply.code in TRY_ELSEWHERE:
             return False
         # The answer may be old: this process may have stood still, and another scheduler have found a worker that takes it.
-        entry = await until_done("assign", request.key, lambda: self._assignments.get(request.key))
-        present = codec.decode(entry.value or b"") if entry is not None else None
+        present = await self._assignments.present(request.key)
         if isinstance(present, m.Assignment) and (present.epoch, present.worker) == (epoch, worker):
             await self._entries.append(m.End(request.key, "error", failure=m.Failure(reply.code, reply.message)))
         return True

@@ -77,9 +77,10 @@ def load_model_files(folder: Path) -> ModelFiles:
         template = ChatTemplate(templates, special) if templates else None
     except TemplateBroken as error:
         raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
-    generation = folder / "generation_config.json"
+    path = folder / "generation_config.json"
+    generation = _read_json(path)
     try:
-        ends = eos_ids(config, _read_json(generation), vocab_size)
+        ends = eos_ids(config, generation, vocab_size)
     except ValueError as error:
         raise ModelFilesError("invalid_file", f"{folder}: {error}") from None
     return ModelFiles(
@@ -87,8 +88,8 @@ def load_model_files(folder: Path) -> ModelFiles:
         template,
         vocab_size,
         context,
-        _defaults(generation),
-        _bad_words(generation, ends, vocab_size),
+        _defaults(path, generation),
+        _bad_words(path, generation, ends, vocab_size),
         tool_format_of(templates.values(), [token.content for token in tokenizer.get_added_tokens_decoder().values()]),
         ends,
     )
@@ -158,8 +159,7 @@ def _read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[s
     return named
 
 
-def _defaults(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
+def _defaults(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {field: config[name] for name, field in _SAMPLING_DEFAULTS.items() if config.get(name) is not None}
     try:
         request = GenerateRequest.model_validate({"prompt": "-"} | defaults)
@@ -168,9 +168,11 @@ def _defaults(path: Path) -> dict[str, Any]:
     return {name: getattr(request, name) for name in defaults}
 
 
-def _bad_words(path: Path, ends: frozenset[int], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+def _bad_words(
+    path: Path, config: Mapping[str, Any], ends: frozenset[int], vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
     """`bad_words_ids`. As in transformers, an end-of-sequence id alone is not banned."""
-    words = _read_json(path).get("bad_words_ids") or []
+    words = config.get("bad_words_ids") or []
     try:
         banned = tuple(tuple(word) for word in words if not (len(word) == 1 and word[0] in ends))
         fits = len(banned) <= MAX_BAD_WORDS and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in banned)

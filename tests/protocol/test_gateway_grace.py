@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from services.gateway.generation import Generation, Generations
 from services.gateway.settings import GatewaySettings
 from shared.memory_bus import MemoryBus
@@ -36,15 +38,17 @@ async def ending(generation: Generation) -> str:
     return str(generation.end["event"])
 
 
+@pytest.mark.parametrize("readers", [1, 2], ids=["read at one gateway", "at two, which do not excuse each other"])
 @virtual
-async def test_what_nobody_reads_is_cancelled_after_the_grace() -> None:
+async def test_what_nobody_reads_is_cancelled_after_the_grace(readers: int) -> None:
     async with World(partitions=1) as world, world.client() as client:
         await world.detokenizer("a")
         world.plan("r", choices=[[1] * 1000])
-        one, _ = await gateway(world, 3.0), await gateway(world, 3.0)
-        generation = await read(one)
+        gateways = [await gateway(world, 3.0) for _ in range(2)]
+        generations = [await read(one) for one in gateways[:readers]]
         stream = client.attach("r")
-        one.leave(generation)
+        for one, generation in zip(gateways, generations, strict=False):
+            one.leave(generation)
         assert (await stream.result()).status == "cancelled"
 
 
@@ -81,16 +85,3 @@ async def test_the_grace_of_one_gateway_is_not_cut_short_by_another() -> None:
         two.leave(again)
         await asyncio.sleep(2.5)
         assert await ending(await read(three)) == "finished"
-
-
-@virtual
-async def test_two_gateways_whose_readers_have_left_do_not_excuse_each_other() -> None:
-    async with World(partitions=1) as world, world.client() as client:
-        await world.detokenizer("a")
-        world.plan("r", choices=[[1] * 1000])
-        one, two = await gateway(world, 3.0), await gateway(world, 3.0)
-        first, second = await read(one), await read(two)
-        stream = client.attach("r")
-        one.leave(first)
-        two.leave(second)
-        assert (await stream.result()).status == "cancelled"
