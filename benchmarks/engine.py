@@ -134,7 +134,23 @@ def run_workload(client: Client, workload: Workload, repeats: int, limit: float)
             break
         runs.append(measure(client, workload, repeat, max(left, 1.0)))
     runs.sort(key=lambda run: run["figure"])
-    return {**runs[len(runs) // 2], "runs": [run["figure"] for run in runs]}
+    result = {**runs[len(runs) // 2], "runs": [run["figure"] for run in runs]}
+    if workload.figure == "ms":
+        result["after_rest_ms"] = {rest: after_rest(client, workload, rest) for rest in RESTS}
+    return result
+
+
+RESTS = (0.0, 0.002, 0.005, 0.02, 0.2)  # seconds
+
+
+def after_rest(client: Client, workload: Workload, rest: float) -> float:
+    """The figure where the engine has nothing to do for so long before each request, as between requests that come through a pipeline:
+    threads and the device have to be woken, and caches are somebody else's."""
+    figures = []
+    for repeat in range(9):
+        time.sleep(rest)
+        figures.append(measure(client, workload, 100 + repeat, 10.0)["figure"])
+    return round(statistics.median(figures), 3)
 
 
 def table_row(shape: str, workload: Workload, result: dict[str, Any]) -> str:
@@ -148,6 +164,7 @@ def table_row(shape: str, workload: Workload, result: dict[str, Any]) -> str:
         f"| {shape} | {workload.name} | {workload.figure} | {result['figure']:,.{digits}f}{note} | {spread} "
         f"| {target(workload.at_least)} | {target(workload.aim)} | {result.get('step_ms_p50', float('nan')):.2f} "
         f"| {result.get('step_ms_p99', float('nan')):.2f} | {result.get('first_token_ms_mean', float('nan')):.1f} |"
+        + (f" after a rest of so many s: {result['after_rest_ms']}" if "after_rest_ms" in result else "")
     )
 
 

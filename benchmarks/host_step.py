@@ -124,7 +124,7 @@ def engine_steps(batch: int, tree: bool, steps: int) -> tuple[dict[str, float], 
         if engine.trees is not None:
             picked = next(t for t in engine.trees.trees if t.depth >= 3 and t.size * batch <= 4096)
             width, pick = picked.depth + 1, engine.trees.pick
-            engine.trees.pick = lambda batch: (pick(batch), picked)[1]  # type: ignore[method-assign]
+            engine.trees.pick = lambda *batch: (pick(*batch), picked)[1]  # type: ignore[method-assign]
         engine.runner.graphs = IdleGraphs(batch, width)  # type: ignore[assignment]
         for _ in range(WARM_UP):
             engine._turn()

@@ -1,6 +1,7 @@
 """Workers with a real engine, several on one GPU (or on the CPU), killed again and again under load.
 
     python -m benchmarks.kill_workers --shape llama3.1-8b --kills 100 --out results/      random weights of a model's shape, one GPU
+    ... --medusa 4 --worker-flag=--typical-acceptance=[0.3,0.3]                        with random heads, often right
     python -m benchmarks.kill_workers --model-path models/demo --kills 20                 a model, with its Medusa heads if it has any
     ... --worker-flag=--batch-invariant=true --exact                                      every stream must equal the undisturbed run
     ... --shape tiny --kills 6 --dtype float32 --exact                                    a try on a CPU
@@ -27,8 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.stalls import Watched, summary
 from benchmarks.workloads import SHAPES
+from services.model_worker.speculation.medusa import MedusaHeads, save_heads
 from services.running import running
 from services.supervisor import STAGES, Plan, Supervisor
 from shared import codec, presence, subjects
@@ -45,6 +49,7 @@ SHARED = ROOT.parent / "shared/data"
 MODEL = "kills"
 READY = 300.0  # seconds: loading, compiling, capturing graphs
 STREAM_LIMIT = 300.0
+SPECULATION = ("tokens_per_step", "plain_steps")  # of a worker's heartbeats
 WATCHED_FOR = 3.0  # seconds after a kill within which a stall counts to it
 
 
@@ -167,6 +172,10 @@ def model_folder(args: argparse.Namespace, folder: Path) -> tuple[Path, int, lis
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
+    if args.medusa:
+        shape = (1, args.medusa, config["hidden_size"])
+        heads = MedusaHeads(torch.randn(*shape, config["hidden_size"]) * 0.02, torch.zeros(shape))
+        save_heads(heads, folder / "medusa", torch.bfloat16, {})
     return folder, config["vocab_size"], ["--load-format", "dummy"]
 
 
@@ -253,6 +262,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 keeping = asyncio.create_task(load.keep(args.streams, over, random.Random(args.seed)))
                 await asyncio.sleep(args.settle)
                 kills, stalls = await kill(args, supervisor, bus, load, fleet)
+                speculation = [
+                    {k: v for k, v in b.base.detail.items() if k in SPECULATION} for b in fleet.beats.values()
+                ]
                 over.set()
                 await keeping
     migrated = [run for run in load.runs if run.epoch > 1]
@@ -265,6 +277,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         migrated=len(migrated),
         broken=sum(tell.values()),
         what=dict(tell.most_common(10)),
+        speculation=speculation,
         undisturbed_again=equality(again, reference),
         not_migrated=equality([run for run in load.runs if run.epoch == 1], reference),
         migrated_streams=equality(migrated, reference),
@@ -283,6 +296,7 @@ def main() -> int:
     which.add_argument("--shape", choices=sorted(SHAPES))
     which.add_argument("--model-path", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="folder; default: the largest of ../shared/data that fits")
+    parser.add_argument("--medusa", type=int, default=0, metavar="HEADS", help="give the shape tied random heads")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=540.0, help="for the kills, at most")

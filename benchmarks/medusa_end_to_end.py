@@ -282,7 +282,7 @@ def run(args: argparse.Namespace) -> Progress:
         options = argparse.Namespace(
             model=model, heads=None, text=held_file, device=device, batches=left, prompt=min(64, size.context // 4),
             output=min(256, size.context // 2), repeats=args.repeats, seconds=args.seconds,
-            temperature=temperature,
+            temperatures=[temperature],
         )  # fmt: skip
         if clock.left < args.reserve:
             raise OutOfTime(name)

@@ -1,6 +1,7 @@
 """Speculation beside plain decoding, and proof that it changes nothing.
 
     python -m benchmarks.speculation speed --model DIR --text held_out.txt    tokens/s by batch size, two engines in turn
+    python -m benchmarks.speculation floor                                    the same, where guesses are right as often as is wished
     python -m benchmarks.speculation steps --shape llama3.1-8b                ms of a step by nodes, with random weights
     python -m benchmarks.speculation identity --model DIR --text FILE         outputs with and without, greedy and sampled
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.workloads import CONTEXT, SHAPES
 from kernels.philox import gumbel_noise
@@ -61,10 +63,14 @@ class Client:
 
     def _on_step(self, step: StepOutput) -> None:
         total = self.totals[-1] if self.totals else 0
-        for token in step.outputs:
+        for token in step.tokens:
             self.outputs[token.request_id] += token.ids
             total += len(token.ids)
             self._open -= token.finish is not None
+        if step.rows is not None:  # a service takes them as they are, too: here the engine would wait for it
+            for request, ids in zip(step.rows.requests, step.rows.ids, strict=True):
+                self.outputs[request.request_id] += ids
+                total += len(ids)
         self.times.append(time.perf_counter())
         self.totals.append(total)
         if total >= self._goal:
@@ -148,29 +154,32 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     clients = [Client(EngineConfig(arguments.model, speculate=False, **common))]
     try:
         clients.append(Client(EngineConfig(arguments.model, heads=arguments.heads, **common)))
-        yield from _rows(arguments, *clients)
+        if arguments.text is None:
+            text = np.random.default_rng(5).integers(3, clients[0].engine.info.vocab_size, 100_000)
+        else:
+            text = read_tokens((arguments.text,), arguments.model)
+        yield from _rows(arguments, text, begin_id(arguments.model), *clients)
     finally:
         for client in clients:
             client.engine.stop(timeout=30)
 
 
-def _rows(arguments: argparse.Namespace, plain: Client, drafted: Client) -> Generator[dict[str, Any]]:
-    text, bos = read_tokens((arguments.text,), arguments.model), begin_id(arguments.model)
+def _rows(
+    arguments: argparse.Namespace, text: np.ndarray, bos: int | None, plain: Client, drafted: Client
+) -> Generator[dict[str, Any]]:
     longest = min(4 * arguments.output, plain.engine.info.max_model_len - arguments.prompt - 1)
-    print(
-        f"| batch | plain tok/s | with drafts | ratio | 95 % | tokens a step | trees (share of steps), T = {arguments.temperature} |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| T | batch | plain tok/s | with drafts | ratio | 95 % | tokens a step | trees (share of steps) |")
+    print("|---|---|---|---|---|---|---|---|")
 
-    def row_of(batch: int) -> dict[str, Any]:
+    def row_of(batch: int, heat: float) -> dict[str, Any]:
         rates: list[list[float]] = []
         for client in (plain, drafted):  # compiles, and the controller learns
-            client.run(requests_of(text, bos, batch, arguments.prompt, 96, arguments.temperature, 1000 + batch))
+            client.run(requests_of(text, bos, batch, arguments.prompt, 96, heat, 1000 + batch))
         before = stats_of(drafted)
         began = time.monotonic()
         while (repeat := len(rates)) < arguments.repeats or time.monotonic() - began < arguments.seconds:
             # The fast ones among a batch must not come to their end before the batch has its tokens.
-            requests = requests_of(text, bos, batch, arguments.prompt, longest, arguments.temperature, repeat)
+            requests = requests_of(text, bos, batch, arguments.prompt, longest, heat, repeat)
             order = [plain, drafted] if repeat % 2 else [drafted, plain]
             found = {id(client): client.rate(requests, batch * arguments.output) for client in order}
             rates.append([found[id(client)] for client in (plain, drafted)])
@@ -182,24 +191,89 @@ def _rows(arguments: argparse.Namespace, plain: Client, drafted: Client) -> Gene
         ratio, low, high = speed_up(*columns)
         slow, fast = (statistics.harmonic_mean(column) for column in columns)
         print(
-            f"| {batch} | {slow:,.0f} | {fast:,.0f} | {ratio:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
+            f"| {heat:.3g} | {batch} | {slow:,.0f} | {fast:,.0f} | {ratio:.3f} | {low:.3f} … {high:.3f} | {tokens:.2f} | {shares} |",
             flush=True,
         )
         assert drafted.engine.trees is not None
         times = {nodes: round(1e3 * seconds, 3) for nodes, seconds in drafted.engine.trees.times(batch).items()}
         print(f"  ms of a step by nodes: {times}", flush=True)
         return {
-            "batch": batch, "plain": slow, "drafted": fast, "ratio": ratio, "low": low, "high": high,
-            "pairs": len(rates), "tokens_per_drafted_step": tokens, "shares": shares, "step_ms": times,
+            "temperature": heat, "batch": batch, "plain": slow, "drafted": fast, "ratio": ratio, "low": low, "high": high,
+            "pairs": [round(fast / slow, 3) for slow, fast in rates], "tokens_per_drafted_step": tokens,
+            "shares": shares, "step_ms": times,
         }  # fmt: skip
 
-    for batch in arguments.batches:
-        yield row_of(batch)
+    for heat in arguments.temperatures:
+        for batch in arguments.batches:
+            yield row_of(batch, heat)
 
 
 def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = list(speed(arguments))
     return {"rows": rows, "minimum": min(row["ratio"] for row in rows)}
+
+
+def floor(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As `speed`, with a model that repeats its last token with a chance p that the temperature sets, and heads that guess so:
+    the first is right in about p² of the steps (its hidden state is that of the token before the last), the second in p³."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model, arguments.heads, arguments.text = Path(folder), None, None
+        write_repeater(arguments.model)
+        chances = dict(zip(map(repeater_heat, arguments.chances), arguments.chances, strict=True))
+        arguments.temperatures = list(chances)
+        rows = [{"chance": chances[row["temperature"]], **row} for row in speed(arguments)]
+    return {"rows": rows, "minimum": min(row["ratio"] for row in rows)}
+
+
+# A Llama of 150 million parameters whose layers cost what they cost and add nothing.
+REPEATER = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+}  # fmt: skip
+REPEATED = 7.0  # the logit of the last token; those of the others are about 0
+
+
+def write_repeater(folder: Path) -> None:
+    """The model's folder, four heads included. Its hidden state is the last token's embedding."""
+    (folder / "config.json").write_text(json.dumps(REPEATER))
+    model = load_config(folder)
+    heads, hidden = REPEATER["num_attention_heads"], model.hidden_size
+    wide, narrow = 64 * heads, 64 * REPEATER["num_key_value_heads"]  # type: ignore[operator]
+    inner = REPEATER["intermediate_size"]
+    torch.manual_seed(1)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns) * columns**-0.5).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": torch.randn(model.vocab_size, hidden).bfloat16()}
+    tensors["model.norm.weight"] = torch.full((hidden,), REPEATED / hidden).bfloat16()
+    for layer in range(REPEATER["num_hidden_layers"]):  # type: ignore[call-overload]
+        shapes = {
+            "self_attn.q": (wide, hidden), "self_attn.k": (narrow, hidden), "self_attn.v": (narrow, hidden),
+            "self_attn.o": (hidden, wide), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden), "mlp.down": (hidden, inner),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            weight = matrix(*shape)  # type: ignore[arg-type]
+            tensors[f"model.layers.{layer}.{name}_proj.weight"] = weight * (name[-2:] not in (".o", "wn"))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_heads(MedusaHeads.initial(4, 1, hidden), folder / "medusa", torch.bfloat16, {})
+
+
+def repeater_heat(chance: float) -> float:
+    """The temperature at which the last token is sampled again with this probability."""
+    spread, others = REPEATED**2 / REPEATER["hidden_size"], REPEATER["vocab_size"]  # type: ignore[operator]
+
+    def odds(heat: float) -> float:
+        return REPEATED / heat - math.log(others) - spread / (2 * heat**2)  # type: ignore[arg-type]
+
+    low, high = 0.1, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if odds(middle) > math.log(chance / (1 - chance)) else (low, middle)
+    return low
 
 
 def stats_of(client: Client) -> dict[str, Any]:
@@ -243,7 +317,7 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
                 medians = []
                 for nodes in [1, *arguments.nodes]:
                     chosen: Tree | None = next((tree for tree in trees.trees if tree.size == nodes), None)
-                    trees.pick = lambda _, chosen=chosen: chosen  # type: ignore[method-assign,misc]
+                    trees.pick = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign,misc]
                     rng = np.random.default_rng(nodes)
                     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
                     prompts = rng.integers(0, model.vocab_size, (batch, arguments.prompt)).tolist()
@@ -292,7 +366,7 @@ def force_random_trees(controller: TreeController, most_nodes: int) -> None:
     """In every step another tree, whatever it costs."""
     fitting = [tree for tree in controller.trees if tree.size <= most_nodes]
     rng = np.random.default_rng(1)
-    controller.pick = lambda _: fitting[rng.integers(len(fitting))]  # type: ignore[method-assign]
+    controller.pick = lambda *_: fitting[rng.integers(len(fitting))]  # type: ignore[method-assign]
 
 
 def margin(backbone: Backbone, request: EngineRequest, plain: list[int], drafted: list[int]) -> float:
@@ -309,17 +383,21 @@ def margin(backbone: Backbone, request: EngineRequest, plain: list[int], drafted
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("speed", "identity"):
+    for name in ("speed", "floor", "identity"):
         command = commands.add_parser(name)
-        command.add_argument("--model", type=Path, required=True)
-        command.add_argument("--heads", type=Path, help="default: medusa in the model's folder")
-        command.add_argument("--text", type=Path, required=True, help="that the model was not trained on")
-        command.add_argument("--output", type=int, default=256 if name == "speed" else 48, help="tokens to generate")
-        if name == "speed":
+        if name != "floor":
+            command.add_argument("--model", type=Path, required=True)
+            command.add_argument("--heads", type=Path, help="default: medusa in the model's folder")
+            command.add_argument("--text", type=Path, required=True, help="that the model was not trained on")
+        command.add_argument("--output", type=int, default=48 if name == "identity" else 256, help="tokens to generate")
+        if name != "identity":
             command.add_argument("--batches", type=int, nargs="+", default=BATCHES)
             command.add_argument("--repeats", type=int, default=5, help="pairs of runs of a batch size, at least")
             command.add_argument("--seconds", type=float, default=10, help="of a batch size, at least")
-            command.add_argument("--temperature", type=float, default=0.0)
+            if name == "speed":
+                command.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
+            else:
+                command.add_argument("--chances", type=float, nargs="+", default=[0.05, 0.45, 0.6, 0.8])
         else:
             command.add_argument("--count", type=int, default=1000)
             command.add_argument("--max-seqs", type=int, default=32)
@@ -340,7 +418,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = {"speed": speeds, "steps": steps, "identity": identity}[arguments.command](arguments)
+    results = {"speed": speeds, "floor": floor, "steps": steps, "identity": identity}[arguments.command](arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"speculation-{arguments.command}.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -428,6 +428,9 @@ class Engine:
         if self.trees is not None:
             self.trees.requests.release(sequence.record)
             sequence.record = NOBODY  # a step in flight may still tell of it
+            for flight in self._in_flight:
+                if flight.plan.steady is not None:
+                    flight.plan.steady.records = None
         self._release_key(request)
 
     def _release_key(self, request: EngineRequest) -> None:
@@ -437,7 +440,17 @@ class Engine:
                 del self._held[key]
 
     def _pick_tree(self, sequences: list[Sequence]) -> Tree | None:
-        return None if self.trees is None else self.trees.pick(_records(sequences))
+        return None if self.trees is None else self.trees.pick(len(sequences), partial(_records, sequences))
+
+    @staticmethod
+    def _records_of(plan: StepPlan) -> NDArray[np.int64]:
+        if plan.steady is None:
+            return _records(plan.decodes)
+        if plan.steady.records is None:
+            plan.steady.records = _records(plan.steady.sequences)
+        if plan.num_steady == len(plan.decodes):
+            return plan.steady.records
+        return np.concatenate((plan.steady.records, _records(plan.decodes[plan.num_steady :])))
 
     def _launch(self, plan: StepPlan, output: StepOutput) -> None:
         self._launching = plan
@@ -480,8 +493,8 @@ class Engine:
             requests = [sequence.request for sequence in plan.admitted]
             output.admitted = [SlotGiven(r.request_id, r.choice, r.epoch, flight.launched) for r in requests]
         if self.trees is not None and plan.decodes:
-            accepted = (result.decoded >= 0).sum(axis=1) - 1
-            self.trees.observe(_records(plan.decodes), accepted, plan.tree)
+            accepted = None if plan.tree is None else (result.decoded >= 0).sum(axis=1) - 1
+            self.trees.observe(self._records_of(plan), accepted, plan.tree)
             self.trees.observe_time(len(plan.decodes), plan.tree, None if plan.chunks or plan.has_search else seconds)
         tokens, rows = self.scheduler.retire(
             plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates

@@ -62,11 +62,12 @@ class Chunk:
         return range(max(first, 1) - 1, max(end, 1) - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SteadyRows:
     """Sequences that do nothing but decode (see DecodeTable). Plans share it as long as they are the same.
 
-    most    [n]: generated tokens of each at which it ends;  stops [n, S]: ids at which it does, padded with an id that does not exist
+    most     [n]: generated tokens of each at which it ends;  stops [n, S]: ids at which it does, padded with an id that does not exist
+    records  [n]: the sequences', for whoever looks them up again and again; None: not looked up since one of them ended
     """
 
     sequences: list[Sequence]
@@ -74,6 +75,7 @@ class SteadyRows:
     slots: NDArray[np.int32]
     most: NDArray[np.int64]
     stops: NDArray[np.int64]
+    records: NDArray[np.int64] | None = None
 
 
 @dataclass(slots=True)

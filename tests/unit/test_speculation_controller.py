@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from services.model_worker.speculation.controller import (
     AVERAGE_MEMORY,
-    HOLD,
-    LOOK,
-    LOOK_EVERY,
     MEMORY,
     NOBODY,
     PRIOR_WEIGHT,
+    SHARE,
     Acceptances,
     TreeController,
 )
@@ -27,6 +25,16 @@ TREES = default_trees(4).trees
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 Cost = Callable[[int], float]  # rows → seconds
+
+
+def pick(controller: TreeController, places: NDArray[np.int64]) -> Tree | None:
+    return controller.pick(len(places), lambda: places)
+
+
+def accepts(rng: random.Random, tree: Tree, quality: float) -> int:
+    """Guesses accepted in a step where each is right `quality` times as often as promised, given those before it."""
+    drawn = rng.random()
+    return sum(drawn < promise * quality ** (depth + 1) for depth, promise in enumerate(tree.promises))
 
 
 def gpu(rows: int) -> float:
@@ -54,17 +62,18 @@ class Outcome:
 def simulate(
     cost: Cost, batch: int, quality: list[float], steps: int = 3000, noise: float = 0.05, seed: int = 1,
     fixed: Tree | bool | None = False, length: int = 150, change: float = 1.0, overlap: bool = False,
-    burst: int = 0, wrong: float = 1.0, mixed: int = 0, slow: tuple[int, float] = (0, 1.0),
+    burst: int = 0, wrong: float = 1.0, mixed: int = 0, slow: tuple[int, float] = (0, 1.0), graph: Cost | None = None,
 ) -> Outcome:  # fmt: skip
     """Requests come and go; quality[i % len]: how many times the promise request i keeps. fixed: a tree for all steps. change: how
     many times as long a step takes that follows one of another kind. overlap: a step is timed when the next one has been picked, as on
     a GPU, where steps were timed before the first request, each too long by up to `wrong` times. burst: so many steps of each 60 are
     disturbed, one after the other, and eight times as long as they would be. mixed: every so many steps one has other rows as well.
-    slow: from which step on all take how many times as long."""
+    slow: from which step on all take how many times as long. graph: what steps were believed to take before the first request."""
     rng = random.Random(seed)
     controller = TreeController(TREES, SIZES, 512)
     for arm in (None, *TREES) if overlap else ():
-        controller.expect(batch, arm, [cost(batch * (1 if arm is None else arm.size)) * rng.uniform(1, wrong)] * 3)
+        rows = batch * (1 if arm is None else arm.size)
+        controller.expect(batch, arm, [(graph or cost)(rows) * rng.uniform(1, wrong)] * 3)
     places = np.array([controller.requests.admit() for _ in range(batch)])
     factors = [quality[i % len(quality)] for i in range(batch)]
     ages = [rng.randrange(length) for _ in range(batch)]
@@ -72,7 +81,7 @@ def simulate(
     arrivals = batch
     last: tuple[Tree | bool | None, float | None] | None = None
     for _ in range(steps):
-        tree = controller.pick(places) if fixed is False else fixed
+        tree = pick(controller, places) if fixed is False else fixed
         if last is not None and overlap:
             controller.observe_time(batch, *last)  # type: ignore[arg-type]
         nodes = 1 if tree is None else tree.size  # type: ignore[union-attr]
@@ -91,8 +100,7 @@ def simulate(
         accepted = [0] * batch
         if tree is not None:
             for index, factor in enumerate(factors):
-                extra = min(tree.expected_extra * factor, tree.depth)  # type: ignore[union-attr]
-                accepted[index] = int(extra) + (rng.random() < extra - int(extra))
+                accepted[index] = accepts(rng, tree, factor)  # type: ignore[arg-type]
             controller.observe(places, np.array(accepted), tree)  # type: ignore[arg-type]
         outcome.tokens += batch + sum(accepted)
         for index in range(batch):
@@ -136,7 +144,8 @@ def test_steps_that_follow_another_kind_do_not_mislead_it(batch: int, quality: l
 def test_disturbed_steps_do_not_mislead_it(batch: int, quality: list[float]) -> None:
     """Threads that want the interpreter, say, when requests come and go."""
     got = simulate(gpu, batch, quality, 4000, overlap=True, burst=6)
-    assert got.rate >= 0.95 * best(gpu, batch, quality)
+    # Alone, a request that is well guessed comes behind one that is not, and is not expected to be.
+    assert got.rate >= (0.9 if batch == 1 else 0.95) * best(gpu, batch, quality)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
@@ -153,6 +162,32 @@ def test_steps_that_cannot_be_timed_are_not_tried_for_ever(batch: int, quality: 
     """Prompts in every second step, say: no two steps are alike."""
     got = simulate(gpu, batch, quality, 6000, overlap=True, mixed=2)
     assert got.rate >= 0.97 * best(gpu, batch, quality)
+
+
+# A model of 150 million parameters on an H100, ms by nodes of the tree: what the graphs take, and what steps do, for which the host
+# needs longer.
+MEASURED = {
+    1: ([0.254, 0.301, 0.335, 0.34, 0.365, 0.37, 0.391], [0.306, 0.36, 0.393, 0.40, 0.413, 0.43, 0.45]),
+    8: ([0.27, 0.30, 0.32, 0.34, 0.39, 0.48, 0.65], [0.391, 0.50, 0.55, 0.56, 0.60, 0.68, 0.85]),
+    64: ([0.40, 0.50, 0.62, 0.95], [0.566, 0.72, 0.80, 1.10]),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("quality", [0.0, 0.25, 0.4, 0.5])
+def test_poor_drafts_cost_next_to_nothing_where_the_host_needs_longer_than_the_graphs(
+    batch: int, quality: float
+) -> None:
+    """The nearer a tree comes to plain decoding, the more there is to be wrong about: what it takes, and what large trees are good for
+    where only small ones are looked at."""
+    graph, real = (
+        dict(zip([1, 2, 4, 8, 16, 32, 64], [1e-3 * ms for ms in table], strict=False)) for table in MEASURED[batch]
+    )
+    steps = 6000 if batch < 64 else 3000
+    got = simulate(
+        lambda rows: real[rows // batch], batch, [quality], steps, overlap=True, graph=lambda rows: graph.get(rows // batch, 1.0)
+    )  # fmt: skip
+    assert got.rate >= 0.98 * batch / real[1]
 
 
 class Phases:
@@ -182,7 +217,7 @@ class Phases:
         places = np.array([requests.admit(self._able) for _ in range(batch)])
         spent, tokens = 0.0, 0
         for step in range(steps):
-            tree = self.controller.pick(places)
+            tree = pick(self.controller, places)
             if self._last is not None:
                 self.controller.observe_time(batch, *self._last)
             size = 1 if tree is None else tree.size
@@ -194,8 +229,7 @@ class Phases:
             self._last = tree, None if step < untimed else told
             accepted = [0] * batch
             if tree is not None and self._able:
-                extra = min(tree.expected_extra * quality, tree.depth)
-                accepted = [int(extra) + (rng.random() < extra - int(extra)) for _ in range(batch)]
+                accepted = [accepts(rng, tree, quality) for _ in range(batch)]
             self.controller.observe(places, np.array(accepted), tree)
             spent, tokens = spent + seconds, tokens + batch + sum(accepted)
             self.sizes.append(size)
@@ -233,9 +267,9 @@ def test_drafts_are_looked_at_as_often_as_that_may_cost(ratio: float) -> None:
     phases.run(3000, 0.0)
     phases.run(4000, 0.0)
     sizes = phases.sizes[3000:]
-    looks = sum(sizes[i - 1 : i + 2] == [1, 2, 1] for i in range(1, len(sizes) - 1))
-    every = HOLD * math.ceil(max(LOOK_EVERY, (ratio - 1) / LOOK) / HOLD)
-    assert abs(looks - 4000 // every) <= 5
+    cost = sizes.count(2) * (ratio - 1)
+    # Looks and timed trials, each with what it may take, and what was saved before.
+    assert SHARE * 4000 < cost < 2.5 * SHARE * 4000
 
 
 def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:
@@ -249,7 +283,7 @@ def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:
     spent = tokens = 0.0
     for step in range(8000):
         batch = places[: 8 + step % 2]
-        tree = controller.pick(batch)
+        tree = pick(controller, batch)
         seconds = gpu((8, 16)[step % 2] * (1 if tree is None else tree.size))
         controller.observe_time(len(batch), tree, seconds)
         if tree is not None:
@@ -276,20 +310,19 @@ def test_trials_do_not_move_what_small_gains_do_not() -> None:
     def run(gains: list[float], steps: int = 6000) -> list[int]:
         trees = TREES[: len(gains)]
         controller = TreeController(trees, [1], 512)
-        controller.requests.factors = lambda *_: 1.0  # type: ignore[method-assign]
         times = [1e-3, *(1e-3 * (1 + tree.expected_extra) / gain for tree, gain in zip(trees, gains, strict=True))]
         for tree, seconds in zip((None, *trees), times, strict=True):
             controller.expect(1, tree, [seconds] * 3)
         place, taken = np.array([controller.requests.admit()]), [0] * len(times)
         for _ in range(steps):
-            tree = controller.pick(place)
+            tree = pick(controller, place)
             index = 0 if tree is None else 1 + trees.index(tree)
             taken[index] += 1
             controller.observe_time(1, tree, times[index])
         return taken
 
     assert run([1.02])[1] < 200
-    assert max(run([1.10, 1.085, 1.09, 1.095])) > 5700
+    assert max(run([1.10, 1.085, 1.09, 1.095])) > 5600
 
 
 def test_drafts_that_get_better_within_a_request_are_noticed() -> None:
@@ -301,7 +334,7 @@ def test_drafts_that_get_better_within_a_request_are_noticed() -> None:
     for _ in range(30):
         places, ages = np.array([controller.requests.admit() for _ in range(64)]), np.zeros(64)
         while ages.min() < 250:
-            tree = controller.pick(places)
+            tree = pick(controller, places)
             seconds = 1.0e-3 if tree is None else 1.4e-3
             controller.observe_time(64, tree, seconds)
             accepted = np.zeros(64, np.int64)
@@ -324,7 +357,7 @@ def test_a_kind_of_step_that_is_never_timed_stays_harmless() -> None:
     controller._of(1).picks = 10**12
     place = np.array([controller.requests.admit()])
     for _ in range(3000):
-        controller.pick(place)
+        pick(controller, place)
         controller.observe_time(1, None, 1e-3)
 
 
@@ -335,7 +368,7 @@ def test_a_first_time_that_was_wrong_is_found_out() -> None:
     place = np.array([controller.requests.admit()])
     picked: list[Tree | None] = []
     for _ in range(3000):
-        tree = controller.pick(place)
+        tree = pick(controller, place)
         picked.append(tree)
         controller.observe_time(1, tree, 1e-3 if tree is None else 1.2e-3)
         if tree is not None:
@@ -350,7 +383,7 @@ def test_disturbances_are_not_believed_at_once_nor_for_ever() -> None:
     def run(steps: int, disturbed: float) -> int:
         picked = 0
         for _ in range(steps):
-            tree = controller.pick(place)
+            tree = pick(controller, place)
             picked += tree is TREES[1]
             controller.observe_time(1, tree, disturbed * (1e-3 if tree is None else 1.2e-3))
             if tree is not None:
@@ -377,21 +410,21 @@ def test_too_many_rows_are_never_taken() -> None:
     places = np.array([controller.requests.admit() for _ in range(300)])
     for batch in range(1, 300):
         for _ in range(8):
-            tree = controller.pick(places[:batch])
+            tree = pick(controller, places[:batch])
             assert tree is None or controller.bucket(batch) * tree.size <= 512
             controller.observe_time(batch, tree, 1e-3)
-    assert controller.pick(places[:257]) is None
+    assert pick(controller, places[:257]) is None
 
 
 def test_requests_that_cannot_speculate_count_for_nothing() -> None:
-    def pick(able: list[bool]) -> Tree | None:
+    def picked(able: list[bool]) -> Tree | None:
         controller = TreeController(TREES[:1], [4], 512)
         for tree, seconds in ((None, 1.0), (TREES[0], 1.2)):
             controller.expect(4, tree, [seconds] * 3)
-        return controller.pick(np.array([controller.requests.admit(one) for one in able]))
+        return pick(controller, np.array([controller.requests.admit(one) for one in able]))
 
     assert TREES[0].expected_extra > 0.25
-    assert pick([True] * 4) is TREES[0] and pick([True, False, False, False]) is None
+    assert picked([True] * 4) is TREES[0] and picked([True, False, False, False]) is None
     controller = TreeController(TREES, SIZES, 512)
     unable = controller.requests.admit(able=False)
     for _ in range(100):
@@ -400,12 +433,15 @@ def test_requests_that_cannot_speculate_count_for_nothing() -> None:
     assert controller.average == 1.0 and (summary.plain, summary.drafted) == (100, 0)
 
 
+PROMISES = np.array([tree.promises + (0.0,) * (TREES[-1].depth - tree.depth) for tree in TREES])
+
+
 @dataclass
 class Known:
     """What is known of one request, without arrays."""
 
     able: bool
-    recent: float = 0.0
+    right: float = 0.0
     promised: float = 0.0
     plain: int = 0
     steps: int = 0
@@ -418,8 +454,8 @@ class Known:
             return
         self.steps += 1
         self.nodes += tree.size
-        self.recent = MEMORY * self.recent + accepted
-        self.promised = MEMORY * self.promised + tree.expected_extra
+        self.right = MEMORY * self.right + (accepted > 0)
+        self.promised = MEMORY * self.promised + tree.promises[0]
         self.heads = tuple(count + (head < accepted) for head, count in enumerate(self.heads))
 
 
@@ -439,15 +475,24 @@ def test_the_table_says_what_each_request_alone_would() -> None:
         controller.observe(np.array(batch), np.array(accepted), tree)
         for place, count in zip(batch, accepted, strict=True):
             known[place].observe(count, tree)
-            if tree is not None and known[place].able:
-                average += (1 - AVERAGE_MEMORY) * (count / tree.expected_extra - average)
+        able_ones = [count for place, count in zip(batch, accepted, strict=True) if known[place].able]
+        if tree is not None and able_ones:
+            fading = AVERAGE_MEMORY ** len(able_ones)
+            kept = sum(count > 0 for count in able_ones) / len(able_ones) / tree.promises[0]
+            average = fading * average + (1 - fading) * kept
         assert controller.average == pytest.approx(average)
-        factors = sum(
-            (PRIOR_WEIGHT * average + k.recent) / (PRIOR_WEIGHT + k.promised)
+        factors = [
+            (PRIOR_WEIGHT * average + k.right) / (PRIOR_WEIGHT + k.promised)
             for k in (known[place] for place in batch)
             if k.able
-        )
-        assert table.factors(np.array(batch), average) == pytest.approx(factors)
+        ]
+        for least, extras in zip((0.0, 1.0), table.extras(np.array(batch), average, PROMISES), strict=True):
+            assert extras == pytest.approx(
+                [
+                    sum(min(1.0, p * max(least, f) ** (d + 1)) for f in factors for d, p in enumerate(tree.promises))
+                    for tree in TREES
+                ]
+            )
         gone = rng.choice(sorted(known))
         summary, one = table.summary(gone), known.pop(gone)
         assert (summary.plain, summary.drafted, summary.nodes) == (one.plain, one.steps, one.nodes)
@@ -475,7 +520,7 @@ def test_when_traffic_gets_better_it_notices() -> None:
         with_tree = 0
         for _ in range(steps):
             request = np.array([controller.requests.admit()])
-            tree = controller.pick(request)
+            tree = pick(controller, request)
             controller.observe_time(1, tree, gpu(1 if tree is None else tree.size))
             if tree is not None:
                 with_tree += 1
@@ -484,6 +529,6 @@ def test_when_traffic_gets_better_it_notices() -> None:
         return with_tree / steps
 
     run(4000, 0.0)
-    assert run(500, 0.0) < 0.2
+    assert run(500, 0.0) < 0.3
     run(12_000, 1.0)
     assert run(500, 1.0) > 0.9

@@ -64,9 +64,9 @@ class RandomPicks:
         self.rng = random.Random(4)
         self.trees.pick = self.pick  # type: ignore[method-assign]
 
-    def pick(self, batch: Any) -> Tree | None:
+    def pick(self, count: int, places: Any) -> Tree | None:
         assert self.trees is not None
-        usable = [tree for tree in self.trees.trees if len(batch) * tree.size <= self.trees._max_rows]
+        usable = [tree for tree in self.trees.trees if count * tree.size <= self.trees._max_rows]
         return None if not usable or self.rng.random() < self.plain else self.rng.choice(usable)
 
 

@@ -307,7 +307,7 @@ def test_a_tuned_tree_keeps_its_promise(tmp_path: Path) -> None:
     with running(folder, heads=out, max_seqs=4) as started:
         controller = started.engine.trees
         assert controller is not None
-        controller.pick = lambda _: controller.trees[3]  # type: ignore[method-assign]
+        controller.pick = lambda *_: controller.trees[3]  # type: ignore[method-assign]
         params = {"temperature": 1.0, "max_tokens": 256, "ignore_eos": True}
         starts = [[1, *range(300, 300 + 20 * i, 20)] for i in range(1, 9)]
         started.run([

@@ -1,8 +1,10 @@
 """Picks the tree of each step, or none, so that speculation never loses to plain decoding. Pure: times come from outside.
 
-For a batch of R sequences a tree T gives R + Σ m_i E(T) tokens in t(R, T) seconds. E(T) is what the tree's design promises to
-accept for a sequence, m_i how much better or worse a request has done than promised, t the time that such steps took of late.
-The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
+For a batch of R sequences a tree T gives R + Σ_i E(T, m_i) tokens in t(R, T) seconds, t the time that such steps took of late. The
+tree's design promises that more than d guesses are accepted with probability p(T, d). m_i is how many times as often as promised the
+first guess was right for a request, and then E(T, m) = Σ_d min(1, p(T, d) m^(d+1)): where the first guess is right half as often as
+promised, so are those behind it, and all of them have to be. (With E = m Σ_d p(T, d) large trees would seem good for what they are
+not whenever drafts are poor.) The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
 
 A step that follows one of another kind may take longer, for reasons that are not its own. So a choice holds for some steps, times
 count only within a row of alike steps, and small gains are not gone after. A kind of step that is wrongly believed to take long is
@@ -10,6 +12,10 @@ never taken, and so never put right. So what is believed grows in small steps on
 one that was timed later, and what was measured before the first request is scaled by what it turned out to mean. And when the steps
 that are taken all the time become slower or faster, all kinds of steps are believed to: longer contexts, or somebody else on the
 device, are no reason to try one kind after the other.
+
+Steps that are not what seems best are for learning: what the drafts are good for, while none are taken; what plain steps take, while
+they are not; what other trees take. They are paid for: an account gets a small share of all time, and what such steps, and those
+right behind them, took longer than their tokens are worth is taken from it. While it is empty, nothing is learned.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import bisect
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,12 +33,13 @@ from numpy.typing import NDArray
 from services.model_worker.interface import RequestSpeculation, SpeculationStats
 from services.model_worker.speculation.tree import Tree
 
-MEMORY = 0.95  # of a request: a step counts half after some 14 further ones
-PRIOR_WEIGHT = 4.0  # guessed tokens promised, in which a new request is believed to do as the average
-AVERAGE_MEMORY = 0.99  # of the average over all requests, in steps of one sequence
-ENTER, LEAVE = 1.04, 1.0  # rate over the plain step's at which trees are begun with, and below which they are given up
+MEMORY = 0.96  # of a request: a step counts half after some 17 further ones
+PRIOR_WEIGHT = 4.0  # first guesses promised, in which a new request is believed to do as the average
+AVERAGE_MEMORY = 0.98  # of the average over all requests, with each sequence of a step
+# Steps with trees vary more, so that the lower quartile, which is believed, flatters them.
+ENTER, LEAVE = 1.06, 1.02  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
-HOLD = 4  # steps of a batch size for which a choice holds
+HOLD = 8  # steps of a batch size for which a choice holds
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
 AGREED = 1.05  # times what it is believed to take: SAMPLES quartiles up to there in a row, and it is known
@@ -42,8 +49,15 @@ TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, 
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 UNMEASURED = 0.4  # the same of one whose time is from before the first request
-LOOK = 0.007  # share of the time that looks at drafts may take while no tree is settled on
-LOOK_EVERY = 16  # steps between two looks, at least
+SHARE = 0.003  # of the time for each purpose of learning
+FIRST = 24  # steps whose time is there for each in the beginning, and for which a choice does not hold
+SAVED = 64  # the most that an account holds
+LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
+LOOK_EVERY = 16  # steps between two looks at drafts, at least
+PLAIN_EVERY = 256  # the same between two looks at plain steps
+AFTER = 2  # steps behind those that learn which are paid for, too: the first may be slow for having another graph
+CLIPPED = 4.0  # no step is paid for as more than so many usual ones: it was disturbed
+PACE_MEMORY = 0.98  # of what usual steps take
 NOBODY = 0  # the place of those that have ended
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
@@ -51,18 +65,20 @@ HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 class Acceptances:
     """What came of the guesses for each request that runs or waits, in arrays by place (but NOBODY's). Fading sums fade with MEMORY.
 
-    able           False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
-    recent         guessed tokens accepted, fading;  promised: as many as its trees promised, fading
-    plain, steps   in all, without a tree and with one;  nodes: of those trees together
-    accepted       [place, n]: how many of the steps with a tree accepted n guesses
+    able      False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
+    fading    [place, 2]: steps whose first guess was right, and as many as its trees promised
+    plain     steps without a tree;  nodes: of the trees of the other steps together
+    accepted  [place, n]: how many of the steps with a tree accepted n guesses
     """
 
     def __init__(self, depth: int) -> None:
         self._free: list[int] = []
         self.able = np.zeros(0, dtype=bool)
-        self.recent, self.promised = np.zeros((2, 0))
-        self.plain, self.steps, self.nodes = np.zeros((3, 0), dtype=np.int64)
+        self.fading = np.zeros((0, 2))
+        self.plain, self.nodes = np.zeros((2, 0), dtype=np.int64)
         self.accepted = np.zeros((0, depth + 1), dtype=np.int64)
+        self._unable = 0  # of those that run or wait
+        self._before = np.zeros(depth + 1, dtype=np.int64)  # accepted by those that have gone
 
     def admit(self, able: bool = True) -> int:
         """A place for a new request."""
@@ -70,48 +86,81 @@ class Acceptances:
             self._grow()
         place = self._free.pop()
         self.able[place] = able
-        for values in (self.recent, self.promised, self.plain, self.steps, self.nodes, self.accepted):
+        self._unable += not able
+        for values in (self.fading, self.plain, self.nodes):
             values[place] = 0
+        self._clear(place)
         return place
 
     def release(self, place: int) -> None:
+        self._unable -= not self.able[place]
         self._free.append(place)
+
+    def _clear(self, place: int) -> None:
+        self._before += self.accepted[place]
+        self.accepted[place] = 0
 
     def _grow(self) -> None:
         held = len(self.able)
         more = max(64, held)
         self._free = list(range(held + more - 1, max(held, NOBODY + 1) - 1, -1))
-        for name in ("able", "recent", "promised", "plain", "steps", "nodes", "accepted"):
+        for name in ("able", "fading", "plain", "nodes", "accepted"):
             values = getattr(self, name)
             setattr(self, name, np.concatenate((values, np.zeros((more, *values.shape[1:]), values.dtype))))
 
-    def factors(self, places: NDArray[np.int64], average: float) -> float:
-        """The sum of how many times its promise each keeps, believed to be the average at first."""
-        kept = (PRIOR_WEIGHT * average + self.recent[places]) / (PRIOR_WEIGHT + self.promised[places])
-        return float(kept @ self.able[places])
+    def all_able(self, places: NDArray[np.int64]) -> bool:
+        return not self._unable or bool(self.able[places].all())
+
+    def extras(
+        self, places: NDArray[np.int64], average: float, promises: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """promises [T, D], see Tree → guesses accepted in a step of all these requests with each tree, [T]: as they do now (believed
+        to be the average at first), and if all do as promised or better."""
+        right, promised = self.fading[places].T
+        factors = (PRIOR_WEIGHT * average + right) / (PRIOR_WEIGHT + promised)
+        if self._unable:
+            factors = factors[self.able[places]]
+
+        def of(factors: NDArray[np.float64]) -> NDArray[np.float64]:
+            powers = np.multiply.accumulate(np.repeat(factors[:, None], promises.shape[1], axis=1), axis=1)
+            accepted: NDArray[np.float64] = np.minimum(promises * powers[:, None], 1.0).sum(axis=(0, 2))
+            return accepted
+
+        return of(factors), of(np.maximum(factors, 1.0))
 
     def observe(self, places: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree) -> None:
         """A step with a tree, of those that are able."""
-        self.steps[places] += 1
         self.nodes[places] += tree.size
         self.accepted[places, accepted] += 1
-        self.recent[places] = MEMORY * self.recent[places] + accepted
-        self.promised[places] = MEMORY * self.promised[places] + _promise(tree)
+        fading = self.fading[places]
+        fading *= MEMORY
+        fading[:, 0] += accepted > 0
+        fading[:, 1] += _promise(tree)
+        self.fading[places] = fading
+
+    def total(self) -> NDArray[np.int64]:
+        """Steps of a sequence with a tree, by accepted guesses, since the start."""
+        total: NDArray[np.int64] = self._before + self.accepted.sum(axis=0)
+        return total
 
     def summary(self, place: int) -> RequestSpeculation:
+        steps = int(self.accepted[place].sum())
         # Up to the last head whose guess was ever accepted.
         by_head = tuple(count for count in _by_head(self.accepted[place]) if count)
-        return RequestSpeculation(int(self.plain[place]), int(self.steps[place]), by_head, int(self.nodes[place]))
+        return RequestSpeculation(int(self.plain[place]), steps, by_head, int(self.nodes[place]))
 
 
 def _promise(tree: Tree) -> float:
-    return max(tree.expected_extra, 1e-3)
+    return max(tree.promises[0], 1e-3)
 
 
 def _by_head(accepted: NDArray[np.int64]) -> list[int]:
     """Steps by the number of their accepted guesses → steps in which each head's guess was accepted."""
     by_head: list[int] = accepted[::-1].cumsum()[::-1][1:].tolist()
     return by_head
+
+
+_PURPOSES = _DRAFTS, _PLAIN, _TREES = range(3)  # how good drafts are; what plain steps take; what other trees take
 
 
 @dataclass(slots=True)
@@ -153,9 +202,11 @@ class _Arm:
 
 @dataclass(slots=True)
 class _BatchSize:
-    """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be on trial;
-    trial: steps of it still to come.
+    """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be to learn
+    from; trial: steps of it still to come.
 
+    pace       seconds that a token takes in steps of what is settled, fading;  usual: seconds of such a step
+    accounts   seconds that learning may take, by its purpose;  paying: from which; paid: steps still to be paid for
     load       how many times as long as they are believed to all steps take now, by the settled ones, `followed`, once these are
                known: their last times are `recent`, and so many in a row agreed
     """
@@ -165,6 +216,11 @@ class _BatchSize:
     settled: int = 0
     present: int = 0
     trial: int = 0
+    pace: float = 0.0
+    usual: float = 0.0
+    accounts: list[float] = field(default_factory=lambda: [0.0] * len(_PURPOSES))
+    paying: int = 0
+    paid: int = 0
     load: float = 1.0
     followed: int = -1
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -187,6 +243,24 @@ class _BatchSize:
         else:
             self.load = min(_quartile(self.recent) / arm.seconds, SLOWER * self.load)
             arm.timed = self.picks
+
+    def learn(self, index: int, purpose: int, steps: int = 1) -> None:
+        """The next steps are to learn from."""
+        self.present, self.trial, self.paying = index, steps - 1, purpose
+
+    def account(self, seconds: float, tokens: int) -> None:
+        """A step took so long and brought so many tokens."""
+        if not self.usual:
+            self.pace, self.usual = seconds / tokens, seconds
+            self.accounts = [FIRST * seconds / 4, FIRST * seconds, FIRST * seconds]
+        seconds = min(seconds, CLIPPED * self.usual)
+        if self.paid:
+            self.accounts[self.paying] -= seconds - tokens * self.pace
+            self.paid -= self.present == self.settled
+            return
+        self.pace = PACE_MEMORY * self.pace + (1 - PACE_MEMORY) * seconds / tokens
+        self.usual = PACE_MEMORY * self.usual + (1 - PACE_MEMORY) * seconds
+        self.accounts = [min(left + SHARE * seconds, SAVED * self.usual) for left in self.accounts]
 
     def believed(self, most: int) -> list[float]:
         """Seconds of a step with each of the first `most` arms, up to one that is not known."""
@@ -212,38 +286,41 @@ class TreeController:
         self.trees = list(trees)
         self._nodes = [tree.size for tree in trees]
         self._depth = max(tree.depth for tree in trees)
+        self._promises = np.array([tree.promises + (0.0,) * (self._depth - tree.depth) for tree in trees])
         self._sizes = sorted(sizes)
         self._max_rows = max_rows
         self._by_size: dict[int, _BatchSize] = {}
         # (batch size, arm) of the newest step that was picked, and of the last one whose time was told
         self._picked: tuple[int, int] | None = None
         self._timed: tuple[int, int] | None = None
-        self.average = 1.0  # of all requests' factors
+        self.average = 1.0  # how many times as often as promised first guesses are right
         self.requests = Acceptances(self._depth)
         self._steps: Counter[int] = Counter()  # by nodes
-        self._accepted = np.zeros(self._depth + 1, dtype=np.int64)  # sequences' steps by accepted tokens
-        self._fading: NDArray[np.float64] = np.zeros(0)  # powers of AVERAGE_MEMORY
+        self._tokens = 0  # of the newest step with a tree
 
     def bucket(self, sequences: int) -> int:
         return self._sizes[min(bisect.bisect_left(self._sizes, sequences), len(self._sizes) - 1)]
 
-    def pick(self, batch: NDArray[np.int64]) -> Tree | None:
-        """The tree for a step of the sequences with these places, None: plain decoding."""
-        size = self.bucket(len(batch))
-        usable = bisect.bisect_right(self._nodes, self._max_rows // max(size, len(batch)))
+    def pick(self, count: int, places: Callable[[], NDArray[np.int64]]) -> Tree | None:
+        """The tree for a step of `count` sequences, whose places are asked for only when there is something to choose. None: plain
+        decoding."""
+        size = self.bucket(count)
+        usable = bisect.bisect_right(self._nodes, self._max_rows // max(size, count))
         if not usable:
             return None
         state = self._of(size)
         state.picks += 1
         if state.present > usable:
             state.trial = 0
-            self._choose(state, batch, usable)
+            self._choose(state, places(), usable)
         elif state.trial:
             state.trial -= 1
         elif state.arms[state.present].known and (
-            state.picks % HOLD == 0 or state.present != state.settled or state.picks == 1
+            state.picks % HOLD == 0 or state.present != state.settled or state.picks < FIRST
         ):
-            self._choose(state, batch, usable)
+            self._choose(state, places(), usable)
+        if state.present != state.settled:
+            state.paid = 1 + AFTER
         state.arms[state.present].last = state.picks
         self._picked = size, state.present
         return self.trees[state.present - 1] if state.present else None
@@ -251,14 +328,9 @@ class TreeController:
     def _choose(self, state: _BatchSize, batch: NDArray[np.int64], usable: int) -> None:
         """Sets `present`, and `trial` if it is one. usable: how many trees, from the smallest on, have few enough rows."""
         arms, count = state.arms, len(batch)
-        total, able = self.requests.factors(batch, self.average), int(self.requests.able[batch].sum())
-
-        def rate(index: int, factors: float, seconds: float) -> float:
-            """Tokens per second of a step with the tree before `index`, if the requests' factors have this sum."""
-            if index == 0:
-                return count / seconds
-            tree = self.trees[index - 1]
-            return (count + min(factors * tree.expected_extra, count * tree.depth)) / seconds
+        extras, hoped = (
+            [0.0, *values.tolist()] for values in self.requests.extras(batch, self.average, self._promises[:usable])
+        )
 
         seconds = state.believed(usable + 1)
         least = [value * arm.doubt(state.picks) for value, arm in zip(seconds, arms, strict=False)]
@@ -267,8 +339,8 @@ class TreeController:
             if index == len(seconds):
                 state.present = index
                 return
-            rates.append(rate(index, total, seconds[index]))
-            if rate(index, total, least[index]) < HOPELESS * max(rates):
+            rates.append((count + extras[index]) / seconds[index])
+            if (count + extras[index]) / least[index] < HOPELESS * max(rates):
                 break
         best = max(range(len(rates)), key=rates.__getitem__)
         before = state.settled if state.settled < len(rates) else 0
@@ -277,31 +349,36 @@ class TreeController:
         elif before and rates[before] >= rates[0] and rates[best] < CHANGE * rates[before]:
             best = before
         state.settled = state.present = best
-        if state.picks % TRIAL_EVERY == 0:
-            hopes = [rate(index, max(total, able), least[index]) for index in range(len(rates))]
-            self._try_another(state, {index for index, hope in enumerate(hopes) if hope >= rates[best]})
-        if state.present == best == 0 and len(rates) > 1:
-            # What would be accepted, plain steps do not show: what a look costs says how often it can be had.
+        if state.picks % HOLD or len(rates) == 1:
+            return
+        drafts, plain, trees = (left > 0 for left in state.accounts)
+        if trees and state.picks % TRIAL_EVERY == 0:
+            near = {i for i in range(1, len(rates)) if (count + hoped[i]) / least[i] >= rates[best]}
+            self._try_another(state, near)
+        if state.present != best:
+            return
+        if best == 0 and drafts:  # what would be accepted, plain steps do not show
             cheapest = min(range(1, len(rates)), key=seconds.__getitem__)
-            every = HOLD * math.ceil(max(LOOK_EVERY, (seconds[cheapest] / seconds[0] - 1) / LOOK) / HOLD)
-            if state.picks % every == 0 and rate(cheapest, max(total, able), seconds[cheapest]) >= rates[0]:
-                state.present = cheapest
+            if state.picks % LOOK_EVERY == 0 and (count + hoped[cheapest]) / seconds[cheapest] >= rates[0]:
+                state.learn(cheapest, _DRAFTS, max(1, LOOK // count))
+        # Trees are measured against plain steps.
+        if best and plain and state.picks - max(arms[0].timed, arms[0].tried) >= PLAIN_EVERY:
+            arms[0].tried = state.picks
+            state.learn(0, _PLAIN, TRIAL)
 
     def _try_another(self, state: _BatchSize, near: set[int]) -> None:
-        """near: the arms that would be better than the best if drafts did as promised. Nothing else can turn out to be."""
+        """near: the trees that would be better than the best if drafts did as promised. Nothing else can turn out to be."""
         arms = state.arms
         timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
-        if timed:  # what plain steps take must be known: trees are measured against them
-            near.add(0)
         if unmeasured := {index for index in near if not (arms[index].measured or arms[index].tried)}:
             near, timed = unmeasured, True
-        if not timed and state.settled == 0:
+        if not near or (not timed and state.settled == 0):
             return  # `_choose` looks at drafts more often
         oldest = min(near, key=lambda index: arms[index].tried if timed else arms[index].last)
         if timed:
             arms[oldest].tried = state.picks
         if oldest != state.settled:
-            state.present, state.trial = oldest, TRIAL - 1 if timed else 0
+            state.learn(oldest, _TREES, TRIAL if timed else 1)
 
     def _of(self, size: int) -> _BatchSize:
         if (state := self._by_size.get(size)) is None:
@@ -327,25 +404,23 @@ class TreeController:
         if kind == self._timed == self._picked or not state.arms[index].known:
             state.add_time(index, seconds)
         self._timed = kind
+        state.account(seconds, sequences if tree is None else max(self._tokens, sequences))
 
-    def observe(self, batch: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree | None) -> None:
-        """How many guessed tokens were accepted for each sequence of a step, by place."""
+    def observe(self, batch: NDArray[np.int64], accepted: NDArray[np.int64] | None, tree: Tree | None) -> None:
+        """How many guessed tokens were accepted for each sequence of a step, by place; None without a tree."""
         self._steps[1 if tree is None else tree.size] += 1
-        if tree is None:
+        if tree is None or accepted is None:
             self.requests.plain[batch] += 1
             return
-        able = self.requests.able[batch]
-        if not able.all():
+        if not self.requests.all_able(batch):
+            able = self.requests.able[batch]
             self.requests.plain[batch[~able]] += 1
             batch, accepted = batch[able], accepted[able]
         self.requests.observe(batch, accepted, tree)
-        self._accepted += np.bincount(accepted, minlength=self._depth + 1)
-        # As if they came one after the other: what each adds to the average fades with those behind it.
-        if len(self._fading) <= len(batch):
-            self._fading = np.power(AVERAGE_MEMORY, np.arange(2 * len(batch) + 1), dtype=np.float64)
-        fading = self._fading[: len(batch) + 1][::-1]
-        news = (1.0 - AVERAGE_MEMORY) / _promise(tree) * float(fading[1:] @ accepted)
-        self.average = float(fading[0]) * self.average + news
+        self._tokens = len(accepted) + int(accepted.sum())
+        if len(batch):
+            fading, right = AVERAGE_MEMORY ** len(batch), np.count_nonzero(accepted)
+            self.average = fading * self.average + (1 - fading) * right / (len(batch) * _promise(tree))
 
     def times(self, sequences: int) -> dict[int, float]:
         """Seconds of a step of so many sequences, by nodes: of the kinds that are known."""
@@ -355,5 +430,5 @@ class TreeController:
 
     def stats(self) -> SpeculationStats:
         # Copies: another thread may be asking.
-        steps, accepted = dict(self._steps), self._accepted.copy()
+        steps, accepted = dict(self._steps), self.requests.total()
         return SpeculationStats(steps, int(accepted.sum()), _by_head(accepted), self.average)

@@ -72,6 +72,14 @@ class Tree:
         return sum(self.gains[1:])
 
     @cached_property
+    def promises(self) -> tuple[float, ...]:
+        """Entry d: how likely a step is expected to accept more than d guessed tokens."""
+        of_depth = [0.0] * self.depth
+        for node, gain in zip(self.nodes[1:], self.gains[1:], strict=True):
+            of_depth[len(node) - 1] += gain
+        return tuple(of_depth)
+
+    @cached_property
     def parents(self) -> list[int]:
         """By node; the root's is 0, itself."""
         return [self._index[node[:-1]] for node in self.nodes]
