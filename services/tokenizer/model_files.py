@@ -15,7 +15,7 @@ from services.tokenizer.encoder import Encoder
 from services.tokenizer.tool_format import tool_format_of
 from shared.api import GenerateRequest
 from shared.errors import StartError
-from shared.model_folder import eos_ids
+from shared.model_folder import eos_ids, named_eos_ids
 from shared.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 # The named special tokens that transformers hands to chat templates.
@@ -89,7 +89,7 @@ def load_model_files(folder: Path) -> ModelFiles:
         vocab_size,
         context,
         _defaults(path, generation),
-        _bad_words(path, generation, ends, vocab_size),
+        _bad_words(path, generation, named_eos_ids(config, generation), vocab_size),
         tool_format_of(templates.values(), [token.content for token in tokenizer.get_added_tokens_decoder().values()]),
         ends,
     )

@@ -501,6 +501,18 @@ def test_the_table_says_what_each_request_alone_would() -> None:
         table.release(gone)
 
 
+def test_steps_in_flight_tell_nothing_of_those_that_have_ended() -> None:
+    controller = TreeController(TREES, SIZES, 512)
+    gone, stays = (controller.requests.admit() for _ in range(2))
+    controller.observe(np.array([gone, stays]), np.array([1, 0]), TREES[0])
+    average = controller.average
+    controller.requests.release(gone)
+    for _ in range(2):
+        controller.observe(np.array([NOBODY]), np.array([2]), TREES[1])
+    assert controller.average == average and controller.stats().drafted == 2
+    assert (controller.stats().accepted[0], controller.requests.summary(stays).drafted) == (1, 1)
+
+
 def test_a_place_is_given_again_without_its_past() -> None:
     table = Acceptances(depth=4)
     first = table.admit(able=False)

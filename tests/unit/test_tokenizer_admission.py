@@ -139,7 +139,8 @@ def test_generation_config(tmp_path: Path) -> None:
     eos = json.loads((tmp_path / "config.json").read_text())["eos_token_id"]
     config = {
         "temperature": 0.7, "top_k": 11, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.8, "repetition_penalty": 1.1,
-        "max_new_tokens": 99, "min_new_tokens": 2, "bad_words_ids": [[7], [8, 9], [eos], [77]], "eos_token_id": [eos, 77],
+        "max_new_tokens": 99, "min_new_tokens": 2, "bad_words_ids": [[7], [8, 9], [eos], [77], [10**6]],
+        "eos_token_id": [eos, 77, 10**6],
     }  # fmt: skip
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     admission = Admission(load_model_files(tmp_path), "demo", 256)

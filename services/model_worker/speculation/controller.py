@@ -59,6 +59,7 @@ AFTER = 2  # steps behind those that learn which are paid for, too: the first ma
 CLIPPED = 4.0  # no step is paid for as more than so many usual ones: it was disturbed
 PACE_MEMORY = 0.98  # of what usual steps take
 NOBODY = 0  # the place of those that have ended
+IN_FLIGHT = 3  # steps, at most, that know a request when it ends
 HOPELESS = 0.6  # when a tree falls so far behind, larger ones are not tried
 
 
@@ -78,6 +79,7 @@ class Acceptances:
         self.plain, self.nodes = np.zeros((2, 0), dtype=np.int64)
         self.accepted = np.zeros((0, depth + 1), dtype=np.int64)
         self._unable = 0  # of those that run or wait
+        self._ended = 0  # steps that may still tell of somebody who has ended
         self._before = np.zeros(depth + 1, dtype=np.int64)  # accepted by those that have gone
 
     def admit(self, able: bool = True) -> int:
@@ -94,6 +96,7 @@ class Acceptances:
 
     def release(self, place: int) -> None:
         self._unable -= not self.able[place]
+        self._ended = IN_FLIGHT
         self._free.append(place)
 
     def _clear(self, place: int) -> None:
@@ -109,7 +112,11 @@ class Acceptances:
             setattr(self, name, np.concatenate((values, np.zeros((more, *values.shape[1:]), values.dtype))))
 
     def all_able(self, places: NDArray[np.int64]) -> bool:
-        return not self._unable or bool(self.able[places].all())
+        """For the places of a step that is read back. NOBODY is not able."""
+        if not (self._unable or self._ended):
+            return True
+        self._ended = max(0, self._ended - 1)
+        return bool(self.able[places].all())
 
     def extras(
         self, places: NDArray[np.int64], average: float, promises: NDArray[np.float64]
