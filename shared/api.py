@@ -457,6 +457,7 @@ def finished_event(
     completion_tokens: int,
     timings: Mapping[str, float],
     metadata: Mapping[str, Any],
+    cached_tokens: int = 0,
     prompt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """prompt: lengths (and with stream=false contents) of what was told of the prompt, as of a choice.
@@ -470,7 +471,7 @@ def finished_event(
         id=request_id,
         choices=choices,
         **told,
-        usage=usage_of(prompt_tokens, completion_tokens),
+        usage=usage_of(prompt_tokens, completion_tokens, cached_tokens),
         timings=dict(timings),
         metadata=dict(metadata),
     )
@@ -483,19 +484,22 @@ def cancelled_event(
     completion_tokens: int,
     metadata: Mapping[str, Any],
     choices: list[dict[str, Any]],
+    cached_tokens: int = 0,
     prompt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """choices: {"choice", "tokens", "chars"} of what was told; prompt: the same of the prompt, if it was to be told."""
     told = {} if prompt is None else {"prompt": prompt}
-    usage = usage_of(prompt_tokens, completion_tokens)
+    usage = usage_of(prompt_tokens, completion_tokens, cached_tokens)
     return dict(event="cancelled", id=request_id, choices=choices, **told, usage=usage, metadata=dict(metadata))
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, int]:
+    """cached_tokens: of the prompt, those that a worker's prefix cache had."""
     return dict(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
+        cached_tokens=cached_tokens,
     )
 
 

@@ -95,7 +95,7 @@ def _tokens(row: list[Any]) -> m.Tokens:
         row[7] = tuple(m.TokenLogprobs(r[0], r[1], tuple(r[2])) for r in row[7])
     if len(row) > 8 and row[8] is not None:
         row[8] = _make(m.Failure, row[8])
-    return m.Tokens(*row[:9])
+    return m.Tokens(*row[: len(m.Tokens._fields)])
 
 
 # How the fields that are not plain msgpack values are rebuilt, by message and field name.

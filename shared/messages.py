@@ -111,6 +111,7 @@ class Tokens(NamedTuple):
     finish     None while the choice goes on, else "stop" (end of sequence), "stop_token", "length", "deadline" or "error"
     stop       the id that ended it, for finish "stop" and "stop_token"; such an id is the last of `ids` and is not shown as text
     failure    for finish "error" (and "deadline"): fails the whole request
+    cached     with a request's first tokens: so many of the prompt's tokens were in the worker's prefix cache
     """
 
     key: str
@@ -122,6 +123,7 @@ class Tokens(NamedTuple):
     stop: int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     failure: Failure | None = None
+    cached: int = 0
 
 
 class StepTokens(NamedTuple):

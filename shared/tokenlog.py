@@ -62,6 +62,7 @@ class RequestState:
     prompt: Choice | None = None  # the prompt's tokens whose log-probabilities are committed, if they are wanted
     touched: float = 0.0  # store time of the last entry about it, up to the one that ended it
     req_seq: int = 0  # its place in REQ, by OPEN
+    cached: int = 0  # tokens of the prompt that its first worker had in its prefix cache
 
     @property
     def prefix(self) -> tuple[list[int], ...]:
@@ -230,9 +231,10 @@ class PartitionFold:
     def _usual(request: RequestState, tokens: m.Tokens, effects: list[Effect]) -> bool:
         """What `_tokens` does with the next tokens of a choice that goes on, which nearly all entries are: without asking the rules,
         as none of them has anything to say about such an entry. False, and nothing is done, for any other."""
-        key, index, epoch, position, data, finish, _, logprobs, _ = tokens
+        key, index, epoch, position, data, finish, _, logprobs, _, cached = tokens
         if (
             finish is not None
+            or cached
             or epoch != request.epoch
             or request.held
             or request.terminal is not None
@@ -287,6 +289,7 @@ class PartitionFold:
 
     def _commit(self, request: RequestState, choice: Choice, tokens: m.Tokens, effects: list[Effect]) -> None:
         ids = unpack_ids(tokens.ids)
+        request.cached = max(request.cached, tokens.cached)
         if ids:
             effects.append(Committed(request.key, tokens.choice, len(choice.ids), ids, tokens.logprobs))
             choice.ids.extend(ids)
@@ -340,7 +343,9 @@ class PartitionFold:
             choices = [(c.ids, c.base, c.finish, c.stop, c.length) for c in r.choices]
             held = list(r.held.values())
             prompt = None if r.prompt is None else (r.prompt.ids, r.prompt.base)
-            rows.append((r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched, prompt, r.req_seq))
+            rows.append(
+                (r.key, r.opened, r.reply, r.epoch, choices, held, r.terminal, r.touched, prompt, r.req_seq, r.cached)
+            )
         data: bytes = msgpack.packb(rows)
         return data
 
@@ -357,6 +362,7 @@ class PartitionFold:
             request.req_seq = (
                 added[1] if len(added) > 1 else request.opened.req_seq if request.opened is not None else 0
             )
+            request.cached = added[2] if len(added) > 2 else 0
             if added and added[0] is not None:
                 request.prompt = Choice(*added[0][:2])
             for row in held:

@@ -290,6 +290,7 @@ class Answer:
                 self.id,
                 prompt_tokens=opened.prompt_tokens,
                 completion_tokens=self.completion_tokens,
+                cached_tokens=self.state.cached,
                 metadata=opened.metadata,
                 choices=[dict(choice=n) | _lengths(track) for n, track in self.tracks.items() if n >= 0],
                 prompt=None if self.prompt is None else _lengths(self.prompt),
@@ -300,6 +301,7 @@ class Answer:
             prompt=None if self.prompt is None else _lengths(self.prompt) | ({} if stream else _whole(self.prompt)),
             prompt_tokens=opened.prompt_tokens,
             completion_tokens=self.completion_tokens,
+            cached_tokens=self.state.cached,
             timings=self.timings(),
             metadata=opened.metadata,
         )

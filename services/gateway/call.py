@@ -12,7 +12,7 @@ from services.gateway.generation import Generation, Generations
 from services.gateway.render import ChatRenderer, Choice, CompletionRenderer, Prompt, dump
 from services.gateway.sse import Bell
 from services.gateway.vocabulary import Vocabulary
-from shared.api import as_error, usage_of
+from shared.api import as_error
 from shared.client_stream import Delta
 from shared.messages import PROMPT
 from shared.tool_calls import MARKERS, parse
@@ -127,7 +127,10 @@ class Call:
     def _usage_at_end(self) -> dict[str, Any]:
         usages = [end["usage"] for part in self.parts if (end := part.generation.end) is not None]
         generated = sum(u["completion_tokens"] for u in usages)
-        return usage_of(sum(u["prompt_tokens"] for u in usages), generated)
+        # A stored result of an earlier version does not tell of the cache.
+        cached = sum(u.get("cached_tokens", 0) for u in usages)
+        usage = _usage(sum(u["prompt_tokens"] for u in usages), generated)
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     # ------------------------------------------------ as a stream
 
@@ -262,7 +265,7 @@ class Call:
             return None
         prompts = [part.generation.stream.accepted for part in self.parts]
         prompt_tokens = sum(accepted["prompt_tokens"] for accepted in prompts if accepted is not None)
-        return usage_of(prompt_tokens, sum(p.position for p in self._cursor.choices.values()))
+        return _usage(prompt_tokens, sum(p.position for p in self._cursor.choices.values()))
 
     def _event(self, choice: str, usage: dict[str, Any] | None) -> str:
         return f"id: {self._cursor}\ndata: {self.renderer.chunk(choice, usage)}\n\n"
@@ -317,3 +320,8 @@ def split(delta: Delta, position: int, offset: int) -> tuple[Delta, Delta | None
         logprobs[ids:] if logprobs is not None else None,
     )
     return old, new
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    total = prompt_tokens + completion_tokens
+    return dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)

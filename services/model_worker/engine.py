@@ -490,8 +490,9 @@ class Engine:
         self._last_retired = now
         output.step, output.seconds = plan.step, seconds
         if plan.admitted:
-            requests = [sequence.request for sequence in plan.admitted]
-            output.admitted = [SlotGiven(r.request_id, r.choice, r.epoch, flight.launched) for r in requests]
+            output.admitted = [
+                SlotGiven(*_key(s.request), s.request.epoch, flight.launched, s.cached) for s in plan.admitted
+            ]
         if self.trees is not None and plan.decodes:
             accepted = None if plan.tree is None else (result.decoded >= 0).sum(axis=1) - 1
             self.trees.observe(self._records_of(plan), accepted, plan.tree)

@@ -156,12 +156,14 @@ class RequestError:
 
 @dataclass(frozen=True, slots=True)
 class SlotGiven:
-    """A sequence has got its slot (again, after a preemption), at `when`, time.monotonic() seconds."""
+    """A sequence has got its slot (again, after a preemption), at `when`, time.monotonic() seconds. cached: so many of its tokens were
+    in the prefix cache."""
 
     request_id: str
     choice: int
     epoch: int
     when: float
+    cached: int = 0
 
 
 @dataclass(slots=True)

@@ -37,6 +37,7 @@ class ActiveRun:
     outputs    times that each of these came further, stored or not
     taken, admitted, first, last   loop time at which it came, got a slot, had its first and its last token here; 0 if not yet
     trace      traceparent of the order;  prefix: tokens generated elsewhere before
+    cached     tokens of the prompt that were in the prefix cache
     """
 
     key: str
@@ -52,6 +53,7 @@ class ActiveRun:
     admitted: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    cached: int = 0
     outputs: Counter[int] = field(default_factory=Counter)
 
     @property

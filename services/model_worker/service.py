@@ -417,6 +417,8 @@ class WorkerService(Service):
             run = self._runs.get(slot.request_id)
             if run is not None and run.epoch == slot.epoch and not run.admitted:
                 run.admitted = slot.when
+                # Computed elsewhere, the prompt of a request that has migrated was no hit.
+                run.cached = 0 if run.prefix else min(slot.cached, run.prompt)
                 self._queue_seconds.observe(max(0.0, slot.when - run.taken))
 
     def _run_of(self, output: TokenOutput | RequestError | EngineRequest) -> ActiveRun | None:
@@ -427,8 +429,10 @@ class WorkerService(Service):
         return run if output.choice in run.open or (output.choice == PROMPT and run.open) else None
 
     def _entry(self, run: ActiveRun, output: TokenOutput) -> m.Tokens:
+        cached = 0
         if output.choice != PROMPT:
             if not run.first:
+                cached = run.cached
                 # The engine's clock is finer than uvloop's, which counts milliseconds: a slot may seem younger than its token.
                 run.first = max(asyncio.get_running_loop().time(), run.admitted)
                 if run.admitted:
@@ -466,6 +470,7 @@ class WorkerService(Service):
             output.stop_token,
             logprobs,
             failure,
+            cached,
         )
 
     def _failed(self, run: ActiveRun, error: RequestError) -> m.Tokens:

@@ -75,6 +75,17 @@ async def test_chat(client: AsyncOpenAI) -> None:
     assert answer.id == f"chatcmpl-{answer._request_id}"
 
 
+async def test_usage_tells_what_the_prefix_cache_had(client: AsyncOpenAI) -> None:
+    prompt = "Whoever has told this tale before begins it with the same words. " * 5
+    told = []
+    for _ in range(2):
+        answer = await client.completions.create(model=MODEL, prompt=[prompt, "Once"], max_tokens=2)
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        told.append((answer.usage.prompt_tokens, answer.usage.prompt_tokens_details.cached_tokens))
+    (length, first), (_, second) = told
+    assert first == 0 and second is not None and second % 16 == 0 and length - 40 < second < length
+
+
 async def test_chat_stream_says_the_same(client: AsyncOpenAI) -> None:
     params: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, max_tokens=30, seed=5, temperature=0.8)
     whole = await client.chat.completions.create(**params)

@@ -64,7 +64,10 @@ async def test_greedy_ids_and_text(client: RawClient, encoding: str) -> None:
         len(answer.text[0]),
     )
     assert answer.end["usage"] == dict(
-        prompt_tokens=len(prompt), completion_tokens=len(expected), total_tokens=len(prompt) + len(expected)
+        prompt_tokens=len(prompt),
+        completion_tokens=len(expected),
+        total_tokens=len(prompt) + len(expected),
+        cached_tokens=0,
     )
     assert set(answer.end["timings"]) == {"tokenize_ms", "queue_ms", "ttft_ms", "total_ms"}
 

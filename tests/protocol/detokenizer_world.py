@@ -315,6 +315,7 @@ class World:
             "prompt_tokens": PROMPT_TOKENS,
             "completion_tokens": counted,
             "total_tokens": PROMPT_TOKENS + counted,
+            "cached_tokens": 0,
         }
 
     async def tombstone(self, key: str) -> m.Tombstone | None:

@@ -40,6 +40,23 @@ def test_the_usual_entry_has_the_effects_that_the_rules_give_it() -> None:
         assert fold.snapshot() == asking.snapshot()
 
 
+def test_what_the_prefix_cache_had_is_told_once_by_the_first_tokens() -> None:
+    fold = PartitionFold()
+
+    def tokens(epoch: int, position: int, cached: int = 0, choice: int = 0) -> m.StepTokens:
+        one = m.Tokens("t.a", choice, epoch, position, codec.pack_ids([7]), cached=cached)
+        return m.StepTokens("w", 0, (one,))
+
+    # Before OPEN, from a worker that has lost its request, and what an old worker sends behind its successor.
+    for stamp, entry in enumerate((tokens(1, 0, 16), _open(), m.Fence("t.a", 2), tokens(1, 1, 99), tokens(2, 1))):
+        fold.apply(entry, stamp)
+    assert fold.requests["t.a"].cached == 16 and len(fold.requests["t.a"].choices[0].ids) == 2
+    again = PartitionFold.restore(fold.snapshot())
+    assert again.requests["t.a"].cached == 16
+    rows = msgpack.unpackb(fold.snapshot(), strict_map_key=False)
+    assert PartitionFold.restore(msgpack.packb([row[:10] for row in rows])).requests["t.a"].cached == 0
+
+
 def test_a_snapshot_of_a_newer_version_is_understood() -> None:
     """Of whose rows this one does not know the last fields."""
     fold = PartitionFold()

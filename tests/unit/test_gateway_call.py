@@ -47,7 +47,7 @@ def deltas(text: str, size: int) -> list[Delta]:
 
 
 def finished(reason: str, **more: Any) -> dict[str, Any]:
-    usage = dict(prompt_tokens=3, completion_tokens=len(SAID), total_tokens=3 + len(SAID))
+    usage = dict(prompt_tokens=3, completion_tokens=len(SAID), total_tokens=3 + len(SAID), cached_tokens=2)
     end = dict(choice=0, finish_reason=reason, stop=None, tokens=len(SAID), chars=len(SAID)) | more
     return dict(event="finished", id=BASE, choices=[end], usage=usage)
 
