@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -156,13 +157,29 @@ class Plan:
         return [self.port + number for number in range(self.servers)]
 
 
+def _lock(data: Path) -> TextIO:
+    """Two servers that write one store would destroy it. Raises BrokerError."""
+    from shared.broker import BrokerError
+
+    data.mkdir(parents=True, exist_ok=True)
+    locked = (data / "lock").open("a")
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        locked.close()
+        raise BrokerError(f"{data} is in use by another deployment: --data names another folder") from None
+    return locked
+
+
 class Supervisor:
-    """Starts the plan, keeps it running, stops it in order."""
+    """Starts the plan, keeps it running, stops it in order. The data folder is its own from the beginning until `stop`. Raises
+    BrokerError if it is another's."""
 
     def __init__(self, plan: Plan) -> None:
         from shared.broker import Cluster, free_port, server_command
 
         self.plan = plan
+        self._locked: TextIO | None = _lock(plan.data)  # before anything is written there
         self._ports = list(plan.server_ports)  # on which children listen
         logs = plan.data / "logs"
         names = ["nats"] if plan.servers == 1 else [f"nats-{number}" for number in range(1, plan.servers + 1)]
@@ -221,6 +238,9 @@ class Supervisor:
         for stage in IN_ORDER:
             await asyncio.gather(*(c.stop() for name, c in self.stages.items() if name.rsplit("-", 1)[0] == stage))
         await asyncio.gather(*(broker.stop() for broker in self.brokers))
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def children(self) -> list[Child]:
         return [*self.brokers, *self.stages.values()]

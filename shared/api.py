@@ -86,7 +86,7 @@ class ChatMessage(Strict):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
 class Structured(Strict):
@@ -97,7 +97,11 @@ class Structured(Strict):
     regex: Annotated[str, Field(min_length=1)] | None = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
     choice: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_ALTERNATIVES)] | None
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_ALTERNATIVES, fail_fast=True),
+        ]
+        | None
     ) = None
 
     @model_validator(mode="after")
@@ -144,9 +148,9 @@ class GenerateRequest(Strict):
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
-        default_factory=list, max_length=MAX_STOPS
+        default_factory=list, max_length=MAX_STOPS, fail_fast=True
     )
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
     ignore_eos: bool = False
     repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
@@ -155,7 +159,7 @@ class GenerateRequest(Strict):
     bad_words: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
-            Field(max_length=MAX_BAD_WORD_STRINGS),
+            Field(max_length=MAX_BAD_WORD_STRINGS, fail_fast=True),
         ]
         | None
     ) = None
@@ -177,6 +181,14 @@ class GenerateRequest(Strict):
     metadata: dict[str, Any] = Field(default_factory=dict)
     traceparent: Annotated[str, Field(max_length=64)] | None = None
     structured: Structured | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """Before each of a million wrong entries becomes a complaint."""
+        if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"at most {MAX_LOGIT_BIAS} entries are taken, not {len(value)}")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -116,6 +116,12 @@ class Client:
         body |= {"prompt": prompt} if prompt is not None else {}
         body |= {"messages": messages} if messages is not None else {}
         parse_request(body)
+        try:
+            msgpack.packb(body)
+        except (UnicodeEncodeError, OverflowError, ValueError, TypeError) as error:
+            raise GorgonError(
+                ErrorCode.INVALID_REQUEST, f"the request cannot be written as MessagePack: {error}"
+            ) from None
         return self._add(
             Stream(self, body["tenant"], body["id"], body, on_change=on_change, accept_timeout=accept_timeout)
         )

@@ -72,7 +72,7 @@ class Authenticator:
         if scheme.lower() != "bearer" or not key.strip():
             message = "You didn't provide an API key. Send it in an Authorization header: 'Bearer KEY'"
             raise ApiError(401, message, code="missing_api_key", headers={"www-authenticate": "Bearer"})
-        caller = self._keys.get(hashlib.sha256(key.strip().encode()).hexdigest())
+        caller = self._keys.get(hashlib.sha256(key.strip().encode("latin-1")).hexdigest())
         if caller is None:
             raise ApiError(
                 401,

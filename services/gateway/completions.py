@@ -172,6 +172,7 @@ class Completions:
             keepalive=self._settings.keepalive,
             stall_timeout=self._settings.stall_timeout,
             on_close=on_close,
+            given_up=self._generations.given_up,
         )
 
     async def _begin(
@@ -188,7 +189,7 @@ class Completions:
         if resumed:
             self._metrics.resumed.inc()
         for number, body in enumerate(bodies):
-            request_id = cursor.base if len(bodies) == 1 else f"{cursor.base}-{number}"
+            request_id = cursor.base if number == 0 else f"{cursor.base}-{number}"
             if resumed:
                 generation = await self._generations.resume(
                     asked.model, caller.tenant, request_id, survives=key is not None
@@ -201,16 +202,19 @@ class Completions:
             call.read(generation, number * choices)
 
     async def _unless_gone(self, request: Request, working: asyncio.Future[Any]) -> Any:
-        """The result, unless the client goes before it is there. Raises ApiError 499 then."""
+        """The result, unless the client goes before it is there, or this gateway does. Raises ApiError 499 or 503 then."""
         gone = asyncio.ensure_future(until_disconnected(request.receive))
+        given_up = asyncio.ensure_future(self._generations.given_up.wait())
         try:
-            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((working, gone, given_up), return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
+            if given_up.done():
+                raise ApiError.of(GorgonError(ErrorCode.UNAVAILABLE, "this gateway is being stopped", retry_after=1.0))
             self._metrics.disconnects.inc()
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone", type="cancelled_error", code="cancelled")
         finally:
-            for task in (working, gone):
+            for task in (working, gone, given_up):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task

@@ -110,6 +110,7 @@ class Generations:
         self._starting: dict[str, asyncio.Lock] = {}
         self._all: dict[str, Generation] = {}
         self.closing = False
+        self.given_up = asyncio.Event()  # what is not answered by now will not be answered here
         self.round = Round()  # of all streams that are written
 
     def __len__(self) -> int:

@@ -220,24 +220,33 @@ def _token_text(piece: bytes) -> str:
 
 
 def completion_logprobs(
-    entries: Sequence[dict[str, Any] | None], ids: list[int], pieces: Pieces, top: int, offset: int
+    entries: Sequence[dict[str, Any] | None], ids: list[int], pieces: Pieces, top: int, offset: int, first: bool
 ) -> dict[str, Any]:
-    """`offset` is the place of the first token in the choice's text. An entry is None where nothing comes before the token."""
+    """`offset` is the place of the first token in the choice's text; first: it is the choice's first. An entry is None where nothing
+    comes before the token."""
     tokens: list[str] = []
     offsets: list[int] = []
     chosen: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be of several tokens
-    at_border = offset == 0  # else the first tokens may be the rest of a character that began before them
+    # The first tokens may be the rest of a character that began before them, which is not in the text until it is complete.
+    inside: bool | None = False if first else None  # None: they may
     for token, entry in zip(ids, entries, strict=True):
         text = _token_text(pieces.pieces[token])
+        shown = b"" if token in pieces.special else pieces.pieces[token]
+        completed = 0
+        if inside is not False and shown:
+            rest = shown.lstrip(_CONTINUATION)
+            if len(rest) < len(shown):
+                inside = not rest
+                completed = bool(rest)
+            else:
+                offset += inside is True  # it was complete before this token
+                inside = False
+            shown = rest
         tokens.append(text)
         offsets.append(offset)
-        shown = b"" if token in pieces.special else pieces.pieces[token]
-        if not at_border:
-            shown = shown.lstrip(_CONTINUATION)
-            at_border = bool(shown)
-        offset += len(utf8.decode(shown))
+        offset += completed + len(utf8.decode(shown))
         if entry is None:
             chosen.append(None)
             tops.append(None)
@@ -257,7 +266,8 @@ class CompletionRenderer(Renderer):
     id_prefix = "cmpl-"
 
     def delta(self, choice: Choice, delta: Delta, pieces: Pieces) -> str | None:
-        return self._next(choice, delta.ids, delta.text, delta.logprobs or (), pieces, None)
+        first = delta.position == 0
+        return self._next(choice, delta.ids, delta.text, delta.logprobs or (), pieces, None, first)
 
     def last(self, choice: Choice, reason: str, pieces: Pieces) -> str:
         chunk = self._next(choice, [], "", (), pieces, reason)
@@ -272,6 +282,7 @@ class CompletionRenderer(Renderer):
         entries: Sequence[dict[str, Any] | None],
         pieces: Pieces,
         reason: str | None,
+        first: bool = False,
     ) -> str | None:
         prompt = choice.prompt
         offset = choice.chars + (len(prompt.text) if prompt is not None else 0)
@@ -279,11 +290,11 @@ class CompletionRenderer(Renderer):
         if not choice.begun and prompt is not None:
             text = prompt.text + text
             if prompt.logprobs:
-                ids, entries, offset = prompt.ids + ids, [*prompt.logprobs, *entries], 0
+                ids, entries, offset, first = prompt.ids + ids, [*prompt.logprobs, *entries], 0, True
         choice.begun = True
         logprobs = "null"
         if self._logprobs is not None and entries:
-            logprobs = dump(completion_logprobs(entries, ids, pieces, self._logprobs, offset))
+            logprobs = dump(completion_logprobs(entries, ids, pieces, self._logprobs, offset, first))
         elif not text and reason is None:
             return None
         ended = "null" if reason is None else f'"{reason}"'
@@ -296,5 +307,5 @@ class CompletionRenderer(Renderer):
             text, ids, entries = prompt.text + text, prompt.ids + ids, [*prompt.logprobs, *entries]
         logprobs = None
         if self._logprobs is not None:
-            logprobs = completion_logprobs(entries, ids, pieces, self._logprobs, 0)
+            logprobs = completion_logprobs(entries, ids, pieces, self._logprobs, 0, True)
         return dict(index=choice.index, text=text, logprobs=logprobs, finish_reason=reason)

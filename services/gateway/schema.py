@@ -6,14 +6,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True)]
+
+MAX_KEYS = 4096  # of an object that is looked at entry by entry: each wrong one would become a complaint of its own
+
+
+def few_keys(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise ValueError(f"{len(value)} keys: at most {MAX_KEYS} are taken")
+    return value
+
+
+FewKeys = BeforeValidator(few_keys)
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return few_keys(value)
 
 
 class StreamOptions(Body):
@@ -29,18 +46,18 @@ class Common(Body):
 
     model: Annotated[str, Field(min_length=1, description="one of GET /v1/models")]
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], FewKeys] | None = None
     max_tokens: int | None = None
     n: int | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], FewKeys] | None = None
     # Gorgon's own
     top_k: int | None = None
     min_p: float | None = None
@@ -49,7 +66,7 @@ class Common(Body):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Ids | None = None
-    bad_words: list[str] | None = None
+    bad_words: Strings | None = None
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
@@ -72,7 +89,7 @@ class ChatCompletionRequest(Common):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # OpenAI's that only some values of are honoured
-    modalities: list[str] | None = None
+    modalities: Strings | None = None
     service_tier: str | None = None
     store: bool | None = None
     safety_identifier: str | None = None
@@ -92,7 +109,7 @@ class ChatCompletionRequest(Common):
 
 class CompletionRequest(Common):
     prompt: Annotated[
-        str | Ids | list[str] | Annotated[list[Ids], Field(fail_fast=True)],
+        str | Ids | Strings | Annotated[list[Ids], Field(fail_fast=True)],
         Field(description="a text or token ids, or a list of either"),
     ]
     echo: bool | None = None

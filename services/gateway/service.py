@@ -62,7 +62,7 @@ class GatewayService(Service):
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=max(1, int(self.settings.drain_timeout) - 1),
+            timeout_graceful_shutdown=_graceful(self.settings),
         )
         self._server = _Server(config)
         self._serving = self.spawn(self._server.serve([listener]), "http")
@@ -75,8 +75,12 @@ class GatewayService(Service):
         """No new connections; streams may end within the drain timeout. The others go on at another gateway when their clients come."""
         self._generations.closing = True
         self._server.should_exit = True
+        # Before uvicorn ends what is left by exceptions.
+        patience = max(0.2, _graceful(self.settings) - 0.5)
+        timer = asyncio.get_running_loop().call_later(patience, self._generations.given_up.set)
         if self._serving is not None:
             await asyncio.wait([self._serving])
+        timer.cancel()
 
     async def on_stop(self) -> None:
         await self._generations.close()
@@ -92,6 +96,11 @@ class GatewayService(Service):
         while True:
             await asyncio.sleep(FORGET_EVERY)
             self._fleet.forget_old(asyncio.get_running_loop().time())
+
+
+def _graceful(settings: GatewaySettings) -> int:
+    """Seconds that calls have to end when the gateway does."""
+    return max(1, int(settings.drain_timeout) - 1)
 
 
 def _listen(host: str, port: int) -> socket.socket:

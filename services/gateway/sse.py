@@ -10,7 +10,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from services.gateway.http_protocol import connection_of, write_chunk
+from services.gateway.http_protocol import connection_of, cut, write_chunk
 
 log = structlog.get_logger()
 
@@ -108,8 +108,8 @@ class Body(Protocol):
 
 
 class EventStream(Response):
-    """Server-sent events. They cease when the client goes, and when it does not read for `stall_timeout` seconds; after `keepalive`
-    seconds of silence it gets a comment line."""
+    """Server-sent events. They cease when the client goes, when it does not read for `stall_timeout` seconds, and with `given_up`;
+    after `keepalive` seconds of silence it gets a comment line."""
 
     def __init__(
         self,
@@ -119,11 +119,13 @@ class EventStream(Response):
         keepalive: float,
         stall_timeout: float,
         on_close: Callable[[], None],
+        given_up: asyncio.Event | None = None,
     ) -> None:
         self._body = body
         self._keepalive = keepalive
         self._stall_timeout = stall_timeout
         self._on_close = on_close
+        self._given_up = given_up or asyncio.Event()
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS | headers)
@@ -134,10 +136,13 @@ class EventStream(Response):
         writing = loop.create_task(self._write(send, writer), name="sse.write")
         gone = loop.create_task(until_disconnected(receive), name="sse.disconnect")
         watching = loop.create_task(self._watch(writer), name="sse.watch")
-        tasks = (writing, gone, watching)
+        given_up = loop.create_task(self._given_up.wait(), name="sse.given_up")
+        tasks = (writing, gone, watching, given_up)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if watching.done() or given_up.done():  # a stream has no other sign that it is not whole
+                cut(connection_of(scope), at_once=watching.done())
             for task in tasks:
                 task.cancel()
             done = await asyncio.gather(*tasks, return_exceptions=True)

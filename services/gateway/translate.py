@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgpack
@@ -30,7 +31,7 @@ _REFUSED = {
     "verbosity": "verbosity is not supported",
     "web_search_options": "web search is not supported",
 }
-# OpenAI's default of the older endpoint; chats go on to the model's own limit.
+# OpenAI's default of the older endpoint; chats have the model's, or the tokenizers'.
 COMPLETION_MAX_TOKENS = 16
 MAX_TOP_LOGPROBS = 20
 
@@ -69,7 +70,12 @@ def chat_body(asked: ChatCompletionRequest, deadline: float | None) -> Body:
     if asked.chat_template_kwargs is not None:
         body["chat_template_kwargs"] = asked.chat_template_kwargs
     names = {"safety_identifier": asked.safety_identifier, "prompt_cache_key": asked.prompt_cache_key}
-    return checked(_with_metadata(body, asked, names))
+    try:
+        return checked(_with_metadata(body, asked, names))
+    except ApiError as error:
+        if asked.max_tokens is None:
+            error.rename("max_tokens", "max_completion_tokens")
+        raise
 
 
 def completion_bodies(asked: CompletionRequest, deadline: float | None, max_prompts: int) -> list[Body]:
@@ -85,6 +91,9 @@ def completion_bodies(asked: CompletionRequest, deadline: float | None, max_prom
     if asked.echo:
         body["echo"] = True
     body = _with_metadata(body, asked, {})
+    if len(prompts) > 1:  # each is a request of its own, but the key of a retry stands for all of them together
+        told = hashlib.sha256(msgpack.packb(prompts, unicode_errors="surrogatepass")).hexdigest()
+        body["metadata"] = body.get("metadata", {}) | {"prompts": told[:32]}
     return [checked(body | {"prompt": prompt}) for prompt in prompts]
 
 

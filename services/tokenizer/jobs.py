@@ -38,7 +38,8 @@ class JobResults:
     async def store_refusal(self, refused: Refused, seq: int, accepted_seq: int = 0) -> None:
         """Under the job's id; under `job_id(seq)` if the results of that id are another's."""
         to = refused.to
-        data = encode_event(error_event(to.id, refused.error, metadata=to.metadata), to.reply.encoding)
+        event = error_event(to.id, refused.error, metadata=to.metadata) | {"refused": True}
+        data = encode_event(event, to.reply.encoding)
         for request_id in dict.fromkeys([to.id or job_id(seq), job_id(seq)]):
             subject = subjects.results(subjects.request_key(to.tenant, request_id))
             msg_id = f"refused.{seq}.{request_id}"

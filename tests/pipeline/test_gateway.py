@@ -468,3 +468,7 @@ async def test_idempotency_key(port: int, deployment: Deployment) -> None:
     other = await call(port, TEXT, body | {"temperature": 0.5}, key)
     assert (other.status, (await other.body())["error"]["code"]) == (409, "idempotency_conflict")
     assert json.loads(again[0].data)["id"] == whole["id"]
+    several = {"Idempotency-Key": "several prompts"}
+    for prompts, status in ((["a", "b"], 200), (["a"], 409), (["a", "b", "c"], 409), (["a", "b"], 200)):
+        other = await call(port, TEXT, body | {"prompt": prompts, "max_tokens": 3, "stream": False}, several)
+        assert other.status == status, prompts

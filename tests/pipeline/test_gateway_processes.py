@@ -4,6 +4,7 @@ is told to go. The workers make fixed tokens at a fixed pace."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import signal
@@ -103,7 +104,30 @@ async def test_a_client_that_does_not_read_is_cut_off_and_delays_nobody(deployme
             log = deployment.supervisor.stages[f"{GATEWAY}-1"].log_path
             while "client_stalled" not in log.read_text():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
+        deaf.settimeout(5)
+        with pytest.raises(ConnectionResetError):  # not what was written before, which nobody may ever read
+            while deaf.recv(1 << 16):
+                pass
         await deployment.until_idle()
+
+
+async def test_heads_without_end_are_refused(deployment: Deployment, port: int) -> None:
+    for start in (b"GET /", b"GET / HTTP/1.1\r\nX: "):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(start)
+        answer = asyncio.create_task(reader.read())
+        try:
+            for _ in range(64):
+                writer.write(b"a" * (64 << 10))
+                await writer.drain()
+        except OSError:
+            pass  # it has stopped listening
+        with contextlib.suppress(OSError):
+            assert b" 431 " in await asyncio.wait_for(answer, 5)
+        writer.close()
+    log = deployment.supervisor.stages[f"{GATEWAY}-1"].log_path
+    assert log.read_text().count("head_too_large") == 2
+    assert (await call(port, "/v1/models", headers=BLUE | {"X-Long": "a" * 60_000})).status == 200
 
 
 async def test_whoever_comes_back_elsewhere_is_not_cancelled_and_who_does_not_is(
@@ -133,6 +157,7 @@ async def test_a_gateway_that_is_told_to_go(deployment: Deployment, port: int) -
     headers = BLUE | {"Idempotency-Key": "long"}
     short = await call(port, TEXT, body(13, tokens=60), BLUE)
     answer = await call(port, TEXT, long, headers)
+    whole = asyncio.create_task(call(port, TEXT, body(17, tokens=400, stream=False), BLUE | {"Idempotency-Key": "all"}))
     seen: list[Event] = []
     ended: list[Event] = []
 
@@ -148,6 +173,11 @@ async def test_a_gateway_that_is_told_to_go(deployment: Deployment, port: int) -
     done = await asyncio.gather(*readers, return_exceptions=True)
     assert done[0] is None and ended[-1].data == "[DONE]"
     assert isinstance(done[1], Broken), done
+    given_up = await whole
+    assert (given_up.status, (await given_up.body())["error"]["code"]) == (503, "unavailable")
+    assert given_up.headers["retry-after"] == "1" and given_up.headers["x-request-id"]
+    log = deployment.supervisor.stages[f"{GATEWAY}-1"].log_path
+    assert "Traceback" not in log.read_text() and "without completing response" not in log.read_text()
     resumed = await call(port + 1, TEXT, long, headers | {"Last-Event-ID": answer.last_id})
     rest = [event async for event in resumed.events()]
     assert rest[-1].data == "[DONE]"

@@ -185,7 +185,12 @@ async def test_what_can_be_no_name_is_refused_before_anything_is_sent():
     async with Script() as script:
         with pytest.raises(GorgonError, match="id"):
             script.client.attach("no subject")
+        for prompt in ("\udcff", [2**64]):  # of a terminal's bytes that are no text, and what no MessagePack can hold
+            with pytest.raises(GorgonError) as caught:
+                script.client.generate(prompt, id="r")  # type: ignore[arg-type]
+            assert caught.value.code is ErrorCode.INVALID_REQUEST
         await asyncio.sleep(1.0)
+        assert script.asked == []
         assert script.replays == []
 
 

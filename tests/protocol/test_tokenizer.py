@@ -209,7 +209,7 @@ async def test_jobs_through_a_tenants_door() -> None:
     [request] = world.stored(subjects.STREAM_REQ)
     assert request.key == f"alice.job-{seq}"
     assert [event["event"] for event in world.results(f"alice.job-{seq}")] == ["accepted"]
-    assert [event["code"] for event in world.results("alice.mine")] == ["invalid_request"]
+    assert [(event["code"], event["refused"]) for event in world.results("alice.mine")] == [("invalid_request", True)]
     assert not world.results("bob.mine")
     assert not world.broker.streams[subjects.STREAM_JOBS].messages
     await world.stop()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
+from pydantic import ValidationError
 
 from shared import api
 from shared.errors import RETRYABLE, ErrorCode, GorgonError
@@ -50,6 +51,24 @@ SEARCH_FIELDS = {
 def test_searches(search: dict):
     request = api.parse_request({"prompt": "a", "max_tokens": 5, "metadata": {"k": 1}, "stream": False} | search)
     assert search.items() <= (request.model_dump() | {"stop": "x"}).items()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [{"role": "user", "content": [1] * 20_000}]},
+        {"prompt": "a", "stop": [1] * 20_000},
+        {"prompt": "a", "stop_token_ids": ["x"] * 20_000},
+        {"prompt": "a", "bad_words": [1] * 20_000},
+        {"prompt": "a", "logit_bias": {str(n): "x" for n in range(20_000)}},
+        {"prompt": "a", "structured": {"choice": [1] * 20_000}},
+    ],
+)
+def test_what_is_wrong_all_over_is_not_told_of_each_part(wrong: dict):
+    """Each complaint costs more than the part itself, and a tokenizer's one thread makes them."""
+    with pytest.raises(ValidationError) as caught:
+        api.GenerateRequest.model_validate(wrong)
+    assert caught.value.error_count() < 10
 
 
 def test_what_a_search_does_anyhow_may_be_said():

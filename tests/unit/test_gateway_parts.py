@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from services.gateway import completions
 from services.gateway.auth import Authenticator, Caller
@@ -50,6 +52,40 @@ def test_chat_fields() -> None:
     assert body["stream"] is False and "deadline" not in body
     assert chat(logprobs=True)["logprobs"] == 0
     assert "logprobs" not in chat(logprobs=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": [1] * 20_000},
+        {"bad_words": [1] * 20_000},
+        {"logit_bias": {str(n): "x" for n in range(20_000)}},
+        {"metadata": {str(n): 1 for n in range(20_000)}},
+        {f"unknown{n}": 1 for n in range(20_000)},
+    ],
+)
+def test_a_body_that_is_wrong_all_over_is_not_told_so_of_each_part(fields: dict[str, Any]) -> None:
+    """Each complaint costs more than the part itself, and the gateway's one thread makes them."""
+    for model, body in ((ChatCompletionRequest, {"messages": MESSAGES}), (CompletionRequest, {"prompt": "x"})):
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate({"model": "m"} | body | fields)
+        assert caught.value.error_count() < 10
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"model": "m", "prompt": ["a", *[1] * 20_000]})
+    assert caught.value.error_count() < 10
+
+
+def test_what_is_wrong_is_named_as_the_client_names_it() -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(max_completion_tokens=-3)
+    assert caught.value.param == "max_completion_tokens" and caught.value.message.startswith("max_completion_tokens")
+
+
+def test_prompts_of_one_call_are_known_to_belong_together() -> None:
+    """What is sent again under the same key must be all of them."""
+    told = [[body["metadata"]["prompts"] for body in texts(prompt=prompts)] for prompts in (["a", "b"], ["a", "c"])]
+    assert len(set(told[0])) == len(set(told[1])) == 1 and told[0][0] != told[1][0]
+    assert "metadata" not in texts(prompt=["a"])[0]
 
 
 def test_completion_fields() -> None:
@@ -218,6 +254,28 @@ def test_places_of_tokens_count_the_characters_that_are_made_of_several() -> Non
     assert places == [0, 1, 1, 2]
 
 
+def test_places_of_tokens_are_the_same_wherever_a_stream_is_cut_in_pieces() -> None:
+    """Also within a character, which is not in the text before it is complete."""
+    text = "👩é日a🐳"
+    data = text.encode()
+    pieces = Known({byte: bytes([byte]) for byte in data}, set())
+    renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=0)
+    rows = [dict(id=token, logprob=-1.0, top=[]) for token in data]
+    whole = Choice(0)
+    renderer.absorb(whole, Delta(0, 0, list(data), text, 0, rows))
+    places = renderer.choice(whole, "stop", pieces)["logprobs"]["text_offset"]
+    assert places == [len(data[:at].decode(errors="ignore")) for at in range(len(data))]
+    for cut in range(1, len(data)):
+        shown = data[:cut].decode(errors="ignore")
+        chunks = []
+        choice = Choice(0)
+        for at, end, new in ((0, cut, shown), (cut, len(data), text[len(shown) :])):
+            delta = Delta(0, at, list(data[at:end]), new, choice.chars, rows[at:end])
+            chunks.append(renderer.delta(choice, delta, pieces))
+        told = [json.loads(chunk)["logprobs"]["text_offset"] for chunk in chunks if chunk is not None]
+        assert list(chain.from_iterable(told)) == places, f"cut at byte {cut}"
+
+
 def test_echoed_logprobs_come_first() -> None:
     pieces = Known({0: b"<s>", 1: b"ab", 2: b"c", 3: b"d"}, {0})
     renderer = CompletionRenderer("b", 1, "m", include_usage=False, logprobs=1)
@@ -251,6 +309,11 @@ def test_api_keys(tmp_path: Path) -> None:
     path.write_text(f'[keys.alice]\nsha256 = "{hashlib.sha256(b"secret").hexdigest()}"\ntenant = "blue"\n')
     keys = Authenticator.from_file(str(path))
     assert keys.caller({"authorization": "Bearer secret"}).tenant == "blue"
+    path.write_text(f'[keys.alice]\nsha256 = "{hashlib.sha256("schlüssel".encode()).hexdigest()}"\ntenant = "red"\n')
+    as_servers_decode_it = "schlüssel".encode().decode("latin-1")
+    assert (
+        Authenticator.from_file(str(path)).caller({"authorization": f"Bearer {as_servers_decode_it}"}).tenant == "red"
+    )
     for headers in ({}, {"authorization": "secret"}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}):
         with pytest.raises(ApiError) as caught:
             keys.caller(headers)

@@ -22,6 +22,22 @@ def test_a_plan_may_say_otherwise(tmp_path: Path) -> None:
     assert stages["scheduler-1"].env.items() >= dict.fromkeys(ALLOCATOR, "1").items()
 
 
+async def test_a_data_folder_has_one_deployment_at_a_time(tmp_path: Path) -> None:
+    """Two servers that write one store would destroy it."""
+    first = Supervisor(Plan(tmp_path, port=free_ports(1), copies={}))
+    await first.start()
+    try:
+        configured = (tmp_path / "nats/nats.conf").read_text()
+        with pytest.raises(BrokerError, match="in use"):
+            Supervisor(Plan(tmp_path, port=free_ports(1), copies={}))
+        assert (tmp_path / "nats/nats.conf").read_text() == configured, "the first one's server may have to start again"
+    finally:
+        await first.stop()
+    second = Supervisor(Plan(tmp_path, port=free_ports(1), copies={}))
+    await second.start()
+    await second.stop()
+
+
 @pytest.mark.parametrize("taken", ["nats", "http", "metrics"])
 async def test_a_port_that_is_taken_is_named_before_anything_runs(tmp_path: Path, taken: str) -> None:
     first = free_ports(3)
