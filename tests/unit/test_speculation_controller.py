@@ -14,6 +14,7 @@ from services.model_worker.speculation.controller import (
     AVERAGE_MEMORY,
     MEMORY,
     NOBODY,
+    OWED,
     PRIOR_WEIGHT,
     SHARE,
     Acceptances,
@@ -270,6 +271,18 @@ def test_drafts_are_looked_at_as_often_as_that_may_cost(ratio: float) -> None:
     cost = sizes.count(2) * (ratio - 1)
     # Looks and timed trials, each with what it may take, and what was saved before.
     assert SHARE * 4000 < cost < 2.5 * SHARE * 4000
+
+
+def test_what_was_learned_while_all_was_slow_is_paid_for_in_time() -> None:
+    """All kinds of steps are twenty times as long for a while: what was owed then would be thousands of today's steps."""
+    phases = Phases(8)
+    phases.run(3000, 0.0)
+    phases.run(2000, 0.0, slower=20.0)
+    phases.run(300, 0.0)
+    state = phases.controller._of(8)
+    assert min(state.accounts) >= -OWED * state.usual * 1.01
+    phases.run(int(OWED / SHARE), 0.0)
+    assert min(state.accounts) > -5 * state.usual
 
 
 def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:

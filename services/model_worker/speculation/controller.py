@@ -52,6 +52,7 @@ UNMEASURED = 0.4  # the same of one whose time is from before the first request
 SHARE = 0.003  # of the time for each purpose of learning
 FIRST = 24  # steps whose time is there for each in the beginning, and for which a choice does not hold
 SAVED = 64  # the most that an account holds
+OWED = 16  # the most that it owes: what was disturbed, or misjudged, must not keep it empty for ever
 LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
 LOOK_EVERY = 16  # steps between two looks at drafts, at least
 PLAIN_EVERY = 256  # the same between two looks at plain steps
@@ -267,7 +268,8 @@ class _BatchSize:
             return
         self.pace = PACE_MEMORY * self.pace + (1 - PACE_MEMORY) * seconds / tokens
         self.usual = PACE_MEMORY * self.usual + (1 - PACE_MEMORY) * seconds
-        self.accounts = [min(left + SHARE * seconds, SAVED * self.usual) for left in self.accounts]
+        least, most = -OWED * self.usual, SAVED * self.usual
+        self.accounts = [min(max(left + SHARE * seconds, least), most) for left in self.accounts]
 
     def believed(self, most: int) -> list[float]:
         """Seconds of a step with each of the first `most` arms, up to one that is not known."""
