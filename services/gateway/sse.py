@@ -141,7 +141,7 @@ class EventStream(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if watching.done() or given_up.done():  # a stream has no other sign that it is not whole
+            if not writing.done() and (watching.done() or given_up.done()):  # there is no other sign that it is not whole
                 cut(connection_of(scope), at_once=watching.done())
             for task in tasks:
                 task.cancel()
