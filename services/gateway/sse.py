@@ -141,7 +141,8 @@ class EventStream(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not writing.done() and (watching.done() or given_up.done()):  # there is no other sign that it is not whole
+            # There is no other sign that it is not whole.
+            if not writing.done() and (watching.done() or given_up.done()):
                 cut(connection_of(scope), at_once=watching.done())
             for task in tasks:
                 task.cancel()
