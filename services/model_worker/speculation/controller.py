@@ -2,9 +2,11 @@
 
 For a batch of R sequences a tree T gives R + Σ_i E(T, m_i) tokens in t(R, T) seconds, t the time that such steps took of late. The
 tree's design promises that more than d guesses are accepted with probability p(T, d). m_i is how many times as often as promised the
-first guess was right for a request, and then E(T, m) = Σ_d min(1, p(T, d) m^(d+1)): where the first guess is right half as often as
-promised, so are those behind it, and all of them have to be. (With E = m Σ_d p(T, d) large trees would seem good for what they are
-not whenever drafts are poor.) The tree with the most tokens per second is taken, none unless one beats the plain step by a margin.
+first guess was right for a request, and then E(T, m) = Σ_d p(T, d) m c^d, with no factor of it above 1: behind a right guess the next
+one is right c times as often as promised. Before that is known it is believed to be m: where the first guess is right half as
+often as promised, so are those behind it. (With E = m Σ_d p(T, d) large trees would seem good for what they are not whenever drafts are
+poor.) Then c is that of all requests: drafts that are all right or all wrong have a large one. The tree with the most tokens per second
+is taken, none unless one beats the plain step by a margin.
 
 A step that follows one of another kind may take longer, for reasons that are not its own. So a choice holds for some steps, times
 count only within a row of alike steps, and small gains are not gone after. A kind of step that is wrongly believed to take long is
@@ -36,6 +38,7 @@ from services.model_worker.speculation.tree import Tree
 MEMORY = 0.96  # of a request: a step counts half after some 17 further ones
 PRIOR_WEIGHT = 4.0  # first guesses promised, in which a new request is believed to do as the average
 AVERAGE_MEMORY = 0.98  # of the average over all requests, with each sequence of a step
+DEEPER_MEMORY, DEEPER_PRIOR = 0.995, 16.0  # the same of c, and the guesses promised in which it is believed to be m
 # Steps with trees vary more, so that the lower quartile, which is believed, flatters them.
 ENTER, LEAVE = 1.06, 1.02  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
@@ -55,6 +58,7 @@ SAVED = 64  # the most that an account holds
 OWED = 16  # the most that it owes: what was disturbed, or misjudged, must not keep it empty for ever
 LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
 LOOK_EVERY = 16  # steps between two looks at drafts, at least
+LOOK_DEEPER = 4  # every so many looks one is at more than the first guess
 PLAIN_EVERY = 256  # the same between two looks at plain steps
 AFTER = 2  # steps behind those that learn which are paid for, too: the first may be slow for having another graph
 CLIPPED = 4.0  # no step is paid for as more than so many usual ones: it was disturbed
@@ -69,6 +73,7 @@ class Acceptances:
 
     able      False: its output depends on more than the tokens of a path (penalties), so nothing is ever accepted
     fading    [place, 2]: steps whose first guess was right, and as many as its trees promised
+    deeper    [2]: of all together, guesses that were right behind a right one, and as many as the trees promised there
     plain     steps without a tree;  nodes: of the trees of the other steps together
     accepted  [place, n]: how many of the steps with a tree accepted n guesses
     """
@@ -77,6 +82,7 @@ class Acceptances:
         self._free: list[int] = []
         self.able = np.zeros(0, dtype=bool)
         self.fading = np.zeros((0, 2))
+        self.deeper = np.zeros(2)
         self.plain, self.nodes = np.zeros((2, 0), dtype=np.int64)
         self.accepted = np.zeros((0, depth + 1), dtype=np.int64)
         self._unable = 0  # of those that run or wait
@@ -120,26 +126,37 @@ class Acceptances:
         return bool(self.able[places].all())
 
     def extras(
-        self, places: NDArray[np.int64], average: float, promises: NDArray[np.float64]
+        self, places: NDArray[np.int64], average: float, chances: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """promises [T, D], see Tree → guesses accepted in a step of all these requests with each tree, [T]: as they do now (believed
+        """chances [D, T], see Tree → guesses accepted in a step of all these requests with each tree, [T]: as they do now (believed
         to be the average at first), and if all do as promised or better."""
         right, promised = self.fading[places].T
-        factors = (PRIOR_WEIGHT * average + right) / (PRIOR_WEIGHT + promised)
+        first = (PRIOR_WEIGHT * average + right) / (PRIOR_WEIGHT + promised)
         if self._unable:
-            factors = factors[self.able[places]]
+            first = first[self.able[places]]
+        behind = (DEEPER_PRIOR * first + self.deeper[0]) / (DEEPER_PRIOR + self.deeper[1])
 
-        def of(factors: NDArray[np.float64]) -> NDArray[np.float64]:
-            powers = np.multiply.accumulate(np.repeat(factors[:, None], promises.shape[1], axis=1), axis=1)
-            accepted: NDArray[np.float64] = np.minimum(promises * powers[:, None], 1.0).sum(axis=(0, 2))
-            return accepted
+        def of(first: NDArray[np.float64], behind: NDArray[np.float64]) -> NDArray[np.float64]:
+            likely = np.minimum(np.multiply.outer(chances[0], first), 1.0)
+            accepted = likely.copy()
+            for chance in chances[1:]:
+                likely *= np.minimum(np.multiply.outer(chance, behind), 1.0)
+                accepted += likely
+            total: NDArray[np.float64] = accepted.sum(axis=1)
+            return total
 
-        return of(factors), of(np.maximum(factors, 1.0))
+        return of(first, behind), of(np.maximum(first, 1.0), np.maximum(behind, 1.0))
 
     def observe(self, places: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree) -> None:
         """A step with a tree, of those that are able."""
         self.nodes[places] += tree.size
         self.accepted[places, accepted] += 1
+        if tree.depth > 1:
+            counts = np.bincount(accepted, minlength=tree.depth + 1).tolist()
+            reached = list(itertools.accumulate(reversed(counts)))[-2::-1]  # guesses that were right, by depth
+            promised = sum(before * chance for before, chance in zip(reached, tree.chances[1:], strict=False))
+            self.deeper *= DEEPER_MEMORY ** len(accepted)
+            self.deeper += sum(reached[1:]), promised
         fading = self.fading[places]
         fading *= MEMORY
         fading[:, 0] += accepted > 0
@@ -211,7 +228,7 @@ class _Arm:
 @dataclass(slots=True)
 class _BatchSize:
     """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be to learn
-    from; trial: steps of it still to come.
+    from; trial: steps of it still to come; looks: at drafts, so far.
 
     pace       seconds that a token takes in steps of what is settled, fading;  usual: seconds of such a step
     accounts   seconds that learning may take, by its purpose;  paying: from which; paid: steps still to be paid for
@@ -224,6 +241,7 @@ class _BatchSize:
     settled: int = 0
     present: int = 0
     trial: int = 0
+    looks: int = 0
     pace: float = 0.0
     usual: float = 0.0
     accounts: list[float] = field(default_factory=lambda: [0.0] * len(_PURPOSES))
@@ -295,7 +313,7 @@ class TreeController:
         self.trees = list(trees)
         self._nodes = [tree.size for tree in trees]
         self._depth = max(tree.depth for tree in trees)
-        self._promises = np.array([tree.promises + (0.0,) * (self._depth - tree.depth) for tree in trees])
+        self._chances = np.array([tree.chances + (0.0,) * (self._depth - tree.depth) for tree in trees]).T.copy()
         self._sizes = sorted(sizes)
         self._max_rows = max_rows
         self._by_size: dict[int, _BatchSize] = {}
@@ -338,7 +356,7 @@ class TreeController:
         """Sets `present`, and `trial` if it is one. usable: how many trees, from the smallest on, have few enough rows."""
         arms, count = state.arms, len(batch)
         extras, hoped = (
-            [0.0, *values.tolist()] for values in self.requests.extras(batch, self.average, self._promises[:usable])
+            [0.0, *values.tolist()] for values in self.requests.extras(batch, self.average, self._chances[:, :usable])
         )
 
         seconds = state.believed(usable + 1)
@@ -360,16 +378,19 @@ class TreeController:
         state.settled = state.present = best
         if state.picks % HOLD or len(rates) == 1:
             return
-        drafts, plain, trees = (left > 0 for left in state.accounts)
-        if trees and state.picks % TRIAL_EVERY == 0:
+        drafts, plain, others = (left > 0 for left in state.accounts)
+        if others and state.picks % TRIAL_EVERY == 0:
             near = {i for i in range(1, len(rates)) if (count + hoped[i]) / least[i] >= rates[best]}
             self._try_another(state, near)
         if state.present != best:
             return
         if best == 0 and drafts:  # what would be accepted, plain steps do not show
-            cheapest = min(range(1, len(rates)), key=seconds.__getitem__)
-            if state.picks % LOOK_EVERY == 0 and (count + hoped[cheapest]) / seconds[cheapest] >= rates[0]:
-                state.learn(cheapest, _DRAFTS, max(1, LOOK // count))
+            deep = state.looks % LOOK_DEEPER == LOOK_DEEPER - 1
+            trees = [i for i in range(1, len(rates)) if not deep or self.trees[i - 1].depth > 1] or range(1, len(rates))
+            looked = min(trees, key=seconds.__getitem__)
+            if state.picks % LOOK_EVERY == 0 and (count + hoped[looked]) / seconds[looked] >= rates[0]:
+                state.looks += 1
+                state.learn(looked, _DRAFTS, max(1, LOOK // count))
         # Trees are measured against plain steps.
         if best and plain and state.picks - max(arms[0].timed, arms[0].tried) >= PLAIN_EVERY:
             arms[0].tried = state.picks

@@ -7,6 +7,7 @@ The root is the newest token, which is not in doubt: its path is empty. A tree h
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,12 @@ class Tree:
         for node, gain in zip(self.nodes[1:], self.gains[1:], strict=True):
             of_depth[len(node) - 1] += gain
         return tuple(of_depth)
+
+    @cached_property
+    def chances(self) -> tuple[float, ...]:
+        """Entry d: how likely the guess behind d accepted ones is expected to be accepted, too."""
+        before = (1.0, *self.promises)
+        return tuple(then / max(first, 1e-9) for first, then in itertools.pairwise(before))
 
     @cached_property
     def parents(self) -> list[int]:
