@@ -45,9 +45,11 @@ class TokenMasks:
         self._uploads = torch.cuda.Stream(device) if pinned else None
         self._uploaded = torch.cuda.Event() if pinned else None
         self._special_ids = sorted(token for token in special_ids if token < vocab_size)
-        self._special_words = np.array(sorted({token >> 5 for token in self._special_ids}), dtype=np.intp)
-        bits = [sum(1 << (t & 31) for t in self._special_ids if t >> 5 == word) for word in self._special_words]
-        self._special_bits = np.array(bits, dtype=np.uint32).view(np.int32)
+        special = np.zeros(self._words, dtype=np.uint32)
+        ids = np.array(self._special_ids, dtype=np.int64)
+        np.bitwise_or.at(special, ids >> 5, (1 << (ids & 31)).astype(np.uint32))
+        self._special_words = special.nonzero()[0]
+        self._special_bits = special[self._special_words].view(np.int32)
         threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
         self._executor = LLExecutor(threads)
         self._walkers = ThreadPoolExecutor(threads, "masks")

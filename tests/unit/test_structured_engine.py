@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
@@ -452,3 +454,14 @@ def test_these_tests_can_fail(
             RandomPicks(started, plain=0.0)
         outputs = started.run([asked(name, constraint) for name, constraint in CONSTRAINTS.items()])
         assert [output.ids for output in outputs] != [alone[name, "greedy"].ids for name in CONSTRAINTS]
+
+
+@pytest.mark.timeout(10)  # each of them was looked for in each word: a minute
+def test_an_embedding_far_larger_than_the_vocabulary_is_no_reason_to_wait() -> None:
+    special = {5, 31, 32, *range(8000, 200_000)}
+    masks = TokenMasks(1, 200_000, torch.device("cpu"), special)
+    marked = np.zeros(6250, np.uint32)
+    marked[masks._special_words] = masks._special_bits.view(np.uint32)
+    bits = (marked[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+    assert set(np.flatnonzero(bits)) == special
+    masks.close()
