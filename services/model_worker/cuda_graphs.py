@@ -24,8 +24,11 @@ class Graphs(Protocol):
     """Functions by key, to be run again without the host's work. A function reads its inputs from fixed addresses and returns
     tensors; these keep their addresses over replays."""
 
-    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """Runs `function` once for real, which compiles its kernels, then records it. Returns what it returns."""
+    def capture(self, key: Hashable, function: Callable[[], Any], rehearsed: bool = False) -> Any:
+        """Runs `function` once for real, which compiles its kernels, then records it. Returns what it returns.
+
+        rehearsed: one has run that launches the same kernels on other addresses. On a device that others use, too, waiting for hundreds
+        of small runs would take most of the start."""
 
     def replay(self, key: Hashable) -> Any:
         """Does again what was recorded, on the current stream; returns the tensors that this fills."""
@@ -38,10 +41,11 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
-    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
+    def capture(self, key: Hashable, function: Callable[[], Any], rehearsed: bool = False) -> Any:
         graph = torch.cuda.CUDAGraph()
-        function()
-        torch.cuda.current_stream().synchronize()
+        if not rehearsed:
+            function()
+            torch.cuda.current_stream().synchronize()
         # `with torch.cuda.graph(...)` would collect garbage and empty the allocator's cache, 0.1 s each.
         # Other threads may call CUDA meanwhile: only this one must not do what a capture forbids.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

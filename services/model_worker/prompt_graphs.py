@@ -97,7 +97,7 @@ class PromptGraphs:
             progress(done / len(self.sizes))
             graphs.capture(("prompt", size, 0), partial(self._begin, size))
             for index in range(1, layers):
-                graphs.capture(("prompt", size, index), partial(self._between, size, index))
+                graphs.capture(("prompt", size, index), partial(self._between, size, index), rehearsed=index > 1)
             graphs.capture(("prompt", size, layers), partial(self._end, size))
         for size, sequences in self._whole_shapes:
             graphs.capture(("prompts", size, sequences), partial(self._whole, size, sequences))

@@ -160,7 +160,7 @@ class RepeatedFunctions:
         self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
         self.replayed: set[Hashable] = set()
 
-    def capture(self, key: Hashable, function: Callable[[], Any]) -> Any:
+    def capture(self, key: Hashable, function: Callable[[], Any], rehearsed: bool = False) -> Any:
         self.captured[key] = function, function()
         return self.captured[key][1]
 
