@@ -42,7 +42,9 @@ DEEPER_MEMORY, DEEPER_PRIOR = 0.995, 16.0  # the same of c, and the guesses prom
 # Steps with trees vary more, so that the lower quartile, which is believed, flatters them.
 ENTER, LEAVE = 1.06, 1.02  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
-HOLD = 8  # steps of a batch size for which a choice holds
+HOLD = (
+    8  # steps of a batch size for which a choice holds; that of no tree for LOOK_EVERY, as nothing is learned meanwhile
+)
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
 AGREED = 1.05  # times what it is believed to take: SAMPLES quartiles up to there in a row, and it is known
@@ -343,7 +345,9 @@ class TreeController:
         elif state.trial:
             state.trial -= 1
         elif state.arms[state.present].known and (
-            state.picks % HOLD == 0 or state.present != state.settled or state.picks < FIRST
+            state.picks % (HOLD if state.settled else LOOK_EVERY) == 0
+            or state.present != state.settled
+            or state.picks < FIRST
         ):
             self._choose(state, places(), usable)
         if state.present != state.settled:
