@@ -9,7 +9,8 @@
 First the requests run undisturbed, twice: the second time tells how often streams differ by batch composition alone. Then workers are
 killed (SIGKILL) in turn, as soon as the next one and another serve, while the requests are kept running. Reported: streams that are
 broken (a position twice, missing, another length, no end), the share of streams that equal the undisturbed run, and the stall that
-clients see of the streams that ran on the killed worker. Ends with status 1 if a stream is broken or, with --exact, different.
+clients see of the streams that ran on the killed worker, and how long a start took, by what it did. Ends with status 1 if a stream is
+broken or, with --exact, different.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import os
 import platform
 import random
 import signal
+import statistics
 import sys
 import tempfile
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +197,13 @@ async def serves(bus: NatsBus, worker: str) -> None:
 
 async def kill(
     args: argparse.Namespace, supervisor: Supervisor, bus: NatsBus, load: Load, fleet: Fleet
-) -> tuple[int, list[float]]:
-    """(kills, stalls)"""
+) -> tuple[dict[Path, list[float]], list[float]]:
+    """(when each worker was killed, by its log, in seconds since the epoch; stalls)"""
     loop = asyncio.get_running_loop()
     until = loop.time() + args.seconds
     workers = [child for name, child in supervisor.stages.items() if name.startswith("model_worker")]
     stalls: list[float] = []
+    killed: dict[Path, list[float]] = defaultdict(list)
     kills = 0
     while kills < args.kills and loop.time() < until:
         child = workers[kills % len(workers)]
@@ -209,6 +214,7 @@ async def kill(
         victims = [run for run in victims if run.watched.times]
         since = loop.time()
         child.kill(signal.SIGKILL)
+        killed[child.log_path].append(time.time())
         kills += 1
         await asyncio.sleep(WATCHED_FOR)
         now = loop.time()
@@ -219,7 +225,31 @@ async def kill(
                 f"{kills} kills, {len(load.runs)} streams, {broken} broken, longest stall {max(stalls):.2f} s",
                 flush=True,
             )
-    return kills, stalls
+    return killed, stalls
+
+
+def starts(log: Path, killed: list[float]) -> list[dict[str, float]]:
+    """Seconds that each start after a kill took: until the first line of the log, then by what the worker said it was doing."""
+    found: list[dict[str, float]] = []
+    phases: list[tuple[float, str]] = []
+    for line in map(json.loads, log.read_text().splitlines()):
+        when = datetime.fromisoformat(line["ts"]).timestamp()
+        if line["event"] == "loading" and (not phases or line["what"] != phases[-1][1]):
+            phases.append((when, line["what"]))
+        if line["event"] == "ready":
+            before = max((moment for moment in killed if moment < when), default=None)
+            if before is not None:
+                spans = zip([(before, "until it says something"), *phases], [*phases, (when, "")], strict=True)
+                found.append({what: then - since for (since, what), (then, _) in spans})
+            phases = []
+    return found
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    whole = {"in all": statistics.median(sum(start.values()) for start in found)} if found else {}
+    names = dict.fromkeys(name for start in found for name in start)
+    by_phase = {name: statistics.median(start.get(name, 0.0) for start in found) for name in names}
+    return {name: round(seconds, 2) for name, seconds in (whole | by_phase).items()}
 
 
 def equality(runs: list[Run], reference: list[Run]) -> dict[str, float]:
@@ -261,12 +291,14 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
                 over = asyncio.Event()
                 keeping = asyncio.create_task(load.keep(args.streams, over, random.Random(args.seed)))
                 await asyncio.sleep(args.settle)
-                kills, stalls = await kill(args, supervisor, bus, load, fleet)
+                killed, stalls = await kill(args, supervisor, bus, load, fleet)
                 speculation = [
                     {k: v for k, v in b.base.detail.items() if k in SPECULATION} for b in fleet.beats.values()
                 ]
                 over.set()
                 await keeping
+            kills = sum(map(len, killed.values()))
+            started = [start for log, moments in killed.items() for start in starts(log, moments)]
     migrated = [run for run in load.runs if run.epoch > 1]
     tell = Counter(run.broken for run in load.runs if run.broken)
     return dict(
@@ -278,6 +310,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         broken=sum(tell.values()),
         what=dict(tell.most_common(10)),
         speculation=speculation,
+        start_seconds=medians(started),
         undisturbed_again=equality(again, reference),
         not_migrated=equality([run for run in load.runs if run.epoch == 1], reference),
         migrated_streams=equality(migrated, reference),

@@ -209,7 +209,7 @@ async def measure_tokenizer(args: argparse.Namespace, copies: int, clients: int)
         # So many under way that no tokenizer ever waits for a client.
         for each in (args.requests // 4, args.requests * 2):  # the first are for warming up
             meter = CpuMeter(supervisor)
-            loads = [(load.accepted_rate, (url, MODEL, each, 128 * copies, prompt)) for _ in range(clients)]
+            loads = [(load.accepted_rate, (url, MODEL, each, 512 * copies // clients, prompt)) for _ in range(clients)]
             done = await run_loads(*loads)
             cpu = meter.used()
     seconds = max(d["ended"] for d in done) - min(d["began"] for d in done)
@@ -266,7 +266,7 @@ async def scaling(args: argparse.Namespace) -> dict[str, Any]:
         rows: dict[int, list[dict[str, Any]]] = {copies: [] for copies in (1, 2, 4)}
         for copies in list(rows) * args.repeats:
             if stage == "tokenizer":
-                row = await measure_tokenizer(args, copies, clients=8)
+                row = await measure_tokenizer(args, copies, args.clients)
             else:
                 row = await measure_detokenizer(args, copies, clients=4, writers=4, batched=True)
             rows[copies].append(row)
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--only", default="", help="only measurements whose name contains this")
     parser.add_argument("--repeats", type=int, default=3, help="of each number of copies, with --scaling")
+    parser.add_argument("--clients", type=int, default=4, help="processes that ask tokenizers, with --scaling")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument(
         "--tokens", type=int, default=250, help="of each of the 1,024 requests in the detokenizer's log"
