@@ -20,6 +20,7 @@ from services.gateway.errors import ApiError, refused, unknown_model
 from services.gateway.fleet import Fleet
 from services.gateway.generation import Generations
 from services.gateway.identity import CallerOf
+from services.gateway.key_first import KeyFirst
 from services.gateway.metrics import Metrics
 from services.gateway.page import page_router
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorBody
@@ -73,8 +74,9 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.state.authenticator = authenticator = Authenticator.from_file(settings.api_keys)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
-    app.state.authenticator = Authenticator.from_file(settings.api_keys)
+    app.add_middleware(KeyFirst, authenticator=authenticator, metrics=metrics)
     completions = Completions(settings, bus, generations, metrics, tracer)
     started = asyncio.get_running_loop().time()
 

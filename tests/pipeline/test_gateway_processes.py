@@ -68,6 +68,12 @@ async def test_keys_and_tenants(deployment: Deployment, port: int) -> None:
         assert (await call(port, "/v1/models", headers=headers)).status == 401
         assert (await call(port, "/api/pipeline", headers=headers)).status == 401
     assert (await call(port, "/health")).status == 200
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode())
+    async with asyncio.timeout(5):
+        refused = await reader.read()
+    assert refused.startswith(b"HTTP/1.1 401 ") and b"missing_api_key" in refused, "its body is not waited for"
+    writer.close()
     key = {"Idempotency-Key": "one"}
     blue = [event async for event in (await call(port, TEXT, body(7), BLUE | key)).events()]
     other = [event async for event in (await call(port + 1, TEXT, body(8), RED | key)).events()]
