@@ -33,6 +33,9 @@ from shared.sampling import MAX_LOGPROBS
 STEPS_IN_FLIGHT = 2  # the one that the device works on and the one behind it
 # Steps of at most so many sequences are a graph each, from the guesses to the choice: between graphs a small step's device waits.
 WHOLE_STEPS = 8
+# Rows of a step with prompts from which on its last layer is computed for the rows alone that somebody wants. On a GPU that is launched
+# from the host, which has to be ahead by then.
+LAST_ROWS_FROM = {"cpu": 32, "cuda": 1024}
 
 
 @dataclass(slots=True)
@@ -131,6 +134,7 @@ class ModelRunner:
         self._sizes = padded_sizes(limits.max_seqs)
         self._whole_prompts = whole_prompts
         self._max_tree_rows = 0 if speculation is None else speculation.max_rows
+        self.last_rows_from = LAST_ROWS_FROM[self.device.type]
         self._launched = 0
         # What was worked out for the last steady rows.
         self._steady: SteadyRows | None = None
@@ -240,6 +244,9 @@ class ModelRunner:
         query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
         final = [index for index, chunk in enumerate(chunks) if chunk.final]
         report = ReportedRows.of(chunks, ends - lengths)
+        # Their sequences, and where these rows begin when there are no others.
+        last_seqs = put([*range(decodes), *(decodes + index for index in final)])
+        last_start = put([*range(0, decode_rows, nodes), *range(decode_rows, decode_rows + len(final) + 1)])
         wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final), *report.rows])
         targets = put(report.targets)
         sampled_of = put([*range(together), *(decodes + index for index in final)])
@@ -271,10 +278,22 @@ class ModelRunner:
             max_context=max(self._longest(plan), *(chunk.start + chunk.rows for chunk in chunks)),
             tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
+        last = None
+        if len(ids) >= max(self.last_rows_from, 4 * len(wanted)) and not report.rows:
+            last = AttentionBatch(
+                query_start=last_start,
+                context_len=context_len.index_select(0, last_seqs),
+                block_table=batch.block_table.index_select(0, last_seqs),
+                decode_seqs=len(last_seqs) if nodes == 1 else decodes,
+                decode_rows=nodes,
+                max_query=1 if nodes > 1 and final else 0,
+                max_context=batch.max_context,
+                tree_mask=batch.tree_mask,
+            )
         if self.prompts is not None and self.prompts.fits(len(ids)):
-            hidden = self.prompts.forward(ids, positions, kv_slots, batch, wanted)
+            hidden = self.prompts.forward(ids, positions, kv_slots, batch, wanted, last)
         else:
-            hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted)
+            hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted, last)
         state.context.index_copy_(0, slots, context_len)
         guessed = 0 if tree_rows is None else decode_rows
 

@@ -102,8 +102,16 @@ class PromptGraphs:
         for size, sequences in self._whole_shapes:
             graphs.capture(("prompts", size, sequences), partial(self._whole, size, sequences))
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: AttentionBatch, wanted: Tensor) -> Tensor:
-        """As `Decoder.forward`."""
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        batch: AttentionBatch,
+        wanted: Tensor,
+        last: AttentionBatch | None = None,
+    ) -> Tensor:
+        """As `Decoder.forward`; where a step is captured whole, its last layer is, too."""
         decoder, rows = self._decoder, len(ids)
         size = padded_size(self.sizes, rows)
         self._ids[:rows].copy_(ids)
@@ -117,6 +125,10 @@ class PromptGraphs:
         else:
             for index in range(len(self._caches)):
                 self._graphs.replay(("prompt", size, index))
+                if last is not None and index == len(self._caches) - 1:
+                    return decoder.last_rows(
+                        self._queries[:rows], self._residual[:rows], self._caches[index], wanted, last
+                    )
                 self._attend(rows, index, batch)
             self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)

@@ -64,10 +64,12 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         scheduler.retire(plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates)
         return True
 
+    last_rows_from = runner.last_rows_from
     with runner.context():
         for batch in _BATCHES:
             if batch < limits.max_seqs:
                 for params in _KINDS:
+                    runner.last_rows_from = 0 if params is _KINDS[0] else last_rows_from
                     for _ in range(batch):
                         add(params)
                     step()
@@ -75,6 +77,7 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                     add(params)  # its prompt runs together with the others' decodes
                     while step():
                         pass
+        runner.last_rows_from = last_rows_from
         if limits.max_seqs > 1:
             for _ in range(2):
                 add(_KINDS[0], "choices of one request")

@@ -100,13 +100,18 @@ class Decoder:
         batch: AttentionBatch,
         caches: list[tuple[Tensor, Tensor]],
         wanted: Tensor | None,
+        last: AttentionBatch | None = None,
     ) -> Tensor:
         """ids int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the final
-        hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows)."""
+        hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows). last: the batch of these rows alone; with it
+        the last layer computes only keys and values of the others."""
         residual = self.embed(ids)
         x: Product | None = None
         for index, cache in enumerate(caches):
             q = self.queries(index, x, residual, positions, slots, cache)
+            if last is not None and index == len(caches) - 1:
+                assert wanted is not None
+                return self.last_rows(q, residual, cache, wanted, last)
             attended = self.ops.attention(q, *cache, batch, self.scale, self.config.windows[index])
             x = self.after_attention(index, attended, residual)
         assert x is not None
@@ -147,6 +152,16 @@ class Decoder:
         x = ops.add_rms_norm(added, residual, layer.post_norm, self.config.norm_eps)
         x = ops.silu_mul(ops.product(x, layer.gate_up, layer.gate_up_bias))
         return ops.product(x, layer.down, layer.down_bias)
+
+    def last_rows(
+        self, q: Tensor, residual: Tensor, cache: tuple[Tensor, Tensor], wanted: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        """The final hidden states of the rows `wanted`, from all rows' queries of the last layer on."""
+        if not wanted.shape[0]:
+            return residual.new_empty(0, residual.shape[1])
+        q, residual = q.index_select(0, wanted), residual.index_select(0, wanted)
+        attended = self.ops.attention(q, *cache, batch, self.scale, self.config.windows[-1])
+        return self.hidden(self.after_attention(self.config.num_layers - 1, attended, residual), residual, None)
 
     def hidden(self, x: Product, residual: Tensor, wanted: Tensor | None) -> Tensor:
         """The final hidden states of the rows `wanted`."""
