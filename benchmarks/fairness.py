@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from services.bench.measure import percentile  # noqa: E402
 from services.running import running  # noqa: E402
 from services.supervisor import STAGES, Plan  # noqa: E402
 from shared.broker import free_port  # noqa: E402
@@ -84,10 +85,7 @@ class Tenant:
 
 def quantiles(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
-    return {
-        name: round(1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1)
-        for name, share in (("p50_ms", 0.5), ("p90_ms", 0.9), ("p99_ms", 0.99))
-    }
+    return {f"p{share}_ms": round(1e3 * percentile(ordered, share), 1) for share in (50, 90, 99)}
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import load  # noqa: E402
+from services.bench.measure import spread  # noqa: E402
 from services.running import running  # noqa: E402
 from services.supervisor import Plan, Supervisor  # noqa: E402
 from shared import presence  # noqa: E402
@@ -108,13 +109,7 @@ async def run_loads(*loads: tuple[load.Load, tuple[Any, ...]]) -> list[Any]:
 
 def quantiles(values: list[float]) -> dict[str, float]:
     """Milliseconds."""
-    cuts = statistics.quantiles(values, n=1000, method="inclusive")
-    return dict(
-        p50=round(cuts[499] * 1e3, 3),
-        p90=round(cuts[899] * 1e3, 3),
-        p99=round(cuts[989] * 1e3, 3),
-        max=round(max(values) * 1e3, 3),
-    )
+    return {name: round(value, 3) for name, value in spread(values).items()}
 
 
 # ---------------------------------------------------------------- measurements

@@ -30,6 +30,7 @@ import msgpack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from services.bench.measure import percentile  # noqa: E402
 from services.running import running  # noqa: E402
 from services.supervisor import HEALTHY_AFTER, STAGES, Plan, Supervisor  # noqa: E402
 from shared import presence, subjects  # noqa: E402
@@ -153,16 +154,13 @@ class Bench:
 def summary(fault: str, stalls: list[float], step: float) -> dict[str, float | str]:
     ordered = sorted(stalls) or [0.0]
 
-    def quantile(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
-
     noticed = sum(stall > STALLED * step for stall in stalls)
     return dict(
         fault=fault,
         streams=len(stalls),
         noticed=noticed,
-        p50=quantile(0.5),
-        p99=quantile(0.99),
+        p50=round(percentile(ordered, 50), 3),
+        p99=round(percentile(ordered, 99), 3),
         longest=round(ordered[-1], 3),
     )
 

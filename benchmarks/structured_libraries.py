@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from services.bench.measure import percentile  # noqa: E402
 from tests.structured_schemas import HARD, REFUSED, bfcl_schemas  # noqa: E402
 
 
@@ -107,10 +108,6 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
-
-
 def share_of_other_thread(call: Callable[[], Any]) -> float:
     """How much of a second thread's undisturbed pace (of bytecode) is left while `call` runs: 0 where the GIL is held."""
     count, stop = 0, threading.Event()
@@ -155,7 +152,7 @@ def measure(library: Any, tokenizer: Tokenizer, vocab: int, schemas: list[dict[s
             library.rollback(matcher, min(3, len(ids)))
     print(f"{library.name}: {len(schemas)} schemas, {rejected} valid documents refused")
     for name, values in (("compile", compiles), ("first mask", firsts), ("mask", masks), ("accept", accepts)):
-        p50, p99 = median(values), percentile(values, 0.99)
+        p50, p99 = median(values), percentile(sorted(values), 99)
         print(f"  {name:10} ms: p50 {p50:8.4f}  p99 {p99:8.4f}  max {max(values):8.3f}  n {len(values)}")
 
     wide = {
