@@ -232,7 +232,11 @@ def starts(log: Path, killed: list[float]) -> list[dict[str, float]]:
     """Seconds that each start after a kill took: until the first line of the log, then by what the worker said it was doing."""
     found: list[dict[str, float]] = []
     phases: list[tuple[float, str]] = []
-    for line in map(json.loads, log.read_text().splitlines()):
+    for text in log.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # a warning, or cut off
+            continue
         when = datetime.fromisoformat(line["ts"]).timestamp()
         if line["event"] == "loading" and (not phases or line["what"] != phases[-1][1]):
             phases.append((when, line["what"]))

@@ -25,7 +25,7 @@ class KeyFirst:
                 self._authenticator.caller(Headers(scope=scope))
             except ApiError as error:
                 self._metrics.requests.labels("unread", str(error.status)).inc()
-                headers = error.headers | {"connection": "close"}
-                await JSONResponse(error.body, error.status, headers=headers)(scope, receive, send)
+                # The connection stays: a client that still writes would find it reset, and its answer lost. What it writes is discarded.
+                await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -11,7 +11,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
-Name = Annotated[str, Field(max_length=512)]  # goes along with the metadata, whose limit would be named instead
 
 MAX_KEYS = 4096  # of an object that is looked at entry by entry: each wrong one would become a complaint of its own
 
@@ -57,7 +56,7 @@ class Common(Body):
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    user: Name | None = None
+    user: str | None = None
     metadata: Annotated[dict[str, str], FewKeys] | None = None
     # Gorgon's own
     top_k: int | None = None
@@ -93,8 +92,8 @@ class ChatCompletionRequest(Common):
     modalities: Strings | None = None
     service_tier: str | None = None
     store: bool | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     # OpenAI's that are refused
     audio: Any = None

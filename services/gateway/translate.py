@@ -9,7 +9,7 @@ import msgpack
 
 from services.gateway.errors import ApiError, refused
 from services.gateway.schema import ChatCompletionRequest, Common, CompletionRequest
-from shared.api import parse_request
+from shared.api import MAX_METADATA_BYTES, parse_request
 from shared.errors import GorgonError
 
 Body = dict[str, Any]
@@ -169,8 +169,13 @@ def _prompts(asked: CompletionRequest) -> list[str | list[int]]:
 
 
 def _with_metadata(body: Body, asked: Common, names: dict[str, str | None]) -> Body:
-    """The names that a client gives its end users go along with the request's metadata."""
+    """The names that a client gives its end users go along with the request's metadata. Raises ApiError if they alone are too long."""
     given = {name: value for name, value in ({"user": asked.user} | names).items() if value is not None}
+    sizes = {name: len(value.encode("utf-8", "surrogatepass")) for name, value in given.items()}
+    if sum(sizes.values()) > MAX_METADATA_BYTES:
+        longest = max(sizes, key=sizes.__getitem__)
+        message = f"{longest}: what goes along with the request is more than {MAX_METADATA_BYTES} bytes"
+        raise refused(message, longest, code="invalid_request")
     if asked.metadata or given:
         body["metadata"] = (asked.metadata or {}) | given
     return body

@@ -347,7 +347,7 @@ async def test_cancel_by_leaving(client: AsyncOpenAI, deployment: Deployment) ->
         ({"model": "nobody"}, 404, "model", "model_not_found"),
         ({"n": 0}, 400, "n", "invalid_request"),
         ({"max_tokens": "3"}, 400, "max_tokens", "invalid_type"),
-        ({"user": "x" * 5000}, 400, "user", "invalid_type"),
+        ({"user": "x" * 5000}, 400, "user", "invalid_request"),
         ({"temperature": -1}, 400, "temperature", "invalid_request"),
         ({"nonsense": 1}, 400, "nonsense", "unknown_parameter"),
         ({"suffix": "x"}, 400, "suffix", "unsupported_value"),

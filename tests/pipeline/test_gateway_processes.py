@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import pytest_asyncio
 
@@ -71,9 +72,14 @@ async def test_keys_and_tenants(deployment: Deployment, port: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode())
     async with asyncio.timeout(5):
-        refused = await reader.read()
-    assert refused.startswith(b"HTTP/1.1 401 ") and b"missing_api_key" in refused, "its body is not waited for"
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 401 "), "its body is not waited for"
+        await reader.readuntil(b"missing_api_key")
     writer.close()
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="wrong", max_retries=0) as stranger:
+        for _ in range(5):
+            with pytest.raises(openai.AuthenticationError):
+                await stranger.completions.create(model="demo", prompt="x" * 3_500_000)
     key = {"Idempotency-Key": "one"}
     blue = [event async for event in (await call(port, TEXT, body(7), BLUE | key)).events()]
     other = [event async for event in (await call(port + 1, TEXT, body(8), RED | key)).events()]

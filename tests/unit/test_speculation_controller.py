@@ -303,6 +303,14 @@ def test_what_was_learned_while_all_was_slow_is_paid_for_in_time() -> None:
     assert min(state.accounts) > -5 * state.usual
 
 
+@pytest.mark.parametrize("deep", [2.2, 3.0])
+def test_looks_go_on_where_a_deeper_tree_can_never_pay(deep: float) -> None:
+    """Poor drafts that get better while all steps are plain."""
+    phases = Phases(8, TREES[:2], lambda rows: 1e-3 * {8: 1.0, 16: 1.2, 32: deep}[rows])
+    phases.run(4110, 0.05)
+    assert phases.run(1000, 1.0) > 1.15
+
+
 def test_batches_between_two_sizes_are_not_tried_for_ever() -> None:
     controller = TreeController(TREES, SIZES, 512)
     for size in (8, 16):

@@ -230,7 +230,8 @@ class _Arm:
 @dataclass(slots=True)
 class _BatchSize:
     """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be to learn
-    from; trial: steps of it still to come; looks: at drafts, so far.
+    from; trial: steps of it still to come; looks: at
+    drafts, those included that were not worth it.
 
     pace       seconds that a token takes in steps of what is settled, fading;  usual: seconds of such a step
     accounts   seconds that learning may take, by its purpose;  paying: from which; paid: steps still to be paid for
@@ -389,11 +390,12 @@ class TreeController:
         if state.present != best:
             return
         if best == 0 and drafts:  # what would be accepted, plain steps do not show
+            due = state.picks % LOOK_EVERY == 0
             deep = state.looks % LOOK_DEEPER == LOOK_DEEPER - 1
+            state.looks += due  # also if it is not worth it: the next one is at another tree
             trees = [i for i in range(1, len(rates)) if not deep or self.trees[i - 1].depth > 1] or range(1, len(rates))
             looked = min(trees, key=seconds.__getitem__)
-            if state.picks % LOOK_EVERY == 0 and (count + hoped[looked]) / seconds[looked] >= rates[0]:
-                state.looks += 1
+            if due and (count + hoped[looked]) / seconds[looked] >= rates[0]:
                 state.learn(looked, _DRAFTS, max(1, LOOK // count))
         # Trees are measured against plain steps.
         if best and plain and state.picks - max(arms[0].timed, arms[0].tried) >= PLAIN_EVERY:
