@@ -25,7 +25,7 @@ class KeyFirst:
                 self._authenticator.caller(Headers(scope=scope))
             except ApiError as error:
                 self._metrics.requests.labels("unread", str(error.status)).inc()
-                # The connection stays: a client that still writes would find it reset, and its answer lost. What it writes is discarded.
+                # The connection stays, and the body is discarded: a client that still writes would find it reset, and no answer.
                 await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
