@@ -204,6 +204,7 @@ class Stream:
     def abandon(self) -> None:
         """Follows the request no longer; it goes on."""
         self._client.forget(self)
+        self._on_change = None  # whoever it tells may hold this stream: what refers to itself waits for a collection
 
     @property
     def known(self) -> bool:

@@ -76,6 +76,7 @@ class Call:
             for part in self.parts:
                 part.generation.bells.discard(self._ring)
                 self._generations.leave(part.generation)
+            self._ring = self._bell.ring  # the reader's holds this call: what refers to itself waits for a collection
 
     async def until_accepted(self) -> None:
         """Until nothing that a status code could tell can happen any more. Raises ApiError."""

@@ -139,10 +139,9 @@ class Generations:
             body_hash = hash_body(body, model=model)
         except GorgonError as error:
             raise ApiError.of(error) from None
-        if (known := self._known(tenant, request_id)) is not None:
-            if known.body_hash is not None and known.body_hash != body_hash:
-                text = "the Idempotency-Key belongs to a request with another body"
-                raise ApiError.of(GorgonError(ErrorCode.ID_CONFLICT, text))
+        while (known := self._known(tenant, request_id)) is not None and known.body_hash not in (None, body_hash):
+            await self._leave_to(known, patience)
+        if known is not None:
             known.survives = known.survives or survives
             return self._join(known)
         self._make_room()
@@ -239,6 +238,24 @@ class Generations:
             self._bus.publish(message.reply, b"\x01")
 
     # ------------------------------------------------ inside
+
+    async def _leave_to(self, known: Generation, patience: float) -> None:
+        """Of two requests with one id and different bodies: returns if the pipeline has refused this one, which is in its place and may
+        itself have come with a key that another request has. Raises ApiError if it has accepted it, or does not tell."""
+        changed = asyncio.Event()
+        known.bells.add(changed.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while not known.known and known.end is None:
+                    changed.clear()
+                    await changed.wait()
+        known.bells.discard(changed.set)
+        if known.known or known.end is None:
+            text = "the Idempotency-Key belongs to a request with another body"
+            raise ApiError.of(GorgonError(ErrorCode.ID_CONFLICT, text))
+        if self._all.get(known.id) is known:
+            del self._all[known.id]
+            known.stream.abandon()
 
     def _changed(self, generation: Generation) -> None:
         generation.on_change()

@@ -13,7 +13,7 @@ import uvicorn
 from services.gateway.app import build_app
 from services.gateway.fleet import Fleet
 from services.gateway.generation import Generations
-from services.gateway.http_protocol import StreamingProtocol
+from services.gateway.http_protocol import StreamingProtocol, cut, patient
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from shared import codec, subjects
@@ -54,7 +54,7 @@ class GatewayService(Service):
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             app,
-            http=StreamingProtocol,
+            http=patient(self.settings.stall_timeout),
             loop="none",
             ws="none",
             lifespan="off",
@@ -77,10 +77,22 @@ class GatewayService(Service):
         self._server.should_exit = True
         # Before uvicorn ends what is left by exceptions.
         patience = max(0.2, _graceful(self.settings) - 0.5)
-        timer = asyncio.get_running_loop().call_later(patience, self._generations.given_up.set)
+        timer = asyncio.get_running_loop().call_later(patience, self._give_up)
+        for connection in self._connections():
+            if connection.incomplete:
+                connection.transport.close()
         if self._serving is not None:
             await asyncio.wait([self._serving])
         timer.cancel()
+
+    def _give_up(self) -> None:
+        self._generations.given_up.set()
+        for connection in self._connections():
+            if connection.stalled:
+                cut(connection.transport, at_once=True)
+
+    def _connections(self) -> list[StreamingProtocol]:
+        return [c for c in self._server.server_state.connections if isinstance(c, StreamingProtocol)]
 
     async def on_stop(self) -> None:
         await self._generations.close()

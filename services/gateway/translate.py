@@ -92,7 +92,10 @@ def completion_bodies(asked: CompletionRequest, deadline: float | None, max_prom
         body["echo"] = True
     body = _with_metadata(body, asked, {})
     if len(prompts) > 1:  # each is a request of its own, but the key of a retry stands for all of them together
-        told = hashlib.sha256(msgpack.packb(prompts, unicode_errors="surrogatepass")).hexdigest()
+        try:
+            told = hashlib.sha256(msgpack.packb(prompts, unicode_errors="surrogatepass")).hexdigest()
+        except OverflowError:
+            raise refused("prompt: no token id has more than 64 bits", "prompt", code="invalid_request") from None
         body["metadata"] = body.get("metadata", {}) | {"prompts": told[:32]}
     return [checked(body | {"prompt": prompt}) for prompt in prompts]
 

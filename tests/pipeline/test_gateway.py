@@ -355,6 +355,7 @@ async def test_cancel_by_leaving(client: AsyncOpenAI, deployment: Deployment) ->
         ({"prompt": "\ud800"}, 400, None, None),
         ({"max_tokens": 100_000}, 400, None, "context_length_exceeded"),
         ({"prompt": [10_000_000]}, 400, "prompt", "invalid_request"),
+        ({"prompt": [[5], [1 << 70]]}, 400, "prompt", "invalid_request"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "unsupported_value"),
     ],
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import gc
+import weakref
+from typing import Any, cast
 
 import pytest
 
+from services.gateway.errors import ApiError
 from services.gateway.generation import Generation, Generations
 from services.gateway.settings import GatewaySettings
+from shared.client_stream import Delta, Stream
 from shared.memory_bus import MemoryBus
 from tests.protocol.detokenizer_world import MODEL, World
 from tests.protocol.virtual import until, virtual
@@ -85,3 +89,63 @@ async def test_the_grace_of_one_gateway_is_not_cut_short_by_another() -> None:
         two.leave(again)
         await asyncio.sleep(2.5)
         assert await ending(await read(three)) == "finished"
+
+
+@virtual
+async def test_a_request_that_has_ended_is_freed_without_a_collection() -> None:
+    """With it go its tokens: a collection of the oldest objects may be hours away."""
+    async with World(partitions=1) as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 20])
+        generations = await gateway(world, 3.0)
+        generation = await read(generations)
+        assert await ending(generation) == "finished"
+        freed = weakref.ref(generation)
+        gc.disable()
+        try:
+            generations.leave(generation)
+            del generation
+            await asyncio.sleep(1.0)
+            assert freed() is None
+        finally:
+            gc.enable()
+
+
+class Undecided:
+    """A stream whose request the pipeline has neither accepted nor refused yet."""
+
+    def __init__(self) -> None:
+        self.known = False
+        self.body: dict[str, Any] | None = {}
+        self.ending: dict[str, Any] | None = None
+
+    def take_deltas(self) -> list[Delta]:
+        return []
+
+    def abandon(self) -> None: ...
+
+
+@pytest.mark.parametrize("refused", [True, False])
+@virtual
+async def test_a_key_belongs_to_whom_the_pipeline_gives_it(refused: bool) -> None:
+    """A call with another body has come just before, and is not answered yet."""
+    async with World(partitions=1) as world:
+        await world.detokenizer("a")
+        world.plan("r", choices=[[1] * 20])
+        generations = await gateway(world, 3.0)
+        stream = Undecided()
+        other = Generation("default", "r", b"another body", True)
+        other.follow(cast(Stream, stream))
+        generations._all["r"] = other
+        reading = asyncio.create_task(read(generations))
+        await asyncio.sleep(0.5)
+        assert not reading.done()
+        if refused:
+            stream.ending = dict(event="error", code="id_conflict")
+            other.on_change()
+            assert await ending(await reading) == "finished"
+        else:
+            stream.known = True
+            other.on_change()
+            with pytest.raises(ApiError, match="another body"):
+                await reading

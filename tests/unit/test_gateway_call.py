@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -215,3 +217,28 @@ async def test_a_failure_is_the_streams_last_event() -> None:
     assert SAID.startswith(json.loads(blocks[0].split("data: ")[1])["choices"][0]["delta"]["content"])
     with pytest.raises(ApiError, match="too late"):
         await call.whole()
+
+
+async def test_a_call_that_is_closed_is_freed_without_a_collection() -> None:
+    """With it go its request's tokens: a collection of the oldest objects may be hours away."""
+
+    class Reader:
+        def __init__(self, call: Call) -> None:
+            self.call = call
+
+        def on_news(self) -> None: ...
+
+    class Left:
+        def leave(self, generation: Generation) -> None: ...
+
+    gc.disable()
+    try:
+        call, _ = call_of(Script({}, None), [], Cursor(BASE, 1))
+        call._generations = cast(Generations, Left())
+        call.on_news(Reader(call).on_news)
+        call.close()
+        freed = weakref.ref(call)
+        del call
+        assert freed() is None
+    finally:
+        gc.enable()
