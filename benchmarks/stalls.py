@@ -153,7 +153,6 @@ class Bench:
 
 def summary(fault: str, stalls: list[float], step: float) -> dict[str, float | str]:
     ordered = sorted(stalls) or [0.0]
-
     noticed = sum(stall > STALLED * step for stall in stalls)
     return dict(
         fault=fault,

@@ -16,7 +16,7 @@ import structlog
 
 from services.gateway.errors import ApiError
 from services.gateway.settings import GatewaySettings
-from services.gateway.sse import Round
+from services.gateway.sse import Bell, Round
 from shared import subjects
 from shared.api import hash_body
 from shared.bus import Bus, BusError, Message
@@ -242,20 +242,17 @@ class Generations:
     async def _leave_to(self, known: Generation, patience: float) -> None:
         """Of two requests with one id and different bodies: returns if the pipeline has refused this one, which is in its place and may
         itself have come with a key that another request has. Raises ApiError if it has accepted it, or does not tell."""
-        changed = asyncio.Event()
-        known.bells.add(changed.set)
+        bell = Bell()
+        known.bells.add(bell.ring)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 while not known.known and known.end is None:
-                    changed.clear()
-                    await changed.wait()
-        known.bells.discard(changed.set)
+                    await bell.wait()
+        known.bells.discard(bell.ring)
         if known.known or known.end is None:
             text = "the Idempotency-Key belongs to a request with another body"
             raise ApiError.of(GorgonError(ErrorCode.ID_CONFLICT, text))
-        if self._all.get(known.id) is known:
-            del self._all[known.id]
-            known.stream.abandon()
+        self._drop(known)
 
     def _changed(self, generation: Generation) -> None:
         generation.on_change()
@@ -277,7 +274,11 @@ class Generations:
     def _forget(self, generation: Generation) -> None:
         if generation.left is not None:
             generation.left.cancel()
-        if not generation.readers and self._all.get(generation.id) is generation:
+        if not generation.readers:
+            self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        if self._all.get(generation.id) is generation:
             del self._all[generation.id]
             generation.stream.abandon()
 
