@@ -244,9 +244,10 @@ class ModelRunner:
         query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
         final = [index for index, chunk in enumerate(chunks) if chunk.final]
         report = ReportedRows.of(chunks, ends - lengths)
-        # Their sequences, and where these rows begin when there are no others.
-        last_seqs = put([*range(decodes), *(decodes + index for index in final)])
-        last_start = put([*range(0, decode_rows, nodes), *range(decode_rows, decode_rows + len(final) + 1)])
+        few = int(ends[-1]) >= max(self.last_rows_from, 4 * (decode_rows + len(final))) and not report.rows
+        if few:  # their sequences, and where these rows begin when there are no others
+            last_seqs = put([*range(decodes), *(decodes + index for index in final)])
+            last_start = put([*range(0, decode_rows, nodes), *range(decode_rows, decode_rows + len(final) + 1)])
         wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final), *report.rows])
         targets = put(report.targets)
         sampled_of = put([*range(together), *(decodes + index for index in final)])
@@ -279,7 +280,7 @@ class ModelRunner:
             tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
         last = None
-        if len(ids) >= max(self.last_rows_from, 4 * len(wanted)) and not report.rows:
+        if few:
             last = AttentionBatch(
                 query_start=last_start,
                 context_len=context_len.index_select(0, last_seqs),

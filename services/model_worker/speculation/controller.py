@@ -42,9 +42,8 @@ DEEPER_MEMORY, DEEPER_PRIOR = 0.995, 16.0  # the same of c, and the guesses prom
 # Steps with trees vary more, so that the lower quartile, which is believed, flatters them.
 ENTER, LEAVE = 1.06, 1.02  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
-HOLD = (
-    8  # steps of a batch size for which a choice holds; that of no tree for LOOK_EVERY, as nothing is learned meanwhile
-)
+# Steps of a batch size for which a choice holds; that of no tree for LOOK_EVERY, as nothing is learned meanwhile.
+HOLD = 8
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
 AGREED = 1.05  # times what it is believed to take: SAMPLES quartiles up to there in a row, and it is known
@@ -230,8 +229,7 @@ class _Arm:
 @dataclass(slots=True)
 class _BatchSize:
     """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be to learn
-    from; trial: steps of it still to come; looks: at
-    drafts, those included that were not worth it.
+    from; trial: steps of it still to come; looks: at drafts, those included that were not worth it.
 
     pace       seconds that a token takes in steps of what is settled, fading;  usual: seconds of such a step
     accounts   seconds that learning may take, by its purpose;  paying: from which; paid: steps still to be paid for
