@@ -5,8 +5,10 @@ tree's design promises that more than d guesses are accepted with probability p(
 first guess was right for a request, and then E(T, m) = Σ_d p(T, d) m c^d, with no factor of it above 1: behind a right guess the next
 one is right c times as often as promised. Before that is known it is believed to be m: where the first guess is right half as
 often as promised, so are those behind it. (With E = m Σ_d p(T, d) large trees would seem good for what they are not whenever drafts are
-poor.) Then c is that of all requests: drafts that are all right or all wrong have a large one. The tree with the most tokens per second
-is taken, none unless one beats the plain step by a margin.
+poor.) Then c is that of all requests: drafts that are all right or all wrong have a large one. What a tree is believed to give is
+taken times the share of it that came true when it was taken before: a tree that is taken because chance, or a request's best moments,
+made it look good gives less than was believed. The tree with the most tokens per second is taken, none unless one beats the plain step
+by a margin.
 
 A step that follows one of another kind may take longer, for reasons that are not its own. So a choice holds for some steps, times
 count only within a row of alike steps, and small gains are not gone after. A kind of step that is wrongly believed to take long is
@@ -39,11 +41,12 @@ MEMORY = 0.96  # of a request: a step counts half after some 17 further ones
 PRIOR_WEIGHT = 4.0  # first guesses promised, in which a new request is believed to do as the average
 AVERAGE_MEMORY = 0.98  # of the average over all requests, with each sequence of a step
 DEEPER_MEMORY, DEEPER_PRIOR = 0.995, 16.0  # the same of c, and the guesses promised in which it is believed to be m
+# Of what a tree gave and was believed to give, with each sequence of a step; and the guesses for which that is believed to be the same.
+YIELD_MEMORY, YIELD_PRIOR = 0.999, 60.0
 # Steps with trees vary more, so that the lower quartile, which is believed, flatters them.
 ENTER, LEAVE = 1.06, 1.02  # rate over the plain step's at which trees are begun with, and below which they are given up
 CHANGE = 1.02  # over the present tree's at which another one is taken
-# Steps of a batch size for which a choice holds; that of no tree for LOOK_EVERY, as nothing is learned meanwhile.
-HOLD = 8
+HOLD = 8  # steps of a batch size for which a choice of a tree holds
 SAMPLES = 16  # times remembered of each kind of step. The lower quartile counts: what disturbs steps makes them longer, often several
 SLOWER = 1.01  # with each time a kind of step is believed to have become at most so many times as long
 AGREED = 1.05  # times what it is believed to take: SAMPLES quartiles up to there in a row, and it is known
@@ -53,12 +56,12 @@ TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, 
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 UNMEASURED = 0.4  # the same of one whose time is from before the first request
-SHARE = 0.003  # of the time for each purpose of learning
+SHARE = 0.002  # of the time for each purpose of learning
 FIRST = 24  # steps whose time is there for each in the beginning, and for which a choice does not hold
 SAVED = 64  # the most that an account holds
 OWED = 16  # the most that it owes: what was disturbed, or misjudged, must not keep it empty for ever
 LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
-LOOK_EVERY = 16  # steps between two looks at drafts, at least
+LOOK_EVERY = 16  # steps between two looks at drafts, and for which the choice of no tree holds, at least
 LOOK_DEEPER = 4  # every so many looks one is at more than the first guess
 PLAIN_EVERY = 256  # the same between two looks at plain steps
 AFTER = 2  # steps behind those that learn which are paid for, too: the first may be slow for having another graph
@@ -87,6 +90,7 @@ class Acceptances:
         self.plain, self.nodes = np.zeros((2, 0), dtype=np.int64)
         self.accepted = np.zeros((0, depth + 1), dtype=np.int64)
         self._unable = 0  # of those that run or wait
+        self.told = 0  # grows with all that makes another choice likely
         self._ended = 0  # steps that may still tell of somebody who has ended
         self._before = np.zeros(depth + 1, dtype=np.int64)  # accepted by those that have gone
 
@@ -97,6 +101,7 @@ class Acceptances:
         place = self._free.pop()
         self.able[place] = able
         self._unable += not able
+        self.told += 1
         for values in (self.fading, self.plain, self.nodes):
             values[place] = 0
         self._clear(place)
@@ -126,6 +131,9 @@ class Acceptances:
         self._ended = max(0, self._ended - 1)
         return bool(self.able[places].all())
 
+    def count_able(self, places: NDArray[np.int64]) -> int:
+        return int(np.count_nonzero(self.able[places])) if self._unable else len(places)
+
     def extras(
         self, places: NDArray[np.int64], average: float, chances: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -150,6 +158,7 @@ class Acceptances:
 
     def observe(self, places: NDArray[np.int64], accepted: NDArray[np.int64], tree: Tree) -> None:
         """A step with a tree, of those that are able."""
+        self.told += 1
         self.nodes[places] += tree.size
         self.accepted[places, accepted] += 1
         if tree.depth > 1:
@@ -229,7 +238,8 @@ class _Arm:
 @dataclass(slots=True)
 class _BatchSize:
     """arms: no tree, then all of them; settled: the one that seems best; present: that of the newest step, which may be to learn
-    from; trial: steps of it still to come; looks: at drafts, those included that were not worth it.
+    from; trial: steps of it still to come; looks: at drafts, those included that were not worth it; told: of the requests, at the last
+    choice.
 
     pace       seconds that a token takes in steps of what is settled, fading;  usual: seconds of such a step
     accounts   seconds that learning may take, by its purpose;  paying: from which; paid: steps still to be paid for
@@ -243,6 +253,7 @@ class _BatchSize:
     present: int = 0
     trial: int = 0
     looks: int = 0
+    told: int = 0
     pace: float = 0.0
     usual: float = 0.0
     accounts: list[float] = field(default_factory=lambda: [0.0] * len(_PURPOSES))
@@ -323,6 +334,9 @@ class TreeController:
         self._timed: tuple[int, int] | None = None
         self.average = 1.0  # how many times as often as promised first guesses are right
         self.requests = Acceptances(self._depth)
+        # By tree, guesses of a sequence: accepted and foreseen, fading; foreseen by the last choice.
+        self._yields = np.zeros((len(trees), 2))
+        self._foreseen = np.zeros(len(trees))
         self._steps: Counter[int] = Counter()  # by nodes
         self._tokens = 0  # of the newest step with a tree
 
@@ -343,11 +357,7 @@ class TreeController:
             self._choose(state, places(), usable)
         elif state.trial:
             state.trial -= 1
-        elif state.arms[state.present].known and (
-            state.picks % (HOLD if state.settled else LOOK_EVERY) == 0
-            or state.present != state.settled
-            or state.picks < FIRST
-        ):
+        elif state.arms[state.present].known and self._due(state):
             self._choose(state, places(), usable)
         if state.present != state.settled:
             state.paid = 1 + AFTER
@@ -355,12 +365,24 @@ class TreeController:
         self._picked = size, state.present
         return self.trees[state.present - 1] if state.present else None
 
+    def _due(self, state: _BatchSize) -> bool:
+        """Whether it is time to choose. Where no tree seems best, only steps with trees and new requests change that."""
+        if state.present != state.settled or state.picks < FIRST:
+            return True
+        if state.settled:
+            return state.picks % HOLD == 0
+        news = state.told != self.requests.told or state.accounts[_DRAFTS] > 0 or state.picks % TRIAL_EVERY == 0
+        return news and state.picks % LOOK_EVERY == 0
+
     def _choose(self, state: _BatchSize, batch: NDArray[np.int64], usable: int) -> None:
         """Sets `present`, and `trial` if it is one. usable: how many trees, from the smallest on, have few enough rows."""
         arms, count = state.arms, len(batch)
-        extras, hoped = (
-            [0.0, *values.tolist()] for values in self.requests.extras(batch, self.average, self._chances[:, :usable])
-        )
+        state.told = self.requests.told
+        believed, hoped_of = self.requests.extras(batch, self.average, self._chances[:, :usable])
+        self._foreseen[:usable] = believed / max(1, self.requests.count_able(batch))
+        given, foreseen = self._yields[:usable].T
+        extras = [0.0, *(believed * (YIELD_PRIOR + given) / (YIELD_PRIOR + foreseen)).tolist()]
+        hoped = [0.0, *hoped_of.tolist()]
 
         seconds = state.believed(usable + 1)
         least = [value * arm.doubt(state.picks) for value, arm in zip(seconds, arms, strict=False)]
@@ -395,6 +417,8 @@ class TreeController:
             looked = min(trees, key=seconds.__getitem__)
             if due and (count + hoped[looked]) / seconds[looked] >= rates[0]:
                 state.learn(looked, _DRAFTS, max(1, LOOK // count))
+            elif due:  # thinking of it took time, too
+                state.accounts[_DRAFTS] -= state.usual / 4
         # Trees are measured against plain steps.
         if best and plain and state.picks - max(arms[0].timed, arms[0].tried) >= PLAIN_EVERY:
             arms[0].tried = state.picks
@@ -451,7 +475,11 @@ class TreeController:
             self.requests.plain[batch[~able]] += 1
             batch, accepted = batch[able], accepted[able]
         self.requests.observe(batch, accepted, tree)
-        self._tokens = len(accepted) + int(accepted.sum())
+        extra = int(accepted.sum())
+        index = self._nodes.index(tree.size)
+        self._yields[index] *= YIELD_MEMORY ** len(accepted)
+        self._yields[index] += extra, self._foreseen[index] * len(accepted)
+        self._tokens = len(accepted) + extra
         if len(batch):
             fading, right = AVERAGE_MEMORY ** len(batch), np.count_nonzero(accepted)
             self.average = fading * self.average + (1 - fading) * right / (len(batch) * _promise(tree))
