@@ -25,7 +25,7 @@ from services.model_worker.sampler import CAPTURED_MODES, RowMasks, Sampled, Sam
 from services.model_worker.search.contrastive import Amateur, Memories
 from services.model_worker.search.runner import SearchRunner
 from services.model_worker.speculation.verify import Speculation, TreeRows, Verifier
-from services.model_worker.step_plan import SchedulerLimits, SteadyRows, StepPlan
+from services.model_worker.step_plan import Chunk, SchedulerLimits, SteadyRows, StepPlan
 from services.model_worker.step_state import Staging, StepState, round_up
 from services.model_worker.token_masks import TokenMasks
 from shared.sampling import MAX_LOGPROBS
@@ -130,6 +130,8 @@ class ModelRunner:
             self._readbacks = [
                 Readback(tokens, limits.max_batched_tokens, self.device) for _ in range(STEPS_IN_FLIGHT + 1)
             ]
+            # Of a step with prompts: ids, positions, places in the cache.
+            self._rows = torch.zeros(3, round_up(limits.max_batched_tokens, 4), dtype=torch.int32, device=self.device)
             self._guesses = Guesses(0 if speculation is None else speculation.max_rows, self.device)
         self._sizes = padded_sizes(limits.max_seqs)
         self._whole_prompts = whole_prompts
@@ -251,23 +253,21 @@ class ModelRunner:
         wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final), *report.rows])
         targets = put(report.targets)
         sampled_of = put([*range(together), *(decodes + index for index in final)])
-        chunk_context = put([chunk.start + chunk.rows for chunk in chunks])
-        ids = put(np.concatenate([np.frombuffer(c.sequence.tokens, np.int32, c.rows, 4 * c.start) for c in chunks]))
-        positions = put(np.concatenate([np.arange(c.start, c.start + c.rows, dtype=np.int32) for c in chunks]))
-        row_slots = put(np.repeat(np.array([c.sequence.slot for c in chunks], dtype=np.int32), lengths))
+        context_len = put([chunk.start + chunk.rows for chunk in chunks])
+        chunk_rows = put(self._rows_of_chunks(chunks).ravel()).view(len(self._rows), -1)
         self._upload_changes(plan)
 
         slots = slots.long()
-        ids, kv_slots, context_len = ids.long(), state.kv_slots(row_slots.long(), positions), chunk_context
+        rows = self._rows[:, : int(ends[-1])]
+        rows[:, decode_rows:].copy_(chunk_rows)
         tree_rows, guesses = None, None
         if decodes:
             if nodes > 1:
                 tree_rows = self._draft(decode_slots, decodes, nodes)
                 guesses = self._fetch_guesses(plan, tree_rows)
             decode = state.decode_inputs(slots[:decodes], self.ops) if tree_rows is None else tree_rows.inputs()
-            ids = torch.cat((decode.ids, ids))
-            positions = torch.cat((decode.positions, positions))
-            kv_slots = torch.cat((decode.kv_slots, kv_slots))
+            for row, values in zip(rows, (decode.ids, decode.positions, decode.kv_slots), strict=True):
+                row[:decode_rows].copy_(values)
             context_len = torch.cat((decode.context_len, context_len))
         batch = AttentionBatch(
             query_start=query_start,
@@ -291,9 +291,11 @@ class ModelRunner:
                 max_context=batch.max_context,
                 tree_mask=batch.tree_mask,
             )
-        if self.prompts is not None and self.prompts.fits(len(ids)):
-            hidden = self.prompts.forward(ids, positions, kv_slots, batch, wanted, last)
+        if self.prompts is not None and self.prompts.fits(rows.shape[1]):
+            sequences = sampled_of if nodes == 1 and not report.rows else None
+            hidden = self.prompts.forward(rows.shape[1], batch, wanted, last, sequences)
         else:
+            ids, positions, kv_slots = rows
             hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted, last)
         state.context.index_copy_(0, slots, context_len)
         guessed = 0 if tree_rows is None else decode_rows
@@ -304,7 +306,7 @@ class ModelRunner:
                 of_trees = None if masks is None else masks.part(0, guessed)
                 parts.append(self._verify(hidden[:guessed], tree_rows, mode, of_trees))
             if sampled:
-                lengths_after = context_len.index_select(0, sampled_of)
+                lengths_after = context_len if mode.logits_alone else context_len.index_select(0, sampled_of)
                 others = None if masks is None else masks.part(guessed, guessed + len(sampled))
                 last_rows = hidden[guessed : guessed + len(sampled)]
                 parts.append(self._sample(last_rows, sampled_slots.long(), lengths_after, mode, others))
@@ -312,6 +314,19 @@ class ModelRunner:
             return parts, report.logprobs(reported, targets.long(), self.decoder.logits, self.ops)
 
         return Forward(plan, choose, guesses)
+
+    def _rows_of_chunks(self, chunks: list[Chunk]) -> NDArray[np.int32]:
+        """Their part of `_rows`."""
+        size = self.limits.block_size
+        parts = []
+        for chunk in chunks:
+            tokens, end = chunk.sequence.tokens, chunk.start + chunk.rows
+            first = chunk.start // size
+            blocks = np.array(chunk.sequence.blocks[first : -(-end // size)], dtype=np.int32)
+            places = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()[chunk.start - first * size :]
+            ids = np.frombuffer(tokens, np.int32, chunk.rows, 4 * chunk.start)
+            parts.append(np.stack((ids, np.arange(chunk.start, end, dtype=np.int32), places[: chunk.rows])))
+        return np.concatenate(parts, axis=1)
 
     def _padded(self, slots: NDArray[np.int32] | list[int], size: int) -> NDArray[np.int32]:
         """These slots, and nobody's up to `size` and to a multiple of four."""
@@ -491,7 +506,7 @@ class ModelRunner:
 
     def _prompt_graphs(self, sizes: list[int]) -> PromptGraphs:
         max_blocks = self.state.max_blocks if self._whole_prompts else None
-        return PromptGraphs(self.decoder, self.cache.layers, sizes, max_blocks)
+        return PromptGraphs(self.decoder, self.cache.layers, self._rows, sizes, max_blocks)
 
     def prompt_sizes(self) -> list[int]:
         """Rows of the steps with prompts that are captured."""

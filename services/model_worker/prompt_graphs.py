@@ -29,8 +29,8 @@ _SIZES = (
 )  # fmt: skip
 
 # Most rows of steps that are captured whole, and the numbers of sequences that such graphs are made for. Longer steps keep the device
-# busy for as long as the host launches their pieces, and the first piece is there sooner than a whole graph.
-WHOLE_ROWS = 1024
+# busy for as long as the host launches their pieces.
+WHOLE_ROWS = 2048
 WHOLE_SEQUENCES = (1, 8)
 # Tokens in the cache up to which a whole step also takes decodes, as prompts of one row: their contexts are not split.
 WHOLE_CONTEXT = 2048
@@ -50,22 +50,23 @@ def whole_shapes(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 class PromptGraphs:
-    """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are. max_blocks: columns of
-    block tables, None: no step is captured whole.
+    """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are. rows int32 [3, ≥
+    sizes[-1]]: where a step's ids, positions and places in the cache will be. max_blocks: columns of block tables, None: no step is
+    captured whole.
 
     All sizes share what goes from piece to piece: a pass uses the first rows. Rows that only fill up are computed
     like the others, and reach neither the cache nor attention.
     """
 
-    def __init__(self, decoder: Decoder, caches: Caches, sizes: list[int], max_blocks: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, caches: Caches, rows: Tensor, sizes: list[int], max_blocks: int | None = None
+    ) -> None:
         config, embedding = decoder.config, decoder.weights.embedding
         most, device = sizes[-1], embedding.device
         self.sizes = sizes
         self._decoder = decoder
         self._caches = caches
-        self._ids = torch.zeros(most, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(most, dtype=torch.int32, device=device)
-        self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
+        self._ids, self._positions, self._slots = rows
         shape = (most, config.num_heads, config.head_dim)
         self._queries = torch.zeros(shape, dtype=embedding.dtype, device=device)
         self._attended = torch.zeros(shape, dtype=embedding.dtype, device=device)
@@ -75,6 +76,7 @@ class PromptGraphs:
         sequences = WHOLE_SEQUENCES[-1]
         self._starts, self._contexts = torch.zeros(2, sequences + 1, dtype=torch.int32, device=device)
         self._table = torch.zeros(sequences, max_blocks or 1, dtype=torch.int32, device=device)
+        self._row_each = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self._graphs: Graphs
 
     def fits(self, rows: int) -> bool:
@@ -104,33 +106,28 @@ class PromptGraphs:
 
     def forward(
         self,
-        ids: Tensor,
-        positions: Tensor,
-        slots: Tensor,
+        rows: int,
         batch: AttentionBatch,
         wanted: Tensor,
         last: AttentionBatch | None = None,
+        sequences: Tensor | None = None,
     ) -> Tensor:
-        """As `Decoder.forward`; where a step is captured whole, its last layer is, too."""
-        decoder, rows = self._decoder, len(ids)
+        """As `Decoder.forward`, of so many rows. sequences int32 [R]: of `batch`, whose last rows are the `wanted` ones; None: others
+        are wanted, too."""
+        decoder = self._decoder
         size = padded_size(self.sizes, rows)
-        self._ids[:rows].copy_(ids)
-        self._positions[:rows].copy_(positions)
-        self._slots[:rows].copy_(slots)
         if rows < size:
             self._slots[rows:size].fill_(-1)
-        if (sequences := self._sequences_of_whole(size, batch)) is not None:
-            self._lay_out(batch, rows, sequences)
-            self._graphs.replay(("prompts", size, sequences))
-        else:
-            for index in range(len(self._caches)):
-                self._graphs.replay(("prompt", size, index))
-                if last is not None and index == len(self._caches) - 1:
-                    return decoder.last_rows(
-                        self._queries[:rows], self._residual[:rows], self._caches[index], wanted, last
-                    )
-                self._attend(rows, index, batch)
-            self._graphs.replay(("prompt", size, len(self._caches)))
+        if sequences is not None and (made_for := self._sequences_of_whole(size, batch)) is not None:
+            self._lay_out(batch, rows, made_for)
+            hidden: Tensor = self._graphs.replay(("prompts", size, made_for))
+            return hidden.index_select(0, sequences)
+        for index in range(len(self._caches)):
+            self._graphs.replay(("prompt", size, index))
+            if last is not None and index == len(self._caches) - 1:
+                return decoder.last_rows(self._queries[:rows], self._residual[:rows], self._caches[index], wanted, last)
+            self._attend(rows, index, batch)
+        self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
 
     def _attend(self, rows: int, index: int, batch: AttentionBatch) -> None:
@@ -157,16 +154,20 @@ class PromptGraphs:
             self._starts[count + 1 : sequences + 1].fill_(rows)
             self._contexts[count:sequences].fill_(0)
 
-    def _whole(self, size: int, sequences: int) -> None:
+    def _whole(self, size: int, sequences: int) -> Tensor:
+        """The final hidden state of each sequence's last row, [sequences, H]; of one that is not there, anything."""
         starts, contexts, table = self._starts[: sequences + 1], self._contexts[:sequences], self._table[:sequences]
         longest = len(self._decoder.cos_sin)
         batch = AttentionBatch(starts, contexts, table, 0, 1, max_query=size, max_context=longest)
+        of_last = AttentionBatch(
+            self._row_each[: sequences + 1], contexts, table, sequences, 1, max_query=0, max_context=longest
+        )
         self._begin(size)
-        self._attend(size, 0, batch)
-        for index in range(1, len(self._caches)):
-            self._between(size, index)
+        for index in range(len(self._caches) - 1):
             self._attend(size, index, batch)
-        self._end(size)
+            self._between(size, index + 1)
+        rows = (starts[1:] - 1).clamp_(min=0)  # nobody's, when it is captured
+        return self._decoder.last_rows(self._queries[:size], self._residual[:size], self._caches[-1], rows, of_last)
 
     # The pieces: from the ids to the first layer's attention, from one attention to the next, from the last one on.
 

@@ -102,9 +102,9 @@ class Decoder:
         wanted: Tensor | None,
         last: AttentionBatch | None = None,
     ) -> Tensor:
-        """ids int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the final
-        hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows). last: the batch of these rows alone; with it
-        the last layer computes only keys and values of the others."""
+        """ids int32 or int64 [T], positions int32 [T], slots int32 [T], caches: (keys, values) of each layer, see kernels.ops → the
+        final hidden states, normed, [R, H] of the rows `wanted` int32 [R] (None: of all rows). last: the batch of these rows alone;
+        with it the last layer computes only keys and values of the others."""
         residual = self.embed(ids)
         x: Product | None = None
         for index, cache in enumerate(caches):
