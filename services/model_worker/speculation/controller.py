@@ -64,7 +64,7 @@ LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
 LOOK_EVERY = 16  # steps between two looks at drafts, and for which the choice of no tree holds, at least
 LOOK_DEEPER = 4  # every so many looks one is at more than the first guess
 PLAIN_EVERY = 256  # the same between two looks at plain steps
-AFTER = 2  # steps behind those that learn which are paid for, too: the first may be slow for having another graph
+AFTER = 4  # steps behind those that learn which are paid for, too: until the host knows what was accepted it plans with more work
 CLIPPED = 4.0  # no step is paid for as more than so many usual ones: it was disturbed
 PACE_MEMORY = 0.98  # of what usual steps take
 NOBODY = 0  # the place of those that have ended
@@ -405,7 +405,8 @@ class TreeController:
             return
         drafts, plain, others = (left > 0 for left in state.accounts)
         if others and state.picks % TRIAL_EVERY == 0:
-            near = {i for i in range(1, len(rates)) if (count + hoped[i]) / least[i] >= rates[best]}
+            outlook, needed = (hoped, rates[best]) if best else (extras, ENTER * rates[best])
+            near = {i for i in range(1, len(rates)) if (count + outlook[i]) / least[i] >= needed}
             self._try_another(state, near)
         if state.present != best:
             return
@@ -425,7 +426,8 @@ class TreeController:
             state.learn(0, _PLAIN, TRIAL)
 
     def _try_another(self, state: _BatchSize, near: set[int]) -> None:
-        """near: the trees that would be better than the best if drafts did as promised. Nothing else can turn out to be."""
+        """near: the trees that would be better than the best if steps took as little time as they well may, and drafts did as promised
+        (while no tree is taken: as they are believed to do). Nothing else can turn out to be."""
         arms = state.arms
         timed = state.picks % (TIMED_TRIAL * TRIAL_EVERY) == 0
         if unmeasured := {index for index in near if not (arms[index].measured or arms[index].tried)}:
