@@ -109,6 +109,7 @@ class Acceptances:
 
     def release(self, place: int) -> None:
         self._unable -= not self.able[place]
+        self.told += 1
         self._ended = IN_FLIGHT
         self._free.append(place)
 
@@ -366,7 +367,7 @@ class TreeController:
         return self.trees[state.present - 1] if state.present else None
 
     def _due(self, state: _BatchSize) -> bool:
-        """Whether it is time to choose. Where no tree seems best, only steps with trees and new requests change that."""
+        """Whether it is time to choose. Where no tree seems best, only steps with trees and other requests change that."""
         if state.present != state.settled or state.picks < FIRST:
             return True
         if state.settled:
