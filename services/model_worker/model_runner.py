@@ -246,19 +246,20 @@ class ModelRunner:
         query_start = put(np.concatenate((np.arange(0, decode_rows + 1, nodes, dtype=np.int32), ends)))
         final = [index for index, chunk in enumerate(chunks) if chunk.final]
         report = ReportedRows.of(chunks, ends - lengths)
-        few = int(ends[-1]) >= max(self.last_rows_from, 4 * (decode_rows + len(final))) and not report.rows
-        if few:  # their sequences, and where these rows begin when there are no others
-            last_seqs = put([*range(decodes), *(decodes + index for index in final)])
+        count = int(ends[-1])
+        few = count >= max(self.last_rows_from, 4 * (decode_rows + len(final))) and not report.rows
+        if few:  # where the rows that are wanted begin when there are no others
             last_start = put([*range(0, decode_rows, nodes), *range(decode_rows, decode_rows + len(final) + 1)])
         wanted = put([*range(decode_rows), *(int(ends[index]) - 1 for index in final), *report.rows])
         targets = put(report.targets)
-        sampled_of = put([*range(together), *(decodes + index for index in final)])
+        wanted_seqs = put([*range(decodes), *(decodes + index for index in final)])
+        sampled_of = wanted_seqs[decodes - together :]
         context_len = put([chunk.start + chunk.rows for chunk in chunks])
         chunk_rows = put(self._rows_of_chunks(chunks).ravel()).view(len(self._rows), -1)
         self._upload_changes(plan)
 
         slots = slots.long()
-        rows = self._rows[:, : int(ends[-1])]
+        rows = self._rows[:, :count]
         rows[:, decode_rows:].copy_(chunk_rows)
         tree_rows, guesses = None, None
         if decodes:
@@ -283,17 +284,17 @@ class ModelRunner:
         if few:
             last = AttentionBatch(
                 query_start=last_start,
-                context_len=context_len.index_select(0, last_seqs),
-                block_table=batch.block_table.index_select(0, last_seqs),
-                decode_seqs=len(last_seqs) if nodes == 1 else decodes,
+                context_len=context_len.index_select(0, wanted_seqs),
+                block_table=batch.block_table.index_select(0, wanted_seqs),
+                decode_seqs=len(wanted_seqs) if nodes == 1 else decodes,
                 decode_rows=nodes,
                 max_query=1 if nodes > 1 and final else 0,
                 max_context=batch.max_context,
                 tree_mask=batch.tree_mask,
             )
-        if self.prompts is not None and self.prompts.fits(rows.shape[1]):
-            sequences = sampled_of if nodes == 1 and not report.rows else None
-            hidden = self.prompts.forward(rows.shape[1], batch, wanted, last, sequences)
+        if self.prompts is not None and self.prompts.fits(count):
+            sequences = wanted_seqs if nodes == 1 and not report.rows else None
+            hidden = self.prompts.forward(count, batch, wanted, last, sequences)
         else:
             ids, positions, kv_slots = rows
             hidden = self.decoder.forward(ids, positions, kv_slots, batch, self.cache.layers, wanted, last)
@@ -320,12 +321,11 @@ class ModelRunner:
         size = self.limits.block_size
         parts = []
         for chunk in chunks:
-            tokens, end = chunk.sequence.tokens, chunk.start + chunk.rows
-            first = chunk.start // size
+            end, first = chunk.start + chunk.rows, chunk.start // size
+            ids = np.frombuffer(chunk.sequence.tokens, np.int32, chunk.rows, 4 * chunk.start)
+            positions = np.arange(chunk.start, end, dtype=np.int32)
             blocks = np.array(chunk.sequence.blocks[first : -(-end // size)], dtype=np.int32)
-            places = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()[chunk.start - first * size :]
-            ids = np.frombuffer(tokens, np.int32, chunk.rows, 4 * chunk.start)
-            parts.append(np.stack((ids, np.arange(chunk.start, end, dtype=np.int32), places[: chunk.rows])))
+            parts.append(np.stack((ids, positions, blocks[positions // size - first] * size + positions % size)))
         return np.concatenate(parts, axis=1)
 
     def _padded(self, slots: NDArray[np.int32] | list[int], size: int) -> NDArray[np.int32]:

@@ -67,6 +67,7 @@ class PromptGraphs:
         self._decoder = decoder
         self._caches = caches
         self._ids, self._positions, self._slots = rows
+        self._slots.fill_(-1)  # what is rehearsed and captured writes nothing
         shape = (most, config.num_heads, config.head_dim)
         self._queries = torch.zeros(shape, dtype=embedding.dtype, device=device)
         self._attended = torch.zeros(shape, dtype=embedding.dtype, device=device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from services.model_worker.engine import (
     EngineConfig,
@@ -123,7 +124,10 @@ def test_padded_replayed_steps_change_nothing(model: Path, alone: dict[str, Coll
     """Everything that a graph holds fast on a GPU: addresses, padded sizes, the mode of sampling."""
     with running(model, load_format="dummy", max_seqs=12, max_batched_tokens=256) as started:
         graphs = RepeatedFunctions()
+        cache = started.engine.runner.cache.data
+        before = cache.view(torch.int32).clone()
         started.engine.runner.capture_graphs(graphs, lambda fraction: None)
+        assert torch.equal(cache.view(torch.int32), before), "a capture has written into the cache"
         outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
         for kinds in (["greedy"], ["plain", "greedy"], ["filtered", "plain", "big seed"], list(KINDS)[:4]):
             again = started.run([sampled(f"{kind} {len(kinds)}", PROMPT, **KINDS[kind]) for kind in kinds])

@@ -159,8 +159,8 @@ def test_drafts_that_are_all_right_or_all_wrong(batch: int, chance: float) -> No
     assert got >= 0.98 * batch / gpu(batch) and got >= 0.92 * best(gpu, batch, [chance], all_or_nothing=True)
 
 
-@pytest.mark.parametrize(("batch", "least"), [(1, 1.02), (4, 1.02)])
-def test_large_trees_that_promise_more_than_they_keep_are_found_out(batch: int, least: float) -> None:
+@pytest.mark.parametrize("batch", [1, 4])
+def test_large_trees_that_promise_more_than_they_keep_are_found_out(batch: int) -> None:
     """Their further guesses for the same place are never right: a first guess is in a quarter of the steps, in whatever tree."""
     trees = [
         Tree.of([(0,)], [0.45]),
@@ -185,7 +185,7 @@ def test_large_trees_that_promise_more_than_they_keep_are_found_out(batch: int, 
         controller.observe_time(batch, tree, seconds[index])
         tokens += batch + (0 if accepted is None else int(accepted.sum()))
         spent += seconds[index]
-    assert tokens / spent > least * batch / seconds[0]
+    assert tokens / spent > 1.02 * batch / seconds[0]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
@@ -318,7 +318,7 @@ def test_drafts_are_looked_at_as_often_as_that_may_cost(ratio: float) -> None:
     sizes = phases.sizes[3000:]
     cost = sizes.count(2) * (ratio - 1)
     # Looks and timed trials, each with what it may take, and what was saved before.
-    assert SHARE * 4000 < cost < 2 * SHARE * 4000 + FIRST
+    assert SHARE * 4000 < cost < 2 * SHARE * 4000 + FIRST / 2
 
 
 def test_what_was_learned_while_all_was_slow_is_paid_for_in_time() -> None:

@@ -132,9 +132,6 @@ class Acceptances:
         self._ended = max(0, self._ended - 1)
         return bool(self.able[places].all())
 
-    def count_able(self, places: NDArray[np.int64]) -> int:
-        return int(np.count_nonzero(self.able[places])) if self._unable else len(places)
-
     def extras(
         self, places: NDArray[np.int64], average: float, chances: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -380,7 +377,7 @@ class TreeController:
         arms, count = state.arms, len(batch)
         state.told = self.requests.told
         believed, hoped_of = self.requests.extras(batch, self.average, self._chances[:, :usable])
-        self._foreseen[:usable] = believed / max(1, self.requests.count_able(batch))
+        self._foreseen[:usable] = believed / count
         given, foreseen = self._yields[:usable].T
         extras = [0.0, *(believed * (YIELD_PRIOR + given) / (YIELD_PRIOR + foreseen)).tolist()]
         hoped = [0.0, *hoped_of.tolist()]
@@ -473,6 +470,7 @@ class TreeController:
         if tree is None or accepted is None:
             self.requests.plain[batch] += 1
             return
+        sequences = len(batch)
         if not self.requests.all_able(batch):
             able = self.requests.able[batch]
             self.requests.plain[batch[~able]] += 1
@@ -481,7 +479,7 @@ class TreeController:
         extra = int(accepted.sum())
         index = self._nodes.index(tree.size)
         self._yields[index] *= YIELD_MEMORY ** len(accepted)
-        self._yields[index] += extra, self._foreseen[index] * len(accepted)
+        self._yields[index] += extra, self._foreseen[index] * sequences
         self._tokens = len(accepted) + extra
         if len(batch):
             fading, right = AVERAGE_MEMORY ** len(batch), np.count_nonzero(accepted)
