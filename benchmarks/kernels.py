@@ -249,6 +249,9 @@ def decode_case(report: Report, sequences: int, context: int) -> None:
 
     variants = {  # with programs per SM that the split aims at
         64: [
+            (TileConfig(16, 64, 2, 2, True), 4),
+            (TileConfig(16, 64, 2, 3, True), 4),
+            (TileConfig(16, 64, 4, 2, True), 4),
             (TileConfig(16, 64, 4, 3, True), 4),
             (TileConfig(16, 64, 4, 5, True), 4),
             (TileConfig(16, 64, 4, 5, True), 2),
@@ -257,7 +260,11 @@ def decode_case(report: Report, sequences: int, context: int) -> None:
             (TileConfig(16, 32, 4, 5, True), 4),
             (TileConfig(16, 64, 4, 5, False), 4),
         ],
-        16: [(TileConfig(16, 64, 4, 5, False), 4), (TileConfig(16, 32, 4, 5, False), 4)],
+        16: [
+            (TileConfig(16, 64, 2, 2, False), 4),
+            (TileConfig(16, 64, 4, 5, False), 4),
+            (TileConfig(16, 32, 4, 5, False), 4),
+        ],
     }
     case = f"{sequences}x{context}"
     size = 2 * sequences * context * KV_HEADS * HEAD_DIM * 2

@@ -15,6 +15,14 @@ BLOCK = 1024
 
 
 @triton.jit
+def silu_product(gate, up, dtype):
+    """silu(gate) × up in dtype. Both are rounded first, and silu before the product: as the separate operators of the models do it."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (silu * up).to(dtype)
+
+
+@triton.jit
 def _silu_mul_kernel(
     gate_up_ptr, out_ptr, WIDTH, span_stride, SPANS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -27,9 +35,7 @@ def _silu_mul_kernel(
     source = gate_up_ptr + row * 2 * WIDTH + column
     gate = load_product(source, inside, span_stride, SPANS, dtype)
     up = load_product(source + WIDTH, inside, span_stride, SPANS, dtype)
-    # silu is rounded before the product, as the two separate operators of the models do it.
-    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + column, (silu * up).to(dtype), mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, silu_product(gate, up, dtype), mask=inside)
 
 
 def silu_mul(gate_up: Product) -> Tensor:

@@ -19,7 +19,7 @@ from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from kernels.ops import AttentionBatch
 
 PROGRAMS_PER_SM = 4
-MIN_SPAN = 128  # a shorter span costs more in merging than it saves
+MIN_SPAN = 64  # a shorter span costs more in merging than it saves
 MAX_SPAN = 8192  # one long sequence in a full batch must not run alone at the end
 MERGE_TILE = 16
 
@@ -263,8 +263,11 @@ def decode_config(k_cache: Tensor, packed_rows: int) -> TileConfig:
     head_dim, narrow = k_cache.shape[-1], k_cache.element_size() == 2
     block_m = min(64 if narrow else 32, max(16, triton.next_power_of_2(packed_rows)))
     block_n = 64 if head_dim <= 128 and narrow else 32
-    # Deep pipelines: the page id of a tile must arrive before the tile is asked for.
-    return TileConfig(block_m, block_n, 4, 5 if head_dim <= 128 and block_m < 64 else 3, tma_fits(k_cache, block_n))
+    # Small programs, of which many fit beside each other and beside those of the kernels before and behind: in the steps of whole
+    # models that gave more than deep pipelines did.
+    return TileConfig(
+        block_m, block_n, 2 if block_m == 16 else 4, 2 if head_dim <= 128 else 3, tma_fits(k_cache, block_n)
+    )
 
 
 def decode_attention(

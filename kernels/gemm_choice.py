@@ -10,12 +10,12 @@ SMALL_WEIGHT = 8 << 20  # parameters; above it cuBLAS is as good for more than 1
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
 
 # (rows, N, K) → kernel, None for cuBLAS. Above 16 rows, what is missing is cuBLAS's. Measured on one H200 by `benchmarks/kernels.py
-# --only gemm`; the layers' products of 8 to 64 rows on one H100, together with what reads them.
+# --only gemm`; the layers' products of up to 64 rows within steps of eight layers.
 MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (1, 1024, 2048): GemmConfig(2, 1024, 4),
-    (1, 1024, 3072): GemmConfig(2, 1024, 4),
+    (1, 1024, 3072): GemmConfig(4, 1024, 4),
     (1, 4096, 1024): GemmConfig(4, 1024, 4),
-    (1, 4096, 4096): GemmConfig(4, 1024, 4),
+    (1, 4096, 4096): GemmConfig(2, 1024, 4),
     (1, 4096, 14336): GemmConfig(4, 1024, 4),
     (1, 6144, 1024): GemmConfig(4, 1024, 2),
     (1, 6144, 4096): GemmConfig(8, 1024, 4),
@@ -35,27 +35,27 @@ MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (4, 1024, 2048): GemmConfig(64, 256, 4, 4, 3, tma=True),
     (4, 1024, 3072): GemmConfig(64, 256, 4, 6, 3, tma=True),
     (4, 4096, 1024): GemmConfig(64, 256, 4, 2, 3, tma=True),
-    (4, 4096, 4096): None,
-    (4, 4096, 14336): None,
+    (4, 4096, 4096): GemmConfig(64, 128, 4, 2, 3, tma=True),
+    (4, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (4, 6144, 1024): GemmConfig(32, 128, 2, 1, 6),
-    (4, 6144, 4096): GemmConfig(32, 128, 2, 1, 6),
+    (4, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (4, 28672, 4096): None,
     (4, 128256, 4096): GemmConfig(32, 128, 2, 1, 6),
     (4, 151936, 1024): None,
-    (8, 1024, 2048): GemmConfig(32, 128, 2, 4, 6),
+    (8, 1024, 2048): GemmConfig(64, 256, 4, 4, 3, tma=True),
     (8, 1024, 3072): GemmConfig(64, 256, 4, 6, 3, tma=True),
-    (8, 4096, 1024): GemmConfig(64, 128, 4, 2, 4),
+    (8, 4096, 1024): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (8, 4096, 4096): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (8, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (8, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (8, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (8, 28672, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
-    (8, 128256, 4096): GemmConfig(32, 128, 2, 1, 6),
+    (8, 128256, 4096): None,
     (8, 151936, 1024): None,
-    (16, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
+    (16, 1024, 2048): GemmConfig(64, 256, 4, 4, 3, tma=True),
     (16, 1024, 3072): GemmConfig(64, 256, 4, 6, 3, tma=True),
-    (16, 4096, 1024): GemmConfig(64, 128, 4, 2, 4, tma=True),
-    (16, 4096, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (16, 4096, 1024): GemmConfig(64, 256, 4, 2, 3, tma=True),
+    (16, 4096, 4096): GemmConfig(64, 128, 4, 2, 4, tma=True),
     (16, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (16, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (16, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
@@ -65,7 +65,7 @@ MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (32, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
     (32, 1024, 3072): GemmConfig(64, 256, 4, 4, 3, tma=True),
     (32, 4096, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
-    (32, 4096, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (32, 4096, 4096): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (32, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (32, 6144, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
     (32, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
@@ -74,10 +74,25 @@ MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (64, 1024, 2048): GemmConfig(64, 128, 4, 4, 4, tma=True),
     (64, 1024, 3072): GemmConfig(64, 128, 4, 4, 4, tma=True),
     (64, 4096, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
-    (64, 4096, 14336): GemmConfig(64, 128, 4, 2, 4, tma=True),
+    (64, 4096, 4096): GemmConfig(64, 256, 4, 2, 3, tma=True),
+    (64, 4096, 14336): GemmConfig(64, 256, 4, 2, 3, tma=True),
     (64, 6144, 1024): GemmConfig(64, 128, 4, 1, 4, tma=True),
+    (64, 6144, 4096): GemmConfig(64, 256, 4, 1, 3, tma=True),
     (64, 28672, 4096): GemmConfig(128, 64, 4, 1, 5, tma=True),
-    (64, 128256, 4096): GemmConfig(64, 64, 4, 1, 6, tma=True),
+    (64, 128256, 4096): GemmConfig(128, 64, 4, 1, 5, tma=True),
+}
+
+
+# The same for gates and values in one kernel, within steps of one H200; None: a product, and a kernel that gates.
+MEASURED_GATED: dict[tuple[int, int, int], GemmConfig | None] = {
+    (1, 28672, 4096): GemmConfig(2, 1024, 4),
+    (2, 28672, 4096): None,
+    (4, 28672, 4096): GemmConfig(64, 128, 4, 1, 2, tma=True),
+    (8, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (8, 28672, 4096): GemmConfig(64, 128, 4, 1, 3, tma=True),
+    (16, 6144, 1024): GemmConfig(64, 256, 4, 1, 3, tma=True),
+    (16, 28672, 4096): GemmConfig(64, 128, 4, 1, 3, tma=True),
+    (64, 28672, 4096): GemmConfig(64, 128, 4, 1, 2, tma=True),
 }
 
 
@@ -99,6 +114,16 @@ def choose(rows: int, width: int, depth: int) -> GemmConfig | None:
         return _by_weight(width, depth)
     # Of small weights the launch and the first bytes cost more than the product: what the measured ones have in common.
     return _by_weight(width, depth, PROGRAMS // 2, 4) if rows <= 64 and width * depth <= SMALL_WEIGHT else None
+
+
+def choose_gated(rows: int, width: int, depth: int) -> GemmConfig | None:
+    """As `choose` for a product that is gated in the same kernel (width: of gates and values). None: by two."""
+    key = bucket(rows), width, depth
+    if key in MEASURED_GATED:
+        return MEASURED_GATED[key]
+    if rows <= 2:
+        return GemmConfig(2, 512, 1) if width * depth <= SMALL_WEIGHT else GemmConfig(4, 1024, 4)
+    return GemmConfig(64, 128, 4, 1, 4, tma=True) if rows <= 64 else None
 
 
 def invariant(width: int, depth: int) -> GemmConfig:

@@ -165,6 +165,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: Product) -> Tensor:
         """[T, 2I] → silu(first half) × second half, [T, I]."""
 
+    def gated_product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu_mul(product(x, weight, bias)) with weight [2I, in], gates first → [T, I]."""
+
     def rope_and_cache(
         self,
         qkv: Product,

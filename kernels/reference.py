@@ -38,6 +38,9 @@ class ReferenceOps:
         gate, up = whole(gate_up).chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gated_product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.silu_mul(self.product(x, weight, bias))
+
     def rope_and_cache(
         self,
         qkv: Product,

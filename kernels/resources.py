@@ -143,9 +143,9 @@ def _inspect(name: str, binary: Any) -> Resources:
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
     from kernels.attention_prefill_hopper import new_counters
-    from kernels.gemm_choice import choose, invariant
+    from kernels.gemm_choice import choose, choose_gated, invariant
     from kernels.ops import AttentionBatch, LogitEdits, Product, SamplingBatch, Sums
-    from kernels.skinny_gemm import skinny_linear
+    from kernels.skinny_gemm import skinny_gated_product, skinny_linear
     from kernels.triton_ops import TritonOps
 
     ops, hopper, same_bits = TritonOps(), TritonOps(hopper_counters=new_counters("cpu")), TritonOps(fixed_split=512)
@@ -206,6 +206,12 @@ def production_calls() -> dict[str, Callable[[], object]]:
         x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
         return skinny_linear(x, weight, None, choose(rows, *weight.shape) or invariant(*weight.shape))
 
+    def gated(rows: int) -> object:
+        x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(2 * intermediate, hidden, dtype=bf16)
+        config = choose_gated(rows, *weight.shape)
+        assert config is not None
+        return skinny_gated_product(x, weight, None, config)
+
     def same_product(rows: int) -> object:
         x, weight = torch.zeros(rows, hidden, dtype=bf16), torch.zeros(hidden, hidden, dtype=bf16)
         return skinny_linear(x, weight, None, invariant(*weight.shape))
@@ -232,6 +238,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "linear, 4 rows": lambda: product(4),
         "linear, 16 rows": lambda: product(16),
         "linear, 128 rows": lambda: product(128),
+        "gated, 1 row": lambda: gated(1),
+        "gated, 64 rows": lambda: gated(64),
         "rms_norm": lambda: ops.rms_norm(x, x[0], 1e-6),
         "add_rms_norm": lambda: ops.add_rms_norm(x, x, x[0], 1e-6),
         "add_rms_norm of sums": lambda: ops.add_rms_norm(sums(hidden), x, x[0], 1e-6),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.activation import silu_product
 from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from kernels.ops import Product, Sums
 
@@ -25,14 +26,15 @@ MAX_ROWS = 128
 GEMV_ROWS = 4
 REDUCE_BLOCK = 1024
 PREFETCH_BYTES = 2048  # of each row of a program's weights, into the L2 cache, while the kernel ahead still runs
+GATED_PREFETCH_BYTES = 256  # the same of gates, and of values
 
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
     """block_n, block_k: a tile of the weights. split: programs along K; 0: the kernel without tensor cores (M ≤ 4).
 
-    stages: depth of the load pipeline. tma: tiles are fetched by tensor descriptors, not by pointers. block_m: rows of x in a tile;
-    0: as few as hold them all.
+    stages: depth of the load pipeline. tma: tiles (of x, too) are fetched by tensor descriptors, not by pointers. block_m: rows of x
+    in a tile; 0: as few as hold them all.
     """
 
     block_n: int
@@ -54,16 +56,19 @@ def _gemv_kernel(
     K,
     M: tl.constexpr,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program for BLOCK_N outputs of every row. The next tile of weights is always on its way."""
+    """One program for BLOCK_N rows of the weights and every row of x. The next tile of weights is always on its way. GATED: the rows
+    are those of N / 2 gates and of their N / 2 values; neighbours belong together."""
     start_next(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = index // 2 + index % 2 * (N // 2) if GATED else index
     k = tl.arange(0, BLOCK_K)
     rows = weight_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    inside_n = (n < N)[:, None]
+    inside_n = (index < N)[:, None]
     coming = tl.load(rows, mask=inside_n & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
     wait_for_inputs(PDL)
     sums = ()
@@ -84,8 +89,14 @@ def _gemv_kernel(
     for m in tl.static_range(M):
         out = tl.sum(sums[m], 1)
         if BIAS:
-            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + m * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+            out += tl.load(bias_ptr + n, mask=index < N, other=0.0).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.reshape(out, [BLOCK_N // 2, 2]))
+            column = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            product = silu_product(gate, up, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + m * (N // 2) + column, product, mask=column < N // 2)
+        else:
+            tl.store(out_ptr + m * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -103,7 +114,7 @@ def prefetch(pointers, size):
 
 @triton.jit(do_not_specialize=["M"])
 def _dot_kernel(
-    x_ptr,
+    x,
     weight,
     weight_ptr,
     bias_ptr,
@@ -112,6 +123,7 @@ def _dot_kernel(
     N,
     K,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,7 +132,8 @@ def _dot_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of outputs' sum over a span of K: out [spans, M, N]. The bias belongs to the first span."""
+    """One tile of outputs' sum over a span of K: out [spans, M, N]. The bias belongs to the first span. GATED: N gates, and as many
+    values behind them in the weights; K is not cut."""
     start_next(PDL)
     first_n = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -134,22 +147,40 @@ def _dot_kernel(
     row = n.to(tl.int64) * K
     if PDL and PREFETCH:
         first = tl.minimum(n, N - 1).to(tl.int64) * K + begin
-        prefetch(weight_ptr + first, tl.minimum(tl.maximum(end - begin, 0) * 2, PREFETCH))
+        size = tl.minimum(tl.maximum(end - begin, 0) * 2, PREFETCH)
+        prefetch(weight_ptr + first, size)
+        if GATED:
+            prefetch(weight_ptr + first + tl.cast(N, tl.int64) * K, size)
     wait_for_inputs(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if TMA:
             tile = weight.load([first_n, start])
         else:
             pointers = weight_ptr + row[:, None] + (start + k)[None, :]
             tile = tl.load(pointers, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + m[:, None] * K + (start + k)[None, :], mask=(m < M)[:, None], other=0.0)
-        acc = tl.dot(tile, x.T, acc)
+        if TMA:
+            rows = x.load([tl.program_id(2) * BLOCK_M, start])
+        else:
+            rows = tl.load(x + m[:, None] * K + (start + k)[None, :], mask=(m < M)[:, None], other=0.0)
+        acc = tl.dot(tile, rows.T, acc)
+        if GATED:
+            if TMA:
+                tile = weight.load([N + first_n, start])
+            else:
+                pointers = weight_ptr + (row + tl.cast(N, tl.int64) * K)[:, None] + (start + k)[None, :]
+                tile = tl.load(pointers, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first")
+            up = tl.dot(tile, rows.T, up)
     inside = (n < N)[:, None] & (m < M)[None, :]
     offset = m.to(tl.int64)[None, :] * N + n[:, None]
     if BIAS:
         shift = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         acc += tl.where(split == 0, shift, 0.0)
+    if GATED:
+        if BIAS:
+            up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc = silu_product(acc, up, out_ptr.dtype.element_ty)
     tl.store(out_ptr + split.to(tl.int64) * M * N + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -210,11 +241,23 @@ def add_up(product: Product) -> Tensor:
     return out
 
 
+def skinny_gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Tensor:
+    """silu(gate) × up of the product with weight [2I, K], gates first → [M, I]. config.split is at most 1."""
+    if config.split > 1:
+        raise ValueError("a gated product's sums along K are not cut")
+    return _launch(x, weight, bias, config, gated=True)
+
+
 def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig) -> Product:
     """As `skinny_linear`, without adding up what `config.split` has cut."""
+    out = _launch(x, weight, bias, config, gated=False)
+    return Sums(out, x.dtype) if config.split > 1 and out.dim() == 3 else out
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, gated: bool) -> Tensor:
     x = x.contiguous()
     rows, depth = x.shape
-    width = weight.shape[0]
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
     split = config.split > 1 and rows > 0
     out = torch.empty(config.split, rows, width, device=x.device) if split else x.new_empty(rows, width)
     if rows == 0:
@@ -222,15 +265,16 @@ def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmC
     options = launch_options(x.device)
     bias_or_any = weight if bias is None else bias
     if config.split == 0:
-        _gemv_kernel[(triton.cdiv(width, config.block_n),)](
+        _gemv_kernel[(triton.cdiv(weight.shape[0], config.block_n),)](
             x,
             weight,
             bias_or_any,
             out,
-            width,
+            weight.shape[0],
             depth,
             M=rows,
             BIAS=bias is not None,
+            GATED=gated,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
@@ -240,8 +284,8 @@ def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmC
     block_m = config.block_m or min(128, max(16, triton.next_power_of_2(rows)))
     tile = [config.block_n, config.block_k]
     _dot_kernel[(triton.cdiv(width, config.block_n), config.split, triton.cdiv(rows, block_m))](
-        x,
-        TensorDescriptor(weight, [width, depth], [depth, 1], tile) if config.tma else weight,
+        TensorDescriptor(x, [rows, depth], [depth, 1], [block_m, config.block_k]) if config.tma else x,
+        TensorDescriptor(weight, list(weight.shape), [depth, 1], tile) if config.tma else weight,
         weight,
         bias_or_any,
         out,
@@ -249,13 +293,14 @@ def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmC
         width,
         depth,
         BIAS=bias is not None,
+        GATED=gated,
         TMA=config.tma,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.stages,
-        PREFETCH=PREFETCH_BYTES,
+        PREFETCH=GATED_PREFETCH_BYTES if gated else PREFETCH_BYTES,
         num_warps=config.num_warps,
         **options,
     )
-    return Sums(out, x.dtype) if split else out
+    return out

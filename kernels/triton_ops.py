@@ -9,9 +9,9 @@ from kernels import activation, draft, kv_move, logit_edits, norm, rope_cache, s
 from kernels.attention_decode import decode_attention
 from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
-from kernels.gemm_choice import choose, invariant
+from kernels.gemm_choice import choose, choose_gated, invariant
 from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables
-from kernels.skinny_gemm import add_up, fits, skinny_linear, skinny_product
+from kernels.skinny_gemm import add_up, fits, skinny_gated_product, skinny_linear, skinny_product
 
 INVARIANT_ROWS = 1024  # of one product in the batch-invariant mode
 
@@ -62,6 +62,13 @@ class TritonOps:
 
     def silu_mul(self, gate_up: Product) -> Tensor:
         return activation.silu_mul(gate_up)
+
+    def gated_product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.fixed_split is None and fits(x, weight):
+            config = choose_gated(x.shape[0], *weight.shape)
+            if config is not None:
+                return skinny_gated_product(x, weight, bias, config)
+        return self.silu_mul(self.product(x, weight, bias))
 
     def rope_and_cache(
         self,

@@ -9,7 +9,7 @@ from kernels import dependent_launch
 from kernels.ops import AttentionBatch, LogitEdits, Sums
 from kernels.philox import gumbel_noise
 from kernels.reference import ReferenceOps, filter_scores, keep_typical
-from kernels.skinny_gemm import GemmConfig, skinny_linear, skinny_product
+from kernels.skinny_gemm import GemmConfig, skinny_gated_product, skinny_linear, skinny_product
 from kernels.triton_ops import TritonOps
 from services.model_worker.speculation.acceptance import DeviceTree
 from services.model_worker.speculation.tree import default_trees
@@ -87,6 +87,30 @@ def test_linear(config, width, depth, biased):
         x = bf16(rows, depth)
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
         assert_as_exact_as_torch(skinny_linear(x, weight, bias, config), F.linear(x, weight, bias), exact)
+
+
+GATED_CONFIGS = [
+    GemmConfig(2, 512, 1),
+    GemmConfig(8, 1024, 4),
+    GemmConfig(64, 128, 4, 1, 4, True),
+    GemmConfig(64, 128, 4, 1, 2, True),
+    GemmConfig(32, 128, 2, 1, 4, False),
+]
+
+
+@pytest.mark.parametrize("config", GATED_CONFIGS, ids=str)
+@pytest.mark.parametrize(("width", "depth"), [(14336, 4096), (3072, 1024), (500, 1152)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gates_and_values_of_one_product(config, width, depth, biased):
+    weight, bias = bf16(2 * width, depth), bf16(2 * width) if biased else None
+    for rows in (1, 2, 4) if config.split == 0 else (1, 7, 16, 33, 64):
+        x = bf16(rows, depth)
+        gate, up = F.linear(x, weight, bias).chunk(2, -1)
+        exact_gate, exact_up = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).chunk(
+            2, -1
+        )
+        got = skinny_gated_product(x, weight, bias, config)
+        assert_as_exact_as_torch(got, F.silu(gate) * up, F.silu(exact_gate) * exact_up)
 
 
 def test_a_product_is_added_up_where_it_is_read(ops):

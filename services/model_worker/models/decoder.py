@@ -150,7 +150,7 @@ class Decoder:
         ops, layer = self.ops, self.weights.layers[index]
         added = ops.product(attended.flatten(1), layer.o, layer.o_bias)
         x = ops.add_rms_norm(added, residual, layer.post_norm, self.config.norm_eps)
-        x = ops.silu_mul(ops.product(x, layer.gate_up, layer.gate_up_bias))
+        x = ops.gated_product(x, layer.gate_up, layer.gate_up_bias)
         return ops.product(x, layer.down, layer.down_bias)
 
     def last_rows(
