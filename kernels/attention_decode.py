@@ -258,16 +258,16 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def decode_config(k_cache: Tensor, packed_rows: int) -> TileConfig:
-    """The tile shape by head size, data type and rows (tree nodes × query heads of a KV head)."""
+def decode_config(k_cache: Tensor, packed_rows: int, per_processor: float) -> TileConfig:
+    """The tile shape by head size, data type, rows (tree nodes × query heads of a KV head), and sequences × KV heads by processors."""
     head_dim, narrow = k_cache.shape[-1], k_cache.element_size() == 2
     block_m = min(64 if narrow else 32, max(16, triton.next_power_of_2(packed_rows)))
     block_n = 64 if head_dim <= 128 and narrow else 32
     # Small programs, of which many fit beside each other and beside those of the kernels before and behind: in the steps of whole
-    # models that gave more than deep pipelines did.
-    return TileConfig(
-        block_m, block_n, 2 if block_m == 16 else 4, 2 if head_dim <= 128 else 3, tma_fits(k_cache, block_n)
-    )
+    # models that gave more than deep pipelines, but for batches that fill the device several times.
+    warps = 2 if block_m == 16 and per_processor < 1 else 4
+    stages = 3 if head_dim > 128 else 5 if per_processor > 8 and block_m < 64 else 2
+    return TileConfig(block_m, block_n, warps, stages, tma_fits(k_cache, block_n))
 
 
 def decode_attention(
@@ -291,7 +291,10 @@ def decode_attention(
     _, page, kv_heads, head_dim = k_cache.shape
     q_heads = q.shape[1]
     group = q_heads // kv_heads
-    config = config or decode_config(k_cache, rows * group)
+    if config is None:
+        # Where a result must not depend on the batch, neither may the tiles.
+        load = 1.0 if fixed_split is not None else sequences * kv_heads / _processors(q.device)
+        config = decode_config(k_cache, rows * group, load)
     tiles = triton.cdiv(rows * group, config.block_m)
     plan = plan_splits(sequences * kv_heads * tiles, batch.max_context, _processors(q.device), fixed_split)
     partial = lse = out

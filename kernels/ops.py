@@ -117,9 +117,10 @@ class LogitEdits:
 
 @dataclass(slots=True)
 class RowLayout:
-    """Where the rows of S sequences with n rows each stand: positions int32 [S × n] · kv_slots int32 [S, n] · context_len int32 [S] ·
-    block_table int32 [S, max_blocks]."""
+    """Where the rows of S sequences with n rows each stand: tokens int64 [S], the newest of each sequence · positions int32 [S × n] ·
+    kv_slots int32 [S, n] · context_len int32 [S] · block_table int32 [S, max_blocks]."""
 
+    tokens: Tensor
     positions: Tensor
     kv_slots: Tensor
     context_len: Tensor
@@ -256,15 +257,32 @@ class Ops(Protocol):
         Used to move the accepted nodes of a speculation tree into place: target ≤ source for each, and rows are moved in order.
         """
 
+    def embed(self, ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """ids int32 or int64 [T], weight [V, H] → [T, H]: `out` if given."""
+
     def lay_out(
-        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+        self,
+        slots: Tensor,
+        depths: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        block_table: Tensor,
+        block_size: int,
+        advance: bool = False,
     ) -> RowLayout:
         """The rows of decode sequences: node i of a sequence takes the place context + i in the cache, and stands at position
         context + depths[i].
 
-        slots int64 [S]: rows of context int32 [slots] and block_table int32 [slots, max_blocks]; the last slot is nobody's: such a
-        sequence gets kv_slots -1 and context_len 0. depths int32 [n].
+        slots int64 [S]: rows of context int32 [slots], last_token int64 [slots] and block_table int32 [slots, max_blocks]; the last
+        slot is nobody's: such a sequence gets kv_slots -1 and context_len 0. depths int32 [n]. advance: context counts the rows from
+        now on.
         """
+
+    def keep_chosen(
+        self, slots: Tensor, chosen: Tensor, last_token: Tensor, hidden: Tensor | None, kept_hidden: Tensor | None
+    ) -> None:
+        """What a step without a tree leaves to the next one: chosen int64 [R] becomes last_token int64 [slots], and hidden [R, H] that
+        of kept_hidden [slots, H] (None: nobody asks), at slots int64 [R]. Among them only nobody's, the last, may be there twice."""
 
     def accept_tree(
         self,

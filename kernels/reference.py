@@ -181,19 +181,40 @@ class ReferenceOps:
             # Reading all before writing any equals moving in order, as no target is the source of a later row.
             rows[..., target, :, :] = rows[..., source, :, :]
 
+    def embed(self, ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.index_select(weight, 0, ids, out=out)
+
     def lay_out(
-        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+        self,
+        slots: Tensor,
+        depths: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        block_table: Tensor,
+        block_size: int,
+        advance: bool = False,
     ) -> RowLayout:
         nodes, of_rows, table = len(depths), context.index_select(0, slots), block_table.index_select(0, slots)
         real = slots < len(context) - 1
         places = of_rows[:, None] + torch.arange(nodes, dtype=torch.int32, device=slots.device)
         block = table.gather(1, (places // block_size).clamp(max=table.shape[1] - 1).long())
+        context_len = torch.where(real, of_rows + nodes, 0)
+        if advance:
+            context.index_copy_(0, slots, context_len)
         return RowLayout(
+            tokens=last_token.index_select(0, slots),
             positions=(of_rows[:, None] + depths).flatten(),
             kv_slots=torch.where(real[:, None], block * block_size + places % block_size, -1),
-            context_len=torch.where(real, of_rows + nodes, 0),
+            context_len=context_len,
             block_table=table,
         )
+
+    def keep_chosen(
+        self, slots: Tensor, chosen: Tensor, last_token: Tensor, hidden: Tensor | None, kept_hidden: Tensor | None
+    ) -> None:
+        last_token.index_copy_(0, slots, chosen)
+        if hidden is not None and kept_hidden is not None:
+            kept_hidden.index_copy_(0, slots, hidden)
 
     def accept_tree(
         self,

@@ -1,7 +1,7 @@
-"""What a decode step does beside the model, each in one launch instead of a dozen: where its rows stand, and which guesses are kept.
-Oracle: `ReferenceOps.lay_out`, `ReferenceOps.accept_tree`.
+"""What a decode step does beside the model, each in one launch instead of several: where its rows stand and what is in them, what is
+kept of it, and which guesses are. Oracle: `ReferenceOps.lay_out`, `.embed`, `.keep_chosen`, `.accept_tree`.
 
-A program takes one sequence. These kernels move a few hundred bytes: their time is their launch.
+A program takes one sequence or row. These kernels move a few hundred bytes: their time is their launch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ def _lay_out_kernel(
     slots_ptr,
     depths_ptr,
     context_ptr,
+    last_token_ptr,
     table_ptr,
+    tokens_ptr,
     positions_ptr,
     kv_slots_ptr,
     context_len_ptr,
     rows_table_ptr,
     null_slot,
+    ADVANCE: tl.constexpr,
     WIDTH: tl.constexpr,
     NODES: tl.constexpr,
     PAGE: tl.constexpr,
@@ -50,32 +53,48 @@ def _lay_out_kernel(
     row = sequence * NODES + node
     tl.store(kv_slots_ptr + row, tl.where(real, block * PAGE + place % PAGE, -1), mask=inside)
     tl.store(positions_ptr + row, context + tl.load(depths_ptr + node, mask=inside, other=0), mask=inside)
-    tl.store(context_len_ptr + sequence, tl.where(real, context + NODES, 0))
+    tl.store(tokens_ptr + sequence, tl.load(last_token_ptr + slot))
+    context_len = tl.where(real, context + NODES, 0)
+    tl.store(context_len_ptr + sequence, context_len)
+    if ADVANCE:
+        tl.store(context_ptr + slot, context_len)  # nobody's stays 0
     for start in range(0, WIDTH, TABLE_BLOCK):
         column = start + tl.arange(0, TABLE_BLOCK)
         entries = tl.load(table_ptr + column, mask=column < WIDTH, other=0)
         tl.store(rows_table_ptr + sequence * WIDTH + column, entries, mask=column < WIDTH)
 
 
-def lay_out(slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int) -> RowLayout:
+def lay_out(
+    slots: Tensor,
+    depths: Tensor,
+    context: Tensor,
+    last_token: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    advance: bool = False,
+) -> RowLayout:
     """See `Ops.lay_out`."""
     count, nodes, width = slots.shape[0], depths.shape[0], block_table.shape[1]
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=slots.device)
 
-    rows = RowLayout(empty(count * nodes), empty(count, nodes), empty(count), empty(count, width))
+    tokens = last_token.new_empty(count)
+    rows = RowLayout(tokens, empty(count * nodes), empty(count, nodes), empty(count), empty(count, width))
     if count:
         _lay_out_kernel[(count,)](
             slots,
             depths,
             context,
+            last_token,
             block_table,
+            rows.tokens,
             rows.positions,
             rows.kv_slots,
             rows.context_len,
             rows.block_table,
             context.shape[0] - 1,
+            ADVANCE=advance,
             WIDTH=width,
             NODES=nodes,
             PAGE=block_size,
@@ -85,6 +104,71 @@ def lay_out(slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor,
             **launch_options(slots.device),
         )
     return rows
+
+
+@triton.jit
+def _embed_kernel(ids_ptr, weight_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    source = weight_ptr + tl.load(ids_ptr + row).to(tl.int64) * WIDTH
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + row * WIDTH + column, tl.load(source + column, mask=column < WIDTH), mask=column < WIDTH)
+
+
+def embed(ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """See `Ops.embed`."""
+    rows, width = ids.shape[0], weight.shape[1]
+    out = weight.new_empty(rows, width) if out is None else out
+    if rows:
+        block = min(HIDDEN_BLOCK, triton.next_power_of_2(width))
+        _embed_kernel[(rows,)](ids, weight, out, WIDTH=width, BLOCK=block, num_warps=4, **launch_options(ids.device))
+    return out
+
+
+@triton.jit
+def _keep_kernel(
+    slots_ptr,
+    chosen_ptr,
+    last_token_ptr,
+    hidden_ptr,
+    kept_ptr,
+    KEPT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    tl.store(last_token_ptr + slot, tl.load(chosen_ptr + row))
+    if KEPT:
+        for start in range(0, HIDDEN, HIDDEN_BLOCK):
+            column = start + tl.arange(0, HIDDEN_BLOCK)
+            values = tl.load(hidden_ptr + row * HIDDEN + column, mask=column < HIDDEN)
+            tl.store(kept_ptr + slot * HIDDEN + column, values, mask=column < HIDDEN)
+
+
+def keep_chosen(
+    slots: Tensor, chosen: Tensor, last_token: Tensor, hidden: Tensor | None, kept_hidden: Tensor | None
+) -> None:
+    """See `Ops.keep_chosen`."""
+    kept = hidden is not None and kept_hidden is not None
+    if len(slots):
+        _keep_kernel[(len(slots),)](
+            slots,
+            chosen.contiguous(),
+            last_token,
+            hidden.contiguous() if kept else chosen,
+            kept_hidden if kept else last_token,
+            KEPT=kept,
+            HIDDEN=hidden.shape[1] if kept else 1,
+            HIDDEN_BLOCK=HIDDEN_BLOCK,
+            num_warps=4,
+            **launch_options(slots.device),
+        )
 
 
 @triton.jit

@@ -151,10 +151,25 @@ class TritonOps:
     def move_kv(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
         kv_move.move_kv(k_cache, v_cache, source, target)
 
+    def embed(self, ids: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        return step_rows.embed(ids, weight, out)
+
     def lay_out(
-        self, slots: Tensor, depths: Tensor, context: Tensor, block_table: Tensor, block_size: int
+        self,
+        slots: Tensor,
+        depths: Tensor,
+        context: Tensor,
+        last_token: Tensor,
+        block_table: Tensor,
+        block_size: int,
+        advance: bool = False,
     ) -> RowLayout:
-        return step_rows.lay_out(slots, depths, context, block_table, block_size)
+        return step_rows.lay_out(slots, depths, context, last_token, block_table, block_size, advance)
+
+    def keep_chosen(
+        self, slots: Tensor, chosen: Tensor, last_token: Tensor, hidden: Tensor | None, kept_hidden: Tensor | None
+    ) -> None:
+        step_rows.keep_chosen(slots, chosen, last_token, hidden, kept_hidden)
 
     def accept_tree(
         self,

@@ -370,7 +370,7 @@ class ModelRunner:
         padded = staged_slots.long() if tree_rows is None else tree_rows.slots
         slots = padded[:size]
         nodes = 1 if tree_rows is None else tree_rows.tree.tree.size
-        inputs = self.state.decode_inputs(slots, self.ops) if tree_rows is None else tree_rows.inputs()
+        inputs = self.state.decode_inputs(slots, self.ops, advance=True) if tree_rows is None else tree_rows.inputs()
         batch = AttentionBatch(
             query_start=self._row_starts[nodes][: size + 1],
             context_len=inputs.context_len,
@@ -382,8 +382,6 @@ class ModelRunner:
             tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
         hidden = self.decoder.forward(inputs.ids, inputs.positions, inputs.kv_slots, batch, self.cache.layers, None)
-        if tree_rows is None:
-            self.state.context.index_copy_(0, slots, inputs.context_len)
         return DecodeStep(hidden, padded, inputs.context_len, tree_rows)
 
     def _sample_decode(self, step: DecodeStep, rows: int, mode: SamplingMode, masks: RowMasks | None = None) -> Sampled:
@@ -414,9 +412,8 @@ class ModelRunner:
         """Chooses the tokens after `hidden` and leaves them where the next step finds them."""
         sampled = sample(self.ops, self.state, self.decoder.logits(hidden), padded, context_len, mode, masks)
         slots = padded[: hidden.shape[0]]
-        self.state.last_token.index_copy_(0, slots, sampled.ids.squeeze(1))
-        if self.verifier is not None:
-            self.verifier.remember(slots, hidden)
+        kept = None if self.verifier is None else self.verifier.hidden
+        self.ops.keep_chosen(slots, sampled.ids.squeeze(1), self.state.last_token, hidden, kept)
         return sampled
 
     # ---- before the first step

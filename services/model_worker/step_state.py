@@ -186,16 +186,12 @@ class StepState:
         self.prompt_mask[sequence.slot].zero_()[prompt] = True
         self.token_counts[sequence.slot].zero_().index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
 
-    def decode_inputs(self, slots: Tensor, ops: Ops) -> DecodeInputs:
-        """slots int64 [n]; padded ones get context_len 0 and kv slot -1."""
-        rows = ops.lay_out(slots, self._no_depth, self.context, self.block_table, self.block_size)
-        return DecodeInputs(
-            self.last_token.index_select(0, slots),
-            rows.positions,
-            rows.kv_slots.flatten(),
-            rows.context_len,
-            rows.block_table,
+    def decode_inputs(self, slots: Tensor, ops: Ops, advance: bool = False) -> DecodeInputs:
+        """slots int64 [n]; padded ones get context_len 0 and kv slot -1. advance: `context` counts these rows from now on."""
+        rows = ops.lay_out(
+            slots, self._no_depth, self.context, self.last_token, self.block_table, self.block_size, advance
         )
+        return DecodeInputs(rows.tokens, rows.positions, rows.kv_slots.flatten(), rows.context_len, rows.block_table)
 
     def kv_slots(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Cache slots int32 [T] of the positions [T] of the sequences in `slots` int64 [T]."""

@@ -22,13 +22,25 @@ TREES = {
 
 @pytest.mark.parametrize("nodes", [1, 3, 9])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_lay_out(nodes: int, block_size: int) -> None:
+@pytest.mark.parametrize("advance", [False, True])
+def test_lay_out(nodes: int, block_size: int, advance: bool) -> None:
     torch.manual_seed(nodes)
     context = torch.tensor([5, 0, 2 * block_size - 1, 33, 64, 7, 0], dtype=torch.int32)
     table = torch.randint(0, 500, (7, 300), dtype=torch.int32)
     depths = torch.randint(0, 4, (nodes,), dtype=torch.int32)
     depths[0] = 0
-    expected, got = (ops.lay_out(SLOTS, depths, context, table, block_size) for ops in (REFERENCE, TRITON))
+    last_token = torch.arange(7) * 11
+    results, contexts = [], []
+    for ops in (REFERENCE, TRITON):
+        contexts.append(context.clone())
+        results.append(ops.lay_out(SLOTS, depths, contexts[-1], last_token, table, block_size, advance))
+    expected, got = results
+    assert torch.equal(got.tokens, expected.tokens) and expected.tokens.tolist() == [44, 0, 22, 66, 11]
+    assert torch.equal(*contexts)
+    grown = [
+        length + nodes * advance * (slot in SLOTS and slot != NULL) for slot, length in enumerate(context.tolist())
+    ]
+    assert contexts[0].tolist() == grown
     for name in ("positions", "kv_slots", "context_len", "block_table"):
         ours, theirs = getattr(got, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype == torch.int32
@@ -44,6 +56,25 @@ def test_lay_out(nodes: int, block_size: int) -> None:
         ]
         assert expected.kv_slots[row].tolist() == places
         assert expected.context_len[row] == start + nodes
+
+
+@pytest.mark.parametrize("width", [24, 1500])
+def test_embed_and_keep_chosen(width: int) -> None:
+    weight, ids = torch.randn(50, width), torch.tensor([3, 49, 0, 3])
+    for form in (ids, ids.int()):
+        into = torch.empty(4, width)
+        assert TRITON.embed(form, weight, into) is into
+        assert torch.equal(into, REFERENCE.embed(form, weight)) and torch.equal(into, weight[ids])
+    slots, hidden = torch.tensor([5, 1, 6, 6]), torch.randn(1, width).expand(4, -1)
+    for kept in (None, torch.zeros(2, 7, width)):
+        last_tokens = torch.zeros(2, 7, dtype=torch.int64)
+        for ops, last_token, of_ops in zip(
+            (REFERENCE, TRITON), last_tokens, kept if kept is not None else (None, None), strict=True
+        ):
+            ops.keep_chosen(slots, torch.tensor([9, 8, 7, 7]), last_token, hidden, of_ops)
+        assert last_tokens.tolist() == [[0, 8, 0, 0, 0, 9, 7]] * 2
+        if kept is not None:
+            assert torch.equal(*kept) and torch.equal(kept[0].any(1), torch.tensor([0, 1, 0, 0, 0, 1, 1]).bool())
 
 
 def accepted_by_hand(tree: Tree, tokens: list[int], chosen: list[int]) -> list[int]:

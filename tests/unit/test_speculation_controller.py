@@ -19,7 +19,7 @@ from services.model_worker.speculation.controller import (
     NOBODY,
     OWED,
     PRIOR_WEIGHT,
-    SHARE,
+    SHARES,
     Acceptances,
     TreeController,
 )
@@ -314,11 +314,12 @@ def test_drafts_are_looked_at_as_often_as_that_may_cost(ratio: float) -> None:
     """Also where that falls on the steps at which other trees are tried."""
     phases = Phases(8, (Tree.of([(0,)], [0.93]),), lambda rows: 1e-3 if rows == 8 else ratio * 1e-3)
     phases.run(3000, 0.0)
-    phases.run(4000, 0.0)
+    phases.run(8000, 0.0)
     sizes = phases.sizes[3000:]
     cost = sizes.count(2) * (ratio - 1)
     # Looks and timed trials, each with what it may take, and what was saved before.
-    assert SHARE * 4000 < cost < 2 * SHARE * 4000 + FIRST / 2
+    looks, _, trials = (share * 8000 for share in SHARES)
+    assert looks < cost < looks + trials + FIRST / 2
 
 
 def test_what_was_learned_while_all_was_slow_is_paid_for_in_time() -> None:
@@ -329,7 +330,7 @@ def test_what_was_learned_while_all_was_slow_is_paid_for_in_time() -> None:
     phases.run(300, 0.0)
     state = phases.controller._of(8)
     assert min(state.accounts) >= -OWED * state.usual * 1.01
-    phases.run(int(OWED / SHARE), 0.0)
+    phases.run(int(OWED / min(SHARES)), 0.0)
     assert min(state.accounts) > -5 * state.usual
 
 

@@ -121,7 +121,7 @@ class Decoder:
 
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """The first residual (`out`, if given)."""
-        return torch.index_select(self.weights.embedding, 0, ids, out=out)
+        return self.ops.embed(ids, self.weights.embedding, out)
 
     def queries(
         self,

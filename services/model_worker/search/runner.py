@@ -247,7 +247,7 @@ class SearchRunner:
         assert self.amateur is not None
         state, padded = self._state, padded.long()
         slots = padded[:count]
-        inputs = state.decode_inputs(slots, self._ops)
+        inputs = state.decode_inputs(slots, self._ops, advance=True)
         batch = self._decode_batch(inputs.context_len, inputs.block_table, 1, longest)
         both = []
         for decoder, of_model in ((self._decoder, cache), (self.amateur.decoder, self.amateur.cache)):
@@ -257,8 +257,7 @@ class SearchRunner:
         alpha, beta, temperature = numbers.view(torch.float32).view(3, count)
         scores = guided_scores(expert, amateur, alpha, beta, temperature)
         ids = choose(self._ops, state, scores, padded, inputs.context_len, mode)
-        state.context.index_copy_(0, slots, inputs.context_len)
-        state.last_token.index_copy_(0, slots, ids)
+        self._ops.keep_chosen(slots, ids, state.last_token, None, None)
         logprobs = self._ops.logprobs(expert, ids, mode.logprobs) if mode.logprobs >= 0 else None
         return Sampled(ids[:, None], logprobs)
 

@@ -56,8 +56,8 @@ TIMED_TRIAL = 8  # every so many trials one lasts long enough to tell the time, 
 TRIAL = SAMPLES // 2 + 2  # steps, as the first and, if steps overlap, the last do not count
 DOUBT, MOST_DOUBT = 0.99, 0.05  # a kind of step may take so much of its time by the next trial, and at last
 UNMEASURED = 0.4  # the same of one whose time is from before the first request
-SHARE = 0.002  # of the time for each purpose of learning
-FIRST = 24  # steps whose time is there for each in the beginning, and for which a choice does not hold
+SHARES = 0.002, 0.001, 0.001  # of the time for each purpose of learning: drafts change most
+FIRST = 12  # steps whose time is there for each in the beginning, and for which a choice does not hold
 SAVED = 64  # the most that an account holds
 OWED = 16  # the most that it owes: what was disturbed, or misjudged, must not keep it empty for ever
 LOOK = 4  # sequences in one of these, at least, over as many steps as it takes
@@ -288,7 +288,7 @@ class _BatchSize:
         """A step took so long and brought so many tokens."""
         if not self.usual:
             self.pace, self.usual = seconds / tokens, seconds
-            self.accounts = [FIRST * seconds / 4, FIRST * seconds, FIRST * seconds]
+            self.accounts = [FIRST * seconds / 2, FIRST * seconds, FIRST * seconds]
         seconds = min(seconds, CLIPPED * self.usual)
         if self.paid:
             self.accounts[self.paying] -= seconds - tokens * self.pace
@@ -297,7 +297,8 @@ class _BatchSize:
         self.pace = PACE_MEMORY * self.pace + (1 - PACE_MEMORY) * seconds / tokens
         self.usual = PACE_MEMORY * self.usual + (1 - PACE_MEMORY) * seconds
         least, most = -OWED * self.usual, SAVED * self.usual
-        self.accounts = [min(max(left + SHARE * seconds, least), most) for left in self.accounts]
+        saved = zip(self.accounts, SHARES, strict=True)
+        self.accounts = [min(max(left + share * seconds, least), most) for left, share in saved]
 
     def believed(self, most: int) -> list[float]:
         """Seconds of a step with each of the first `most` arms, up to one that is not known."""

@@ -80,15 +80,13 @@ class Verifier:
         self._state = state
         self._ops = ops
 
-    def remember(self, slots: Tensor, hidden: Tensor) -> None:
-        """After a step without a tree: slots int64 [R], hidden [R, H]."""
-        self.hidden.index_copy_(0, slots, hidden)
-
     def rows(self, padded: Tensor, count: int, tree: DeviceTree) -> TreeRows:
         """padded int64 [≥ count]: the slots of `count` sequences."""
         state, slots = self._state, padded[:count]
         tokens = self._drafter.draft(DraftInputs(slots, state.context, state.last_token, self.hidden), tree)
-        laid = self._ops.lay_out(slots, tree.depths, state.context, state.block_table, state.block_size)
+        laid = self._ops.lay_out(
+            slots, tree.depths, state.context, state.last_token, state.block_table, state.block_size
+        )
         return TreeRows(tree, padded, tokens, laid.positions, laid.kv_slots, laid.context_len, laid.block_table)
 
     def accept(
