@@ -10,7 +10,7 @@ SMALL_WEIGHT = 8 << 20  # parameters; above it cuBLAS is as good for more than 1
 PROGRAMS = 264  # two for each of an H200's processors: enough to keep its memory busy
 
 # (rows, N, K) → kernel, None for cuBLAS. Above 16 rows, what is missing is cuBLAS's. Measured on one H200 by `benchmarks/kernels.py
-# --only gemm`; the layers' products of up to 64 rows within steps of eight layers.
+# --only gemm`, those of layers by `benchmarks/layers.py`.
 MEASURED: dict[tuple[int, int, int], GemmConfig | None] = {
     (1, 1024, 2048): GemmConfig(2, 1024, 4),
     (1, 1024, 3072): GemmConfig(4, 1024, 4),
