@@ -1,13 +1,16 @@
 """nats-py's connection on a shorter way: a message is handled as the socket gives it, and written as it is published (what else the
-same turn of the loop publishes, at its end). nats-py's own goes through a stream, a task, a queue and another task on its way in, and a
-queue and a task on its way out, at every hop of a request. Connecting, authentication, pings and errors stay nats-py's.
+same turn of the loop publishes, at its end or some milliseconds later). nats-py's own goes through a stream, a task, a queue and
+another task on its way in, and a queue and a task on its way out, at every hop of a request. Connecting, authentication, pings and
+errors stay nats-py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ T = TypeVar("T")
 TRANSPORT_ERRORS = (OSError, RuntimeError, AttributeError)
 NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 LARGE = 32 * 1024  # bytes read at once: a backlog
+LONG_TURN = 0.005  # seconds for which what a turn of the loop publishes waits for its end
 
 
 class DirectReader(asyncio.Protocol):
@@ -124,6 +128,7 @@ class Connection(Client):
         self._handlers: dict[int, Callable[[Msg], None]] = {}
         self._loop = asyncio.get_running_loop()
         self._turn = False  # something was published in this turn of the loop
+        self._written = 0.0  # monotonic: last, in this turn
 
     async def _process_pong(self) -> None:
         """A pong for somebody who has given up waiting must not end the reading loop (as in 2.16): the connection would be deaf from
@@ -229,8 +234,8 @@ class Connection(Client):
         return waiting
 
     def send(self, subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None) -> bool:
-        """Publishes: the first message of a turn of the loop at once, the others together. False, and nothing is done, where it takes
-        nats-py's `publish`: over WebSockets, and to say what is wrong."""
+        """Publishes: the first message of a turn of the loop at once, the others together, if that is soon. False, and nothing is done,
+        where it takes nats-py's `publish`: over WebSockets, and to say what is wrong."""
         if type(self._transport) is not TcpTransport or not self.is_connected or self.is_draining_pubs:
             return False
         if not subject or NO_SUBJECT(subject) or (reply and NO_SUBJECT(reply)):
@@ -250,7 +255,10 @@ class Connection(Client):
             # The first of a turn is often the only one, and uvloop sends what is written within the same turn.
             self._turn = True
             self._loop.call_soon(self._end_turn)
-            self._write()
+            self._write_now()
+        elif time.monotonic() - self._written > LONG_TURN:
+            # Hundreds have come at once: what can be done with the first should not wait until the last has been.
+            self._write_now()
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(data)
         return True
@@ -260,12 +268,17 @@ class Connection(Client):
         """What is published within is written in one piece at its end (or of the turn, if something went before)."""
         # Over another transport nats-py's flusher writes, and it must find what is to be written.
         first = not self._turn and type(self._transport) is TcpTransport
-        self._turn = self._turn or first
+        if first:
+            self._turn, self._written = True, math.inf
         try:
             yield
         finally:
             if first:
                 self._end_turn()
+
+    def _write_now(self) -> None:
+        self._write()
+        self._written = time.monotonic()
 
     def _end_turn(self) -> None:
         self._turn = False

@@ -18,7 +18,7 @@ import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from shared import nats_bus, nats_pull
+from shared import nats_bus, nats_connection, nats_pull
 from shared.broker import Broker, free_port
 from shared.bus import Appended, BucketSpec, BusError, BusTimeout, Message, Stored, StreamSpec
 from shared.config import StageSettings
@@ -399,14 +399,39 @@ async def test_what_a_turn_of_the_loop_publishes_arrives_in_order(nats_server: B
     assert len(heard) == 200
 
 
+def writes_of(bus: NatsBus, monkeypatch: pytest.MonkeyPatch, long_turn: float) -> list[bytes]:
+    """What the connection writes from now on."""
+    written: list[bytes] = []
+    write = bus._nc._transport.write
+    monkeypatch.setattr(bus._nc._transport, "write", lambda data: (written.append(data), write(data)))
+    monkeypatch.setattr(nats_connection, "LONG_TURN", long_turn)
+    return written
+
+
+@pytest.mark.parametrize(("long_turn", "writes"), [(60.0, 2), (-1.0, 5)])
+async def test_the_first_of_a_long_turn_does_not_wait_for_its_last(
+    bus: NatsBus, monkeypatch: pytest.MonkeyPatch, long_turn: float, writes: int
+) -> None:
+    """A turn that handles hundreds of requests; -1: every message comes after a long time."""
+    heard: list[bytes] = []
+    await bus.subscribe("long", lambda m: heard.append(m.data))
+    await bus.request("$JS.API.INFO", b"", 5.0)
+    await asyncio.sleep(0)
+    written = writes_of(bus, monkeypatch, long_turn)
+    for number in range(5):
+        bus.publish("long", b"%d" % number)
+    before_its_end = len(written)
+    await until(lambda: len(heard) == 5)
+    assert heard == [b"%d" % number for number in range(5)]
+    assert (before_its_end, len(written)) == (1 if writes == 2 else 5, writes)
+
+
 async def test_what_is_published_together_is_written_once(bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[bytes] = []
     await bus.subscribe("together", lambda m: heard.append(m.data))
     await bus.request("$JS.API.INFO", b"", 5.0)
     await asyncio.sleep(0)  # another turn: nothing has been published in this one
-    written: list[bytes] = []
-    write = bus._nc._transport.write
-    monkeypatch.setattr(bus._nc._transport, "write", lambda data: (written.append(data), write(data)))
+    written = writes_of(bus, monkeypatch, long_turn=60.0)
     with bus.together():
         for number in range(20):
             bus.publish("together", b"%d" % number)
