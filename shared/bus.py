@@ -157,7 +157,7 @@ class Bucket(Protocol):
     async def create(self, key: str, value: bytes) -> int:
         """Returns the revision; WrongRevision if the key exists."""
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
+    async def update(self, key: str, value: bytes, revision: int, ttl: float | None = None) -> int:
         """Compare-and-swap; WrongRevision if the key's revision is another."""
 
     async def put(self, key: str, value: bytes, ttl: float | None = None) -> int: ...

@@ -431,8 +431,10 @@ class MemoryBroker:
         state.expire(asyncio.get_running_loop().time())
         return state
 
-    def put_with_ttl(self, bucket: BucketState, key: str, value: bytes, ttl: float | None) -> int:
-        revision = bucket.set(key, value, None)
+    def put_with_ttl(
+        self, bucket: BucketState, key: str, value: bytes, ttl: float | None, present: int | None = None
+    ) -> int:
+        revision = bucket.set(key, value, present)
         if ttl is not None:
             loop = asyncio.get_running_loop()
             bucket.expire_at(key, loop.time() + ttl)

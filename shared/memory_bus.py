@@ -287,8 +287,8 @@ class MemoryBucket:
     async def create(self, key: str, value: bytes) -> int:
         return await self._write(value, lambda state: state.set(key, value, 0))
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
-        return await self._write(value, lambda state: state.set(key, value, revision))
+    async def update(self, key: str, value: bytes, revision: int, ttl: float | None = None) -> int:
+        return await self._write(value, lambda state: self._bus.broker.put_with_ttl(state, key, value, ttl, revision))
 
     async def put(self, key: str, value: bytes, ttl: float | None = None) -> int:
         return await self._write(value, lambda state: self._bus.broker.put_with_ttl(state, key, value, ttl))

@@ -83,6 +83,8 @@ class Open(NamedTuple):
     best: int = 0  # as in Request
     prompt_logprobs: bool = False  # TOKENS of the choice PROMPT come before those of others count
     prompt_ids: bytes = b""  # if the prompt is to be echoed
+    revision: int = 0  # of the Assignment in epoch 1, 0: not known; the tombstone replaces it, if nothing else has
+    body_hash: bytes = b""
 
 
 class Attach(NamedTuple):

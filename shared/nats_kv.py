@@ -125,13 +125,12 @@ class NatsBucket:
                 raise
             return await self.update(key, value, last[0].revision)
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
-        return (await self._bus.store(self._subject(key), value, {EXPECTED: str(revision)}, TIMEOUT)).seq
+    async def update(self, key: str, value: bytes, revision: int, ttl: float | None = None) -> int:
+        headers = {EXPECTED: str(revision)} | _lifetime(ttl)
+        return (await self._bus.store(self._subject(key), value, headers, TIMEOUT)).seq
 
     async def put(self, key: str, value: bytes, ttl: float | None = None) -> int:
-        # The server counts whole seconds, and at least one.
-        headers = {TTL: f"{max(1, round(ttl))}s"} if ttl is not None else None
-        return (await self._bus.store(self._subject(key), value, headers, TIMEOUT)).seq
+        return (await self._bus.store(self._subject(key), value, _lifetime(ttl) or None, TIMEOUT)).seq
 
     async def delete(self, key: str) -> None:
         await self._bus.store(self._subject(key), b"", {OPERATION: "DEL", TTL: f"{MARKER_TTL}s"}, TIMEOUT)
@@ -153,3 +152,8 @@ class NatsBucket:
         watch = NatsWatch(self._bus, self._name, handler, ready)
         await watch.open()
         return watch
+
+
+def _lifetime(ttl: float | None) -> dict[str, str]:
+    # The server counts whole seconds, and at least one.
+    return {} if ttl is None else {TTL: f"{max(1, round(ttl))}s"}

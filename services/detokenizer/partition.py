@@ -22,7 +22,7 @@ from services.detokenizer.settings import DetokenizerSettings
 from services.detokenizer.snapshot import Snapshot, pack_answer, unpack, unpack_answer
 from shared import codec, subjects
 from shared.api import encode_event, encoding_of, error_event
-from shared.bus import Bucket, Bus, BusError, Follower, Message, PayloadTooLarge, Stored, Subscription
+from shared.bus import Bucket, Bus, BusError, Follower, Message, PayloadTooLarge, Stored, Subscription, WrongRevision
 from shared.errors import ErrorCode, GorgonError
 from shared.messages import (
     Assignment,
@@ -342,6 +342,23 @@ class Partition:
     async def _bury(self, answer: Answer) -> None:
         state, terminal = answer.state, answer.state.terminal
         assert terminal is not None
+        opened = answer.opened
+        # Of a job it is kept as long as the results, so that these are never taken for those of another job with the same id.
+        kept = self._settings.results_max_age if opened.durable else self._settings.attach_window
+
+        def tombstone(body_hash: bytes) -> bytes:
+            return codec.encode(
+                Tombstone(opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
+            )
+
+        if opened.revision and state.epoch == 1:
+            try:
+                value = tombstone(opened.body_hash)
+                await self._assignments.update(state.key, value, opened.revision, kept + REDELIVERY)
+                self._recorder.ended(answer)
+                return
+            except WrongRevision:
+                pass  # a migration has begun, or this has been done before
         entry = await self._assignments.get(state.key)
         body_hash = b""
         if entry is not None and entry.value is not None:
@@ -352,10 +369,7 @@ class Partition:
                 if known.req_seq != answer.opened.req_seq:
                     return  # a later request has the id
                 body_hash = known.body_hash
-        tombstone = Tombstone(answer.opened.req_seq, state.epoch, terminal.reason, body_hash, answer.completion_tokens)
-        # Of a job it is kept as long as the results, so that these are never taken for those of another job with the same id.
-        kept = self._settings.results_max_age if answer.opened.durable else self._settings.attach_window
-        await self._assignments.put(state.key, codec.encode(tombstone), kept + REDELIVERY)
+        await self._assignments.put(state.key, tombstone(body_hash), kept + REDELIVERY)
         self._recorder.ended(answer)
 
     async def _cancel_vanished(self, answer: Answer, reply: ReplyTo) -> None:

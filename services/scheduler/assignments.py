@@ -46,8 +46,8 @@ class Assignments:
         present: m.Assignment | m.Tombstone | None = codec.decode(entry.value or b"") if entry is not None else None
         return present
 
-    async def create(self, known: Known, worker: str) -> None:
-        """Raises WrongRevision if the request is assigned already, BusError."""
+    async def create(self, known: Known, worker: str) -> int:
+        """Returns the revision. Raises WrongRevision if the request is assigned already, BusError."""
         request, key = known.request, known.request.key
         slots = request.sampling.slots(request.choices)
         assignment = m.Assignment(known.seq, 1, worker, request.body_hash, choices=slots, model=request.model)
@@ -55,6 +55,7 @@ class Assignments:
         self._ledger.apply(key, assignment, revision, self._link.proven)
         note_request(key, 1)
         log.debug("assigned", request_id=key, epoch=1, worker=worker)
+        return revision
 
     async def update(self, key: str, assignment: m.Assignment, revision: int) -> int:
         """Returns the new revision. After an unknown outcome the key itself tells whether this write was stored. Raises WrongRevision

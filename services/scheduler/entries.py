@@ -25,12 +25,12 @@ class Entries:
         subject, data = self._placed(entry.key, entry)
         await until_done(type(entry).__name__, entry.key, lambda: self._bus.append(subject, data))
 
-    async def open(self, known: Known) -> None:
+    async def open(self, known: Known, revision: int = 0) -> None:
         if not known.opened:
-            await self.opening(known)
+            await self.opening(known, revision)
 
-    def opening(self, known: Known) -> asyncio.Task[None]:
-        """OPEN is on its way when this returns, and stored when the task is done."""
+    def opening(self, known: Known, revision: int) -> asyncio.Task[None]:
+        """OPEN is on its way when this returns, and stored when the task is done. revision: see Open."""
         request = known.request
         entry = m.Open(
             request.key,
@@ -50,6 +50,8 @@ class Entries:
             best=request.best,
             prompt_logprobs=request.sampling.prompt_logprobs is not None,
             prompt_ids=request.prompt_ids if request.echo else b"",
+            revision=revision,
+            body_hash=request.body_hash,
         )
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Appended | BusError] = loop.create_future()

@@ -144,7 +144,7 @@ class Intake:
         accepted = False
         try:
             try:
-                await self._assignments.create(known, worker.instance)
+                revision = await self._assignments.create(known, worker.instance)
             except BusError as error:
                 self._dispatcher.refund(request.key)
                 entry = await self._assignments.get(request.key) if isinstance(error, WrongRevision) else None
@@ -156,7 +156,7 @@ class Intake:
                 self._dispatcher.release(worker, need)
             # The order does not wait until OPEN is stored: that would be a round trip more to the first token. OPEN is sent first,
             # and the fold lets tokens wait for it, should they overtake it all the same.
-            opening = self._entries.opening(known)
+            opening = self._entries.opening(known, revision)
             accepted = await self._orders.run(known, 1, worker.instance)
             await opening
             if accepted:
@@ -170,12 +170,12 @@ class Intake:
     async def _end_unstarted(self, known: Known, delivery: Delivery, end: m.End) -> None:
         """A request that ends before any worker had it."""
         try:
-            await self._assignments.create(known, "")
+            revision = await self._assignments.create(known, "")
         except WrongRevision:
             if (entry := await self._assignments.get(end.key)) is not None:
                 await self._settle_duplicate(known, entry, delivery)
                 return
-        await self._entries.open(known)
+        await self._entries.open(known, revision)
         await self._entries.append(end)
         self._stage.log.info("ended_unstarted", request_id=end.key, reason=end.reason)
         await delivery.ack()

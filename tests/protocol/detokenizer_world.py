@@ -93,6 +93,7 @@ class Backend:
         self.req_seq = 7
         self.folds: dict[int, PartitionFold] = {}
         self._opened: set[str] = set()
+        self.revisions: dict[str, int] = {}  # of assignments, that OPEN names
         self._tasks: set[asyncio.Task[None]] = set()
         self._step = 0
 
@@ -156,6 +157,8 @@ class Backend:
             durable,
             {"note": key},
             queue_ms=3.0,
+            revision=self.revisions.get(key, 0),
+            body_hash=b"hash",
         )
         await self.append(opened, self.partition(key))
         self.running[key] = _Running(key, plan, [0] * len(plan.choices))

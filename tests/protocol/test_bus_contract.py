@@ -487,9 +487,11 @@ async def test_keys_expire_and_watches_hear_of_it(system: System, bus: Bus) -> N
     await (await (await system.connect()).bucket("b")).watch(events.append, lambda: None)
     await bucket.put("short", b"1", ttl=1.0)
     await bucket.put("renewed", b"1", ttl=1.0)
+    swapped = await bucket.put("swapped", b"1")
+    await bucket.update("swapped", b"2", swapped, ttl=1.0)
     await bucket.put("renewed", b"2")
-    await until(lambda: [e.key for e in events if e.value is None] == ["short"])
-    assert await bucket.get("short") is None
+    await until(lambda: sorted(e.key for e in events if e.value is None) == ["short", "swapped"])
+    assert await bucket.get("short") is None and await bucket.get("swapped") is None
     assert [e.key for e in await bucket.entries()] == ["renewed"]
 
 

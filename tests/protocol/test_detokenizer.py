@@ -87,6 +87,41 @@ async def test_the_tombstone_keeps_the_body_hash_of_the_assignment():
         assert tombstone is not None and tombstone.body_hash == b"hash"
 
 
+@virtual
+async def test_a_tombstone_replaces_the_assignment_that_open_names_without_a_look(monkeypatch: pytest.MonkeyPatch):
+    async with World() as world, world.client() as client:
+        await world.detokenizer("a")
+        bucket = await world.bus.bucket(subjects.BUCKET_ASSIGN)
+        looks: list[str] = []
+        get = type(bucket).get
+
+        async def counted(self: Any, key: str) -> Any:
+            looks.append(key)
+            return await get(self, key)
+
+        monkeypatch.setattr(type(bucket), "get", counted)
+        changed = {
+            "as it was": None,
+            "being migrated": m.Assignment(7, 2, "", b"hash"),
+            "of a later request": m.Assignment(8, 1, "w", b"other"),
+            "ended": m.Tombstone(7, 1, "cancelled", b"hash"),
+        }
+        for number, (case, value) in enumerate(changed.items()):
+            key = f"default.{number}"
+            world.backend.revisions[key] = await bucket.create(key, codec.encode(m.Assignment(7, 1, "w", b"hash")))
+            if value is not None:
+                await bucket.put(key, codec.encode(value))
+            world.plan(str(number), choices=[[1, 2]])
+            await client.generate("x", id=str(number)).result()
+            await asyncio.sleep(0.5)
+            looked = [k for k in looks if k == key]
+            assert bool(looked) == (value is not None), case
+            entry = await get(bucket, key)
+            assert entry is not None
+            left, ended = codec.decode(entry.value), m.Tombstone(7, 1, "finished", b"hash", 2)
+            assert left == (value if case in ("of a later request", "ended") else ended), case
+
+
 @pytest.mark.parametrize("seed", range(12))
 @virtual
 async def test_streams_are_exact_over_a_lossy_bus(seed):
