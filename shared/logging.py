@@ -24,6 +24,7 @@ FIRST = ("ts", "level", "stage", "instance", "event", "request_id", "epoch", "tr
 REMEMBERED = 2048  # requests whose trace and epoch are known, the latest: what is live, and some that have ended
 MAX_WAITING = 1000  # lines that wait for the bus
 MAX_BATCH = 64 * 1024  # bytes of lines in one message
+PAUSE = 0.1  # seconds for which lines are gathered into one message: at two lines a request they would be a tenth of its messages
 
 _json = structlog.processors.JSONRenderer(default=repr)
 
@@ -43,7 +44,7 @@ _process = _Process()
 
 
 class LogTap:
-    """Publishes lines when the loop gets to it. Of more than MAX_WAITING that wait, the oldest are dropped."""
+    """Publishes lines a little later, many together. Of more than MAX_WAITING that wait, the oldest are dropped."""
 
     def __init__(self, bus: Bus, subject: str) -> None:
         self._bus = bus
@@ -58,13 +59,16 @@ class LogTap:
         self._lines.append(line)
         if not self._scheduled:
             self._schedule()
+        elif len(self._lines) == MAX_WAITING // 2 and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.publish)
 
     def _schedule(self) -> None:
         if not self._loop.is_closed():
             self._scheduled = True
-            self._loop.call_soon_threadsafe(self._publish)
+            self._loop.call_soon_threadsafe(self._loop.call_later, PAUSE, self.publish)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """All that waits, now."""
         self._scheduled = False
         while self._lines and self._bus.connected_for > 0:  # else on_reconnect comes back to it
             batch = [self._lines.popleft()]
@@ -94,6 +98,9 @@ def note_request(key: str, epoch: int = 0, trace: str = "") -> None:
 
 
 def detach_bus() -> None:
+    """Publishes what waits. Call it on the event loop."""
+    if _process.tap is not None:
+        _process.tap.publish()
     _process.tap = None
 
 
@@ -108,11 +115,19 @@ def _order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     return {name: fields[name] for name in FIRST if name in fields} | fields
 
 
-def _tap(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    if _process.tap is not None:
-        line = _json(logger, method, dict(event))
-        _process.tap.add(line if isinstance(line, bytes) else line.encode())
-    return event
+class _Renderer:
+    """A line for stderr, as text if it is a terminal; and as JSON for the tap."""
+
+    def __init__(self, on_terminal: bool) -> None:
+        self._console = structlog.dev.ConsoleRenderer(timestamp_key="ts", sort_keys=False) if on_terminal else None
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> str:
+        line = ""
+        if self._console is None or _process.tap is not None:
+            line = str(_json(logger, method, dict(event)))
+        if _process.tap is not None:
+            _process.tap.add(line.encode())
+        return line if self._console is None else self._console(logger, method, event)
 
 
 class _FromStandardLogging(logging.Handler):
@@ -138,8 +153,7 @@ def configure_logging(settings: StageSettings, stage: str) -> None:
             structlog.processors.TimeStamper(fmt="iso", key="ts"),
             structlog.processors.format_exc_info,
             _order,
-            _tap,
-            structlog.dev.ConsoleRenderer(timestamp_key="ts", sort_keys=False) if on_terminal else _json,
+            _Renderer(on_terminal),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line in one call; `print` makes two

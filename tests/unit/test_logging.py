@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from shared import logging as logging_module
 from shared import subjects
 from shared.config import StageSettings
 from shared.logging import MAX_WAITING, REMEMBERED, attach_bus, configure_logging, detach_bus, note_request
@@ -63,7 +64,8 @@ def test_text_on_a_console(capsys: pytest.CaptureFixture[str]) -> None:
     assert "started" in text and "t.r" in text and not text.startswith("{")
 
 
-async def test_lines_are_published(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_lines_are_published(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging_module, "PAUSE", 0.01)
     configure_logging(StageSettings(log_format="json"), "toy")
     broker = MemoryBroker()
     bus, listener = MemoryBus(broker), MemoryBus(broker)
@@ -77,17 +79,41 @@ async def test_lines_are_published(capsys: pytest.CaptureFixture[str]) -> None:
     thread = threading.Thread(target=lambda: log.info("from another thread"))
     thread.start()
     thread.join()
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.05)
     assert [json.loads(line)["event"] for line in got] == ["first", "from another thread"]
     assert json.loads(got[0])["instance"] == "i-1"
-    assert set(where) == {subjects.log("toy", "i-1")}
+    assert where == [subjects.log("toy", "i-1")]  # in one message
+    assert got == capsys.readouterr().err.encode().splitlines()
+    log.info("last")
     detach_bus()
     log.info("after")
-    await asyncio.sleep(0.01)
-    assert len(got) == 2
+    await asyncio.sleep(0.05)
+    assert [json.loads(line)["event"] for line in got[2:]] == ["last"]
 
 
-async def test_while_there_is_no_connection_the_oldest_lines_go(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_many_lines_do_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the oldest of a burst would be dropped, which only those are for which there is no connection."""
+    monkeypatch.setattr(logging_module, "PAUSE", 60.0)
+    configure_logging(StageSettings(log_format="json"), "toy")
+    broker = MemoryBroker()
+    bus, listener = MemoryBus(broker), MemoryBus(broker)
+    got: list[bytes] = []
+    await listener.subscribe(subjects.logs(), lambda m: got.extend(m.data.splitlines()))
+    attach_bus(bus, "toy", "i-1")
+    log = structlog.get_logger()
+    for turn in range(5):
+        for i in range(MAX_WAITING // 2):
+            log.info("line", number=turn * MAX_WAITING // 2 + i)
+        await asyncio.sleep(0.02)
+    detach_bus()
+    await asyncio.sleep(0.02)
+    assert [json.loads(line)["number"] for line in got] == list(range(5 * MAX_WAITING // 2))
+
+
+async def test_while_there_is_no_connection_the_oldest_lines_go(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging_module, "PAUSE", 0.01)
     configure_logging(StageSettings(log_format="json"), "toy")
     broker = MemoryBroker()
     bus, listener = MemoryBus(broker), MemoryBus(broker)
@@ -101,7 +127,7 @@ async def test_while_there_is_no_connection_the_oldest_lines_go(capsys: pytest.C
     await asyncio.sleep(0.02)
     assert not got and bus.dropped == 0
     broker.reconnect(bus)
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.05)
     assert [json.loads(line)["number"] for line in got] == list(range(500, MAX_WAITING + 500))
 
 
