@@ -243,6 +243,10 @@ class NatsBus:
             callback(ConnectionError(self._said))
 
     async def _error(self, error: Exception) -> None:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            # A connect that fails just as it is cancelled tells of the failure alone (`wait_for`, Python 3.11), and nats-py's task
+            # would try again for ever: behind a closed bus, and in the way of a loop that wants to end.
+            raise asyncio.CancelledError
         if "permissions violation" in str(error).lower():
             self._not_permitted(str(error))
         elif self._since is None and repr(error) != self._said:

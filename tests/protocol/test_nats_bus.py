@@ -399,6 +399,30 @@ async def test_what_a_turn_of_the_loop_publishes_arrives_in_order(nats_server: B
     assert len(heard) == 200
 
 
+async def test_a_reconnect_that_fails_as_it_is_cancelled_ends(
+    nats_server: Broker, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `asyncio.wait_for` of Python 3.11, when the refusal is there before the cancelled task runs."""
+    connecting = asyncio.Event()
+
+    async def refused(server: object) -> None:
+        connecting.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            connecting.clear()
+            raise ConnectionRefusedError from None
+
+    monkeypatch.setattr(bus._nc, "_connect_to_server", refused)
+    await nats_server.stop()
+    await asyncio.wait_for(connecting.wait(), 10.0)
+    task = bus._nc._reconnection_task
+    assert task is not None
+    task.cancel()
+    await asyncio.wait([task], timeout=3.0)
+    assert task.done() and not connecting.is_set()
+
+
 def writes_of(bus: NatsBus, monkeypatch: pytest.MonkeyPatch, long_turn: float) -> list[bytes]:
     """What the connection writes from now on."""
     written: list[bytes] = []
