@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workloads import SHAPES
+from benchmarks.workloads import CONTEXT, SHAPES
 from kernels import gemm_choice
 from kernels.ops import AttentionBatch
 from kernels.skinny_gemm import GemmConfig
@@ -27,7 +27,7 @@ from kernels.triton_ops import TritonOps
 from services.model_worker.models.config import ModelConfig, load_config
 from services.model_worker.models.decoder import Decoder, dummy_weights, parameter_shapes
 
-BLOCK_SIZE, LONGEST = 64, 16_896
+BLOCK_SIZE = 64
 REPLAYS, ROUNDS, WARM = 40, 3, 5
 PRODUCTS = "gate_up", "down", "qkv", "o"
 # block_n, block_k, warps, stages of tiles that are fetched by TMA
@@ -63,7 +63,7 @@ def step(decoder: Decoder, sequences: int, nodes: int, context: int) -> Callable
         decode_seqs=sequences,
         decode_rows=nodes,
         max_query=0,
-        max_context=LONGEST,  # as in the engine's graphs
+        max_context=CONTEXT,  # as in the engine's graphs
         tree_mask=wide if nodes > 1 else None,
     )
     ids = torch.randint(0, config.vocab_size, (rows,), device=device)
@@ -158,7 +158,7 @@ def main() -> None:
     config, device = small_model(arguments.shape, arguments.layers), torch.device("cuda")
     results = []
     with torch.inference_mode():
-        decoder = Decoder(config, dummy_weights(config, torch.bfloat16, device), TritonOps(), LONGEST)
+        decoder = Decoder(config, dummy_weights(config, torch.bfloat16, device), TritonOps(), CONTEXT)
         for batch in arguments.batches:
             results.append(tune(decoder, batch, arguments.nodes, arguments.context, arguments.products))
     if arguments.out is not None:

@@ -91,15 +91,21 @@ async def test_lines_are_published(capsys: pytest.CaptureFixture[str], monkeypat
     assert [json.loads(line)["event"] for line in got[2:]] == ["last"]
 
 
-async def test_many_lines_do_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the oldest of a burst would be dropped, which only those are for which there is no connection."""
-    monkeypatch.setattr(logging_module, "PAUSE", 60.0)
+async def tapped() -> tuple[MemoryBroker, MemoryBus, list[bytes]]:
+    """A process whose lines are published, its bus, and what somebody hears of them."""
     configure_logging(StageSettings(log_format="json"), "toy")
     broker = MemoryBroker()
     bus, listener = MemoryBus(broker), MemoryBus(broker)
     got: list[bytes] = []
     await listener.subscribe(subjects.logs(), lambda m: got.extend(m.data.splitlines()))
     attach_bus(bus, "toy", "i-1")
+    return broker, bus, got
+
+
+async def test_many_lines_do_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the oldest of a burst would be dropped, which only those are for which there is no connection."""
+    monkeypatch.setattr(logging_module, "PAUSE", 60.0)
+    _, _, got = await tapped()
     log = structlog.get_logger()
     for turn in range(5):
         for i in range(MAX_WAITING // 2):
@@ -114,12 +120,7 @@ async def test_while_there_is_no_connection_the_oldest_lines_go(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging_module, "PAUSE", 0.01)
-    configure_logging(StageSettings(log_format="json"), "toy")
-    broker = MemoryBroker()
-    bus, listener = MemoryBus(broker), MemoryBus(broker)
-    got: list[bytes] = []
-    await listener.subscribe(subjects.logs(), lambda m: got.extend(m.data.splitlines()))
-    attach_bus(bus, "toy", "i-1")
+    broker, bus, got = await tapped()
     broker.disconnect(bus)
     log = structlog.get_logger()
     for i in range(MAX_WAITING + 500):
