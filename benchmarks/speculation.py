@@ -189,8 +189,13 @@ def _rows(
 
     def row_of(batch: int, heat: float) -> dict[str, Any]:
         rates: list[list[float]] = []
-        for client in (plain, drafted):  # compiles, and the controller learns
-            client.run(requests_of(text, bos, batch, arguments.prompt, 96, heat, 1000 + batch))
+        for client in (
+            plain,
+            drafted,
+        ):  # compiles, and the controller learns: its start is paid for by what comes much later
+            for seed, done in enumerate(range(0, arguments.warm_up, longest), 1):
+                output = min(longest, arguments.warm_up - done)
+                client.run(requests_of(text, bos, batch, arguments.prompt, output, heat, 1000 * seed + batch))
         before = stats_of(drafted)
         began = time.monotonic()
         while (repeat := len(rates)) < arguments.repeats or time.monotonic() - began < arguments.seconds:
@@ -410,6 +415,7 @@ def main() -> int:
             command.add_argument("--batches", type=int, nargs="+", default=BATCHES)
             command.add_argument("--repeats", type=int, default=5, help="pairs of runs of a batch size, at least")
             command.add_argument("--seconds", type=float, default=10, help="of a batch size, at least")
+            command.add_argument("--warm-up", type=int, default=2000, help="tokens of each sequence, before")
             if name == "speed":
                 command.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
             else:

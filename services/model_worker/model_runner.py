@@ -365,8 +365,15 @@ class ModelRunner:
         rows = self._draft(staged_slots, size, nodes) if nodes > 1 else None
         return self._sample_decode(self._decode(staged_slots, size, max_context, rows), size, mode)
 
-    def _decode(self, staged_slots: Tensor, size: int, max_context: int, tree_rows: TreeRows | None) -> DecodeStep:
-        """The forward pass of `size` sequences, with a row each or their trees' rows."""
+    def _decode(
+        self,
+        staged_slots: Tensor,
+        size: int,
+        max_context: int,
+        tree_rows: TreeRows | None,
+        layers: int | None = None,
+    ) -> DecodeStep:
+        """The forward pass of `size` sequences, with a row each or their trees' rows. layers: only so many, to rehearse."""
         padded = staged_slots.long() if tree_rows is None else tree_rows.slots
         slots = padded[:size]
         nodes = 1 if tree_rows is None else tree_rows.tree.tree.size
@@ -381,7 +388,8 @@ class ModelRunner:
             max_context=max_context,
             tree_mask=None if tree_rows is None else tree_rows.tree.words,
         )
-        hidden = self.decoder.forward(inputs.ids, inputs.positions, inputs.kv_slots, batch, self.cache.layers, None)
+        caches = self.cache.layers[:layers]
+        hidden = self.decoder.forward(inputs.ids, inputs.positions, inputs.kv_slots, batch, caches, None)
         return DecodeStep(hidden, padded, inputs.context_len, tree_rows)
 
     def _sample_decode(self, step: DecodeStep, rows: int, mode: SamplingMode, masks: RowMasks | None = None) -> Sampled:
@@ -489,13 +497,17 @@ class ModelRunner:
                 rows = None
                 if nodes > 1:  # apart, so that the guesses can be read back while they are checked
                     rows = graphs.capture(("draft", size, nodes), partial(self._draft, padded, size, nodes))
-                step = graphs.capture(("decode", size, nodes), partial(self._decode, padded, size, longest, rows))
+                decode = partial(self._decode, padded, size, longest, rows)
+                rehearsal = decode(self.decoder.rehearsal_layers)
+                step = graphs.capture(("decode", size, nodes), decode, rehearsed=True)
                 for mode in CAPTURED_MODES:
+                    self._sample_decode(rehearsal, size, mode)
                     if size <= WHOLE_STEPS:  # its parts are for steps with masks, whose choice is no graph
                         whole = partial(self._whole_step, padded, size, nodes, longest, mode)
-                        graphs.capture(("step", mode, size, nodes), whole)
+                        graphs.capture(("step", mode, size, nodes), whole, rehearsed=True)
                     else:
-                        graphs.capture((mode, size, nodes), partial(self._sample_decode, step, size, mode))
+                        choice = partial(self._sample_decode, step, size, mode)
+                        graphs.capture((mode, size, nodes), choice, rehearsed=True)
             if sizes := self.prompt_sizes():
                 self.prompts = self._prompt_graphs(sizes)
                 self.prompts.capture(graphs, lambda part: progress(0.5 + 0.5 * part))

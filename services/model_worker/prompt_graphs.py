@@ -103,7 +103,9 @@ class PromptGraphs:
                 graphs.capture(("prompt", size, index), partial(self._between, size, index), rehearsed=index > 1)
             graphs.capture(("prompt", size, layers), partial(self._end, size))
         for size, sequences in self._whole_shapes:
-            graphs.capture(("prompts", size, sequences), partial(self._whole, size, sequences))
+            whole = partial(self._whole, size, sequences)
+            whole(self._decoder.rehearsal_layers)
+            graphs.capture(("prompts", size, sequences), whole, rehearsed=True)
 
     def forward(
         self,
@@ -155,8 +157,9 @@ class PromptGraphs:
             self._starts[count + 1 : sequences + 1].fill_(rows)
             self._contexts[count:sequences].fill_(0)
 
-    def _whole(self, size: int, sequences: int) -> Tensor:
-        """The final hidden state of each sequence's last row, [sequences, H]; of one that is not there, anything."""
+    def _whole(self, size: int, sequences: int, layers: int | None = None) -> Tensor:
+        """The final hidden state of each sequence's last row, [sequences, H]; of one that is not there, anything. layers: only
+        so many, to rehearse."""
         starts, contexts, table = self._starts[: sequences + 1], self._contexts[:sequences], self._table[:sequences]
         longest = len(self._decoder.cos_sin)
         batch = AttentionBatch(starts, contexts, table, 0, 1, max_query=size, max_context=longest)
@@ -164,7 +167,7 @@ class PromptGraphs:
             self._row_each[: sequences + 1], contexts, table, sequences, 1, max_query=0, max_context=longest
         )
         self._begin(size)
-        for index in range(len(self._caches) - 1):
+        for index in range(min(layers or len(self._caches), len(self._caches)) - 1):
             self._attend(size, index, batch)
             self._between(size, index + 1)
         rows = (starts[1:] - 1).clamp_(min=0)  # nobody's, when it is captured

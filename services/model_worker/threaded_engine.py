@@ -47,9 +47,10 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
     )
 
 
-# Seconds after which a thread that wants the interpreter gets it. Python's 5 ms are most of a decode step: so long might the engine's
-# thread, back from the device, wait for the event loop's to finish with the tokens of the step before.
-SWITCH_INTERVAL = 0.0005
+# Seconds after which a thread that wants the interpreter gets it. The engine's thread gives it away with each of the many small
+# operations that a step with prompts is launched by, and waits so long for each to get it back while the event loop's takes in a
+# burst of requests: with Python's 5 ms it would hardly come to launching.
+SWITCH_INTERVAL = 0.0001
 # Seconds for the step in flight to end when the worker must go.
 STOP_TIMEOUT = 0.5
 
