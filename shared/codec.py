@@ -63,11 +63,16 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 def unpack_ids(data: bytes) -> list[int]:
     if len(data) == 4:  # one token, as in nearly every step
         return [int.from_bytes(data, "little", signed=True)]
+    return id_array(data).tolist()
+
+
+def id_array(data: bytes) -> array[int]:
+    """As `unpack_ids`, for thousands of ids: a tenth of its time and a ninth of its memory."""
     packed = array("i")
     packed.frombytes(data)
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tolist()
+    return packed
 
 
 def _make(cls: type[Any], row: list[Any]) -> Any:

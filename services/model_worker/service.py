@@ -300,7 +300,7 @@ class WorkerService(Service):
 
     def _engine_requests(self, run: m.Run) -> list[EngineRequest]:
         """A sequence for each choice that is not done yet. A beam search, which gives all choices out at once, begins anew."""
-        prompt = codec.unpack_ids(run.prompt_ids)
+        prompt = codec.id_array(run.prompt_ids)
         choices = [choice for choice in range(run.choices) if choice not in run.done]
         # One of them tells of the prompt.
         wanted = run.sampling.prompt_logprobs is not None and run.prompt_done < len(prompt)
@@ -313,7 +313,7 @@ class WorkerService(Service):
                 run.epoch,
                 prompt,
                 run.sampling,
-                codec.unpack_ids(run.generated[choice]) if choice < len(run.generated) and not beams else (),
+                codec.id_array(run.generated[choice]) if choice < len(run.generated) and not beams else (),
                 run.priority,
                 deadline,
                 run.isolated,
