@@ -34,6 +34,9 @@ _KINDS = (
         bad_words=((1, 2),),
     ),
 )
+# Attention of many sequences that need not be split is computed by other programs than that of few; where there are prompts beside
+# them it is no part of a graph.
+_MANY = (32, 128)
 _PROMPT = 20  # tokens
 
 
@@ -64,6 +67,14 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         scheduler.retire(plan, result.decoded, result.ids, result.logprobs, result.reports, result.candidates)
         return True
 
+    def beside_a_prompt(decodes: int, tree: Tree | None = None) -> None:
+        for _ in range(decodes):
+            add(_KINDS[0])
+        step()
+        add(_KINDS[0])
+        while step(tree):
+            pass
+
     last_rows_from = runner.last_rows_from
     with runner.context():
         for batch in _BATCHES:
@@ -78,6 +89,8 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
                     while step():
                         pass
         runner.last_rows_from = last_rows_from
+        for batch in _many(_BATCHES[-1], limits.max_seqs - 1):
+            beside_a_prompt(batch)
         if limits.max_seqs > 1:
             for _ in range(2):
                 add(_KINDS[0], "choices of one request")
@@ -91,17 +104,16 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
         for tree in (
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):
-            drafting = max(
-                (size for size, nodes in runner.decode_shapes() if nodes == tree.size and size <= 4), default=0
-            )
-            if drafting:
-                for _ in range(drafting - 1):
-                    add(_KINDS[0])
-                step()
-                add(_KINDS[0])
-                while step(tree):
-                    pass
+            sizes = [size for size, nodes in runner.decode_shapes() if nodes == tree.size]
+            few = max((size for size in sizes if size <= 4), default=0)
+            for drafting in [few, *_many(few, max(sizes))] if few else []:
+                beside_a_prompt(drafting - 1, tree)
     return scheduler.steps
+
+
+def _many(fewer: int, most: int) -> list[int]:
+    """Batches of more than `fewer` sequences, of `most` at most."""
+    return sorted({size for size in (*_MANY, most) if fewer < size <= most})
 
 
 def _searches(runner: ModelRunner, limits: SchedulerLimits) -> list[SamplingParams]:

@@ -25,6 +25,7 @@ from services.model_worker.engine import (
 from services.model_worker.prompt_graphs import prompt_sizes
 from services.model_worker.sampler import CAPTURED_MODES
 from services.model_worker.step_bound import StepBound
+from services.model_worker.step_plan import StepPlan
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, greedy, running
@@ -178,9 +179,20 @@ def test_sizes_of_captured_prompts() -> None:
 def test_warming_up_leaves_no_trace(model: Path, alone: dict[str, Collected], slots: int) -> None:
     with running(model, load_format="dummy", max_seqs=slots) as started:
         runner, info = started.engine.runner, started.engine.info
-        assert warm_up(runner, started.engine.scheduler.limits, info.num_blocks) == (23 if slots == 2 else 64)
+        assert warm_up(runner, started.engine.scheduler.limits, info.num_blocks) == (23 if slots == 2 else 69)
         outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
+
+
+def test_warming_up_sees_many_sequences_beside_a_prompt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of attention differ by the number of sequences, and outside graphs by whether contexts are split."""
+    with running(model, load_format="dummy", max_seqs=200) as started:
+        runner, info = started.engine.runner, started.engine.info
+        plans: list[StepPlan] = []
+        launch = runner.launch
+        monkeypatch.setattr(runner, "launch", lambda plan: (plans.append(plan), launch(plan))[1])
+        warm_up(runner, started.engine.scheduler.limits, info.num_blocks)
+    assert {len(plan.decodes) for plan in plans if plan.chunks} >= {1, 3, 16, 32, 128, 199}
 
 
 def test_choices_and_seeds_differ(harness: Harness) -> None:

@@ -18,6 +18,7 @@ from services.model_worker.model_runner import ModelRunner
 from services.model_worker.models.config import load_config
 from services.model_worker.speculation.medusa import MedusaHeads, save_heads
 from services.model_worker.speculation.tree import Tree
+from services.model_worker.step_plan import StepPlan
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import (
@@ -152,9 +153,20 @@ def test_replayed_steps(model: Path, alone: dict[str, Collected]) -> None:
         assert all(size * nodes <= 512 for size, nodes in decodes)
 
 
-def test_warming_up_with_trees_leaves_no_trace(model: Path, alone: dict[str, Collected]) -> None:
+def test_warming_up_with_trees_leaves_no_trace(
+    model: Path, alone: dict[str, Collected], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with speculating(model, max_seqs=24) as started:
-        warm_up(started.engine.runner, started.engine.scheduler.limits, started.engine.info.num_blocks)
+        runner = started.engine.runner
+        plans: list[StepPlan] = []
+        launch = runner.launch
+        monkeypatch.setattr(runner, "launch", lambda plan: (plans.append(plan), launch(plan))[1])
+        warm_up(runner, started.engine.scheduler.limits, started.engine.info.num_blocks)
+        largest = {
+            nodes: max(s for s, n in runner.decode_shapes() if n == nodes) for _, nodes in runner.decode_shapes()
+        }
+        beside = {(len(plan.decodes) + 1, plan.nodes) for plan in plans if plan.chunks}
+        assert beside >= {(most, nodes) for nodes, most in largest.items()}
         outputs = started.run([sampled(kind, PROMPT, **params) for kind, params in KINDS.items()])
         assert [output.ids for output in outputs] == [output.ids for output in alone.values()]
 
