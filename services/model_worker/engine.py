@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,7 +41,7 @@ from services.model_worker.interface import (
 from services.model_worker.loader import Progress
 from services.model_worker.logit_edits import edit_row, edited_ids
 from services.model_worker.model_runner import STEPS_IN_FLIGHT, ModelRunner
-from services.model_worker.models.config import ModelError
+from services.model_worker.models.config import ModelError, load_config
 from services.model_worker.readback import Ticket
 from services.model_worker.sampler import SamplingMode
 from services.model_worker.search.admission import Refusal, refusal
@@ -146,15 +147,21 @@ class Engine:
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the model, sizes the cache, compiles and captures. Raises ModelError; blocks for seconds to minutes."""
-        parts = build(self.config, progress or (lambda fraction, text: None))
-        self.info, self.scheduler, self.runner, self.trees = parts
-        self.constraints = Constraints.load(self.config.model, self.info.vocab_size, self.info.eos_ids)
+        with ThreadPoolExecutor(1, "vocabulary") as beside:  # most of a second for a large one, while weights are read
+            constraints = beside.submit(self._load_constraints)
+            parts = build(self.config, progress or (lambda fraction, text: None))
+            self.info, self.scheduler, self.runner, self.trees = parts
+            self.constraints = constraints.result()
         self.masks = self.runner.token_masks(self.constraints.special_ids)
         if self.constraints.available:
             with self.runner.context():
                 self.masks.warm_up(self.runner.ops, self.runner.decoder.weights.embedding.dtype)
         overlap = self.info.device.startswith("cuda") if self.config.overlap is None else self.config.overlap
         self._depth = STEPS_IN_FLIGHT - 1 if overlap else 0
+
+    def _load_constraints(self) -> Constraints:
+        model = load_config(self.config.model)
+        return Constraints.load(self.config.model, model.vocab_size, model.eos_ids)
 
     def start(self) -> None:
         # What loading left behind is never garbage: looking through it again and again would cost a step 50 ms at times.
