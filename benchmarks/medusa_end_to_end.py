@@ -282,7 +282,7 @@ def run(args: argparse.Namespace) -> Progress:
         options = argparse.Namespace(
             model=model, heads=None, text=held_file, device=device, batches=left, prompt=min(64, size.context // 4),
             output=min(256, size.context // 2), repeats=args.repeats, seconds=args.seconds,
-            temperatures=[temperature], warm_up=args.warm_up,
+            temperatures=[temperature], warm_up=args.warm_up, drafts_first=args.drafts_first,
         )  # fmt: skip
         if clock.left < args.reserve:
             raise OutOfTime(name)
@@ -334,6 +334,9 @@ def main() -> int:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs of a batch size, at least")
     parser.add_argument("--seconds", type=float, default=10, help="of a batch size, at least")
+    parser.add_argument(
+        "--drafts-first", action="store_true", help="build the engine with heads before the one without"
+    )
     parser.add_argument("--warm-up", type=int, default=1000, help="tokens of each sequence, before")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains in seconds")
     parser.add_argument("--device", default="auto")
