@@ -158,25 +158,19 @@ def speed(arguments: argparse.Namespace) -> Generator[dict[str, Any]]:
     common: dict[str, Any] = {"device": arguments.device, "prefix_cache": False, "max_seqs": max(arguments.batches)}
     if arguments.device != "cpu" and torch.cuda.is_available():
         common["gpu_memory_fraction"] = 0.4
-    configs = [
-        EngineConfig(arguments.model, speculate=False, **common),
-        EngineConfig(arguments.model, heads=arguments.heads, **common),
-    ]
-    clients: list[Client] = []
+    clients: dict[bool, Client] = {}  # by whether it drafts
     try:
         # Where an engine's memory lies seems to matter by a per cent: whoever compares such differences should do it in both orders.
-        for config in reversed(configs) if arguments.drafts_first else configs:
-            clients.append(Client(config))
-        if arguments.drafts_first:
-            clients.reverse()
-        on_one_core(clients)
+        for drafts in sorted((False, True), reverse=arguments.drafts_first):
+            clients[drafts] = Client(EngineConfig(arguments.model, heads=arguments.heads, speculate=drafts, **common))
+        on_one_core([*clients.values()])
         if arguments.text is None:
-            text = np.random.default_rng(5).integers(3, clients[0].engine.info.vocab_size, 100_000)
+            text = np.random.default_rng(5).integers(3, clients[True].engine.info.vocab_size, 100_000)
         else:
             text = read_tokens((arguments.text,), arguments.model)
-        yield from _rows(arguments, text, begin_id(arguments.model), *clients)
+        yield from _rows(arguments, text, begin_id(arguments.model), clients[False], clients[True])
     finally:
-        for client in clients:
+        for client in clients.values():
             client.engine.stop(timeout=30)
 
 
@@ -197,10 +191,8 @@ def _rows(
 
     def row_of(batch: int, heat: float) -> dict[str, Any]:
         rates: list[list[float]] = []
-        for client in (
-            plain,
-            drafted,
-        ):  # compiles, and the controller learns: its start is paid for by what comes much later
+        # Compiles, and the controller learns: what its start costs is paid for by what comes much later.
+        for client in (plain, drafted):
             for seed, done in enumerate(range(0, arguments.warm_up, longest), 1):
                 output = min(longest, arguments.warm_up - done)
                 client.run(requests_of(text, bos, batch, arguments.prompt, output, heat, 1000 * seed + batch))
