@@ -389,6 +389,9 @@ def generate(
     _run(main())
 
 
+ANSWER_WITHIN = 5.0  # seconds in which a partition of the log that changes hands has its new owner
+
+
 @app.command()
 def attach(
     request_id: RequestId,
@@ -406,7 +409,7 @@ def attach(
         bus = await _connect(nats)
         try:
             async with Client(bus, model, tenant=tenant, partitions=partitions) as client:
-                return await _print_stream(client.attach(request_id, wait=wait))
+                return await _print_stream(client.attach(request_id, wait=wait, silence=wait + ANSWER_WITHIN))
         finally:
             await bus.close()
 
@@ -532,6 +535,8 @@ def tail(
     as_json: Annotated[bool, typer.Option("--json", help="lines as the stages wrote them")] = False,
 ) -> None:
     """Follow the structured logs of all stages, until Ctrl-C."""
+    if request_id is not None and not all(map(subjects.is_token, request_id.split(".", 1))):
+        raise typer.BadParameter(f"{subjects.TOKEN_RULE}; or TENANT.ID", param_hint="REQUEST_ID")
     if stage is not None and stage not in IN_ORDER:
         raise typer.BadParameter(f"there are {', '.join(IN_ORDER)}", param_hint="--stage")
 

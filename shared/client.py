@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -134,13 +135,16 @@ class Client:
         tenant: str | None = None,
         on_change: Callable[[], None] | None = None,
         wait: float = FORGOTTEN_AFTER,
+        silence: float = math.inf,
     ) -> Stream:
         """Follows a request that is running or ended within the attach window, from the cursors (default: the beginning) on.
         One that is still to come, or waits for a worker, is not known yet: `wait` is how many seconds that may last until it counts as
-        not found. Raises GorgonError(INVALID_REQUEST) for what can be no id."""
+        not found, `silence` how many may pass without any answer until the stream ends as unavailable. Raises
+        GorgonError(INVALID_REQUEST) for what can be no id."""
         if not subjects.is_token(request_id):
             raise GorgonError(ErrorCode.INVALID_REQUEST, f"id: {subjects.TOKEN_RULE}")
-        return self._add(Stream(self, tenant or self.tenant, request_id, None, cursors, on_change, wait=wait))
+        tenant = tenant or self.tenant
+        return self._add(Stream(self, tenant, request_id, None, cursors, on_change, wait=wait, silence=silence))
 
     async def cancel(self, request_id: str, tenant: str | None = None) -> str:
         """What was known of the request: "live", "ended" (nothing was done) or "unknown" (there is none, or it waits for its turn or is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class Stream:
         on_change: Callable[[], None] | None = None,
         accept_timeout: float | None = None,
         wait: float = FORGOTTEN_AFTER,
+        silence: float = math.inf,
     ) -> None:
         now = client.loop.time()
         self.id = request_id
@@ -134,6 +136,7 @@ class Stream:
         self._give_up = now + (accept_timeout if accept_timeout is not None else client.accept_timeout)
         self._missing_since: float | None = None
         self._forgotten_after = wait
+        self._silent_until = now + silence  # if nothing was heard by then, nobody is there
         self.moved = False  # a server that has restarted may not know the way to an imported client's inbox any more
         self._on_change = on_change
         # How tool calls are written: None until the `accepted` event tells, "" if there are none to be looked for.
@@ -230,6 +233,7 @@ class Stream:
     def on_event(self, event: dict[str, Any]) -> None:
         if self._end.done():
             return
+        self._silent_until = math.inf
         name = event.get("event")
         if name == "tokens":
             self._accept()
@@ -385,7 +389,9 @@ class Stream:
     def tick(self, now: float) -> None:
         if now < self._due and not (self._known and self._unserved(now) and now >= self._asked + UNSERVED_PATIENCE):
             return
-        if self._known:
+        if now >= self._silent_until:
+            self.fail(GorgonError(ErrorCode.UNAVAILABLE, f"nobody answers for model {self._client.model!r}"))
+        elif self._known:
             self._ask()
             self._due = now + self._patience
             self._patience = min(self._patience * 2, LONGEST_PATIENCE)
@@ -402,6 +408,7 @@ class Stream:
     def stood_still(self, seconds: float) -> None:
         """Time in which nothing could be heard proves nothing."""
         self._give_up += seconds
+        self._silent_until += seconds
         if self._missing_since is not None:
             self._missing_since += seconds
 

@@ -29,6 +29,7 @@ from pydantic_settings import (
 from shared.subjects import is_token
 
 CONFIG_VARIABLE = "GORGON_CONFIG"
+TABLES = ("gateway", "tokenizer", "scheduler", "model_worker", "detokenizer")  # of a file of settings
 
 
 class _StageTable(TomlConfigSettingsSource):
@@ -39,6 +40,10 @@ class _StageTable(TomlConfigSettingsSource):
             raise FileNotFoundError(f"{path}: there is no such file of settings")  # pydantic would go on without one
         super().__init__(settings, Path(path))
         data: dict[str, Any] = dict(self.init_kwargs)
+        if unknown := [
+            key for key, value in data.items() if isinstance(value, dict) and key not in (*TABLES, settings.stage)
+        ]:
+            raise SettingsError(f"{path}: there is no stage {', '.join(unknown)}, only {', '.join(TABLES)}")
         table = data.get(settings.stage, {})
         self.init_kwargs = {k: v for k, v in data.items() if not isinstance(v, dict)} | table
 

@@ -143,7 +143,10 @@ class Service:
             from shared.metrics_exporter import MetricsExporter
 
             self._exporter = MetricsExporter(self)
-            self._exporter.start(self.settings.metrics_host, self.settings.metrics_port)
+            try:
+                self._exporter.start(self.settings.metrics_host, self.settings.metrics_port)
+            except OSError as error:
+                raise StartError("cannot_listen", str(error)) from None
         await self.on_start()
         self.ready = True
         await self.bus.subscribe(subjects.PS, self._answer_ps)

@@ -69,13 +69,13 @@ def main(
     try:
         loads = _loads(workload, trace, requests, speed, shrink, rate, seed)
         options = dict(_option(text) for text in option or ())
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     setting = dict(
         engine=None if engine is None else str(engine), options=options, speed=speed, shrink=shrink, rate=rate
     )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     status = asyncio.run(_run(loads, engine, options, nats, model, repeats, timeout, out, warm_up, setting))
     raise typer.Exit(status)
 

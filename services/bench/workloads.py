@@ -98,8 +98,10 @@ def read_trace(path: Path) -> list[Arrival]:
     """Of either kind, in the order of time. Raises ValueError for a file that is no such trace."""
     try:
         arrivals = list(azure(path) if path.suffix == ".csv" else mooncake(path))
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is neither an Azure trace (.csv) nor one of Mooncake (.jsonl): {error!r}") from None
+    if not arrivals:
+        raise ValueError(f"{path}: there is no request in it")
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
 

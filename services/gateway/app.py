@@ -26,6 +26,7 @@ from services.gateway.page import page_router
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorBody
 from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
+from shared.errors import StartError
 from shared.tracing import Tracer
 
 log = structlog.get_logger()
@@ -74,7 +75,10 @@ def build_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.authenticator = authenticator = Authenticator.from_file(settings.api_keys)
+    try:
+        app.state.authenticator = authenticator = Authenticator.from_file(settings.api_keys)
+    except (OSError, ValueError) as error:
+        raise StartError("unreadable_api_keys", str(error)) from None
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     app.add_middleware(KeyFirst, authenticator=authenticator, metrics=metrics)
     completions = Completions(settings, bus, generations, metrics, tracer)
@@ -228,10 +232,10 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return refused("the body is no JSON object, or was not sent as 'Content-Type: application/json'")
     if kind == "json_invalid":
         return refused("the body is not JSON")
+    place = ".".join(where[:4])[:120].encode("utf-8", "replace").decode() or "body"
     if kind == "extra_forbidden":
-        return refused(f"Unrecognized request argument supplied: {field}", field, code="unknown_parameter")
+        return refused(f"Unrecognized request argument supplied: {place}", field, code="unknown_parameter")
     if kind == "missing":
         name = field or "the body"
         return refused(f"Missing required parameter: '{name}'", field, code="missing_required_parameter")
-    place = ".".join(where[:4])[:120].encode("utf-8", "replace").decode() or "body"
     return refused(f"{place}: {first['msg']}", field, code="invalid_type")

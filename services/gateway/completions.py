@@ -162,7 +162,9 @@ class Completions:
         self._metrics.accepted_seconds.observe(asyncio.get_running_loop().time() - began)
         span.event("accepted")
 
-        def on_close() -> None:
+        def on_close(left: bool) -> None:
+            if left:
+                self._metrics.disconnects.inc()
             call.close()
             span.end()
 

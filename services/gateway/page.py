@@ -88,7 +88,7 @@ def page_router(settings: GatewaySettings, bus: Bus, fleet: Fleet, generations: 
             SECURITY,
             keepalive=settings.keepalive,
             stall_timeout=settings.stall_timeout,
-            on_close=lambda: None,
+            on_close=lambda left: None,
         )
 
     @router.post("/api/kill", include_in_schema=False)

@@ -18,6 +18,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from shared import codec, subjects
 from shared.bus import Bus, Message
+from shared.errors import StartError
 from shared.messages import Heartbeat
 from shared.service import Service
 
@@ -50,7 +51,10 @@ class GatewayService(Service):
         await self.bus.subscribe(subjects.heartbeats(), self._on_heartbeat)
         await self._generations.start()
         app = build_app(self.settings, self.bus, self._fleet, self._generations, self._metrics, self.tracer)
-        listener = _listen(self.settings.host, self.settings.port)
+        try:
+            listener = _listen(self.settings.host, self.settings.port)
+        except OSError as error:
+            raise StartError("cannot_listen", str(error)) from None
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             app,

@@ -109,7 +109,7 @@ class Body(Protocol):
 
 class EventStream(Response):
     """Server-sent events. They cease when the client goes, when it does not read for `stall_timeout` seconds, and with `given_up`;
-    after `keepalive` seconds of silence it gets a comment line."""
+    after `keepalive` seconds of silence it gets a comment line. on_close: told whether it was the client that went before the end."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class EventStream(Response):
         *,
         keepalive: float,
         stall_timeout: float,
-        on_close: Callable[[], None],
+        on_close: Callable[[bool], None],
         given_up: asyncio.Event | None = None,
     ) -> None:
         self._body = body
@@ -141,13 +141,14 @@ class EventStream(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            left = gone.done() and not writing.done()
             # There is no other sign that it is not whole.
             if not writing.done() and (watching.done() or given_up.done()):
                 cut(connection_of(scope), at_once=watching.done())
             for task in tasks:
                 task.cancel()
             done = await asyncio.gather(*tasks, return_exceptions=True)
-            self._on_close()
+            self._on_close(left)
         if isinstance(error := done[0], Exception):
             log.error("stream_failed", error=repr(error), exc_info=error)
 

@@ -147,17 +147,25 @@ def _structured(response_format: dict[str, Any] | None) -> dict[str, Any] | None
     if response_format is None:
         return None
     kind = response_format.get("type")
+    _known_fields(response_format, {"type", "json_schema"} if kind == "json_schema" else {"type"}, "response_format")
     if kind == "text":
         return None
     if kind == "json_object":
         return {"json_object": True}
     if kind == "json_schema":
         spec = response_format.get("json_schema")
-        schema = spec.get("schema") if isinstance(spec, dict) else None
-        if not isinstance(schema, dict):
+        if not isinstance(spec, dict) or not isinstance(schema := spec.get("schema"), dict):
             raise refused("response_format.json_schema.schema is missing", "response_format")
+        _known_fields(spec, {"name", "description", "schema", "strict"}, "response_format.json_schema")
         return {"json_schema": schema}
     raise refused("response_format.type: text, json_object or json_schema", "response_format")
+
+
+def _known_fields(given: dict[str, Any], known: set[str], name: str) -> None:
+    if unknown := sorted(str(field)[:80] for field in given.keys() - known):
+        field = f"{name}.{unknown[0]}"
+        message = f"Unrecognized request argument supplied: {field}".encode("utf-8", "replace").decode()
+        raise refused(message, "response_format", code="unknown_parameter")
 
 
 def _prompts(asked: CompletionRequest) -> list[str | list[int]]:
@@ -187,11 +195,11 @@ def _with_metadata(body: Body, asked: Common, names: dict[str, str | None]) -> B
 def checked(body: Body) -> Body:
     """The body, if the pipeline would take it. Raises ApiError."""
     try:
-        msgpack.packb(body)
-    except (UnicodeEncodeError, OverflowError, ValueError, RecursionError) as error:
-        raise refused(f"the request holds what cannot be sent: {str(error)[:200]}") from None
-    try:
         parse_request(body)
     except GorgonError as error:
         raise ApiError.of(error) from None
+    try:
+        msgpack.packb(body)
+    except (UnicodeEncodeError, OverflowError, ValueError, RecursionError) as error:
+        raise refused(f"the request holds what cannot be sent: {str(error)[:200]}") from None
     return body

@@ -350,6 +350,7 @@ async def test_cancel_by_leaving(client: AsyncOpenAI, deployment: Deployment) ->
         ({"user": "x" * 5000}, 400, "user", "invalid_request"),
         ({"temperature": -1}, 400, "temperature", "invalid_request"),
         ({"nonsense": 1}, 400, "nonsense", "unknown_parameter"),
+        ({"seed": 10**30}, 400, "seed", "invalid_request"),
         ({"suffix": "x"}, 400, "suffix", "unsupported_value"),
         ({"prompt": []}, 400, "prompt", None),
         ({"prompt": "\ud800"}, 400, None, None),
@@ -357,6 +358,7 @@ async def test_cancel_by_leaving(client: AsyncOpenAI, deployment: Deployment) ->
         ({"prompt": [10_000_000]}, 400, "prompt", "invalid_request"),
         ({"prompt": [[5], [1 << 70]]}, 400, "prompt", "invalid_request"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "unsupported_value"),
+        ({"stream": True, "stream_options": {"foo": True}}, 400, "stream_options", "unknown_parameter"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -334,6 +334,17 @@ async def test_not_found_is_believed_after_a_while_once_there_were_tokens_or_whe
 
 
 @virtual
+async def test_who_attaches_where_nobody_is_hears_so_if_he_wishes():
+    async with Script() as script:
+        script.on_replay = lambda body: None
+        stream = script.client.attach("r", silence=4.0)
+        with pytest.raises(GorgonError) as caught:
+            await stream.result()
+        assert caught.value.code == ErrorCode.UNAVAILABLE
+        assert 4.0 <= script.loop.time() < 10.0
+
+
+@virtual
 async def test_who_attaches_to_a_request_that_is_queued_may_wait_for_it():
     async with Script() as script:
         script.beacon(True)
@@ -343,7 +354,7 @@ async def test_who_attaches_to_a_request_that_is_queued_may_wait_for_it():
             if script.loop.time() < known
             else script.send(script.tokens(0, 2), script.finished(2))
         )
-        stream = script.client.attach("r", wait=60.0)
+        stream = script.client.attach("r", wait=60.0, silence=10.0)
         stream.partition = PARTITION
         assert await stream.text() == "ab"
         assert known <= script.loop.time() < known + 6.0

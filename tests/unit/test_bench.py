@@ -50,10 +50,20 @@ def test_mooncake(tmp_path: Path) -> None:
     assert small[0].prompt[:64] == small[1].prompt[:64], "blocks shrink, and stay the same"
 
 
-@pytest.mark.parametrize(("name", "text"), [("x.csv", "a,b\n1,2\n"), ("x.jsonl", "{}\n"), ("y.jsonl", "no JSON\n")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("x.csv", "a,b\n1,2\n"), ("x.jsonl", "{}\n"), ("y.jsonl", "no JSON\n"), ("z.jsonl", "[1]\n")],
+)
 def test_what_is_no_trace_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="neither"):
+        read_trace(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_trace_without_requests_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" if name == "x.csv" else "")
+    with pytest.raises(ValueError, match="no request"):
         read_trace(tmp_path / name)
 
 

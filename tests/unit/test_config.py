@@ -27,7 +27,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def toml(tmp_path: Path) -> Path:
     path = tmp_path / "gorgon.toml"
-    path.write_text('model = "from-file"\npartitions = 16\n[toy]\nspeed = 2\n[other]\nunknown = "not our business"\n')
+    path.write_text(
+        'model = "from-file"\npartitions = 16\n[toy]\nspeed = 2\n[scheduler]\nunknown = "not our business"\n'
+    )
     return path
 
 
@@ -57,9 +59,14 @@ def test_nats_is_short_for_nats_url() -> None:
         (["--log-level", "loud"], "log_level: "),
         (["--config"], "--config"),
         (["--config", "/no/such/file.toml"], "/no/such/file.toml"),
+        (["--config", "misspelt.toml"], "no stage model-worker"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_are_refused_in_one_line(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("misspelt.toml").write_text("[model-worker]\nmax_seqs = 12\n")
     with pytest.raises(SystemExit) as caught:
         ToySettings.from_command_line(args)
     assert caught.value.code == 2

@@ -56,6 +56,7 @@ class Connection:
         self.reads.set()
         self.messages: list[dict[str, Any]] = []
         self.closed = False
+        self.left = False  # before the end
         self.gone = asyncio.Event()
 
     async def send(self, message: Any) -> None:
@@ -70,8 +71,8 @@ class Connection:
     def body(self) -> bytes:
         return b"".join(message.get("body", b"") for message in self.messages)
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, left: bool) -> None:
+        self.closed, self.left = True, left
 
 
 async def begin(script: Script) -> tuple[Connection, asyncio.Task[None]]:
@@ -98,7 +99,7 @@ async def test_news_is_written_within_the_message_itself() -> None:
     await task
     assert connection.body == b"01234end"
     assert connection.messages[-1]["more_body"] is False
-    assert connection.closed
+    assert connection.closed and not connection.left
 
 
 async def test_the_events_of_a_message_are_one_piece_of_each_stream() -> None:
@@ -189,7 +190,7 @@ async def test_a_client_that_goes_ends_the_stream(reads: bool) -> None:
         await settle()
     connection.gone.set()
     await task
-    assert connection.closed
+    assert connection.closed and connection.left
     script.bring(b"late")  # nobody is there
     assert connection.body == b""
 
