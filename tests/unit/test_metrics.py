@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.gateway.metrics import Metrics
 from shared.broker import free_port
 from shared.config import StageSettings
+from shared.errors import StartError
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import Heartbeat
 from shared.metrics import ALL_STAGES, CATALOG, Histogram, Kind, Meter, metrics_of
@@ -140,7 +141,7 @@ async def test_a_stage_serves_its_metrics_while_it_lives_and_goes_at_once() -> N
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
     assert f'gorgon_ready{{instance="{service.instance}",model="m",stage="tokenizer"}} 1.0' in text
     again = Tokens(MemoryBus(MemoryBroker()), settings)
-    with pytest.raises(OSError, match=f"metrics cannot be served on 127.0.0.1:{port}"):
+    with pytest.raises(StartError, match=f"metrics cannot be served on 127.0.0.1:{port}"):
         await again.start()
     began = time.monotonic()
     await service.stop()
