@@ -26,10 +26,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from shared.permissions import STAGES
 from shared.subjects import is_token
 
 CONFIG_VARIABLE = "GORGON_CONFIG"
-TABLES = ("gateway", "tokenizer", "scheduler", "model_worker", "detokenizer")  # of a file of settings
 
 
 class _StageTable(TomlConfigSettingsSource):
@@ -41,9 +41,9 @@ class _StageTable(TomlConfigSettingsSource):
         super().__init__(settings, Path(path))
         data: dict[str, Any] = dict(self.init_kwargs)
         if unknown := [
-            key for key, value in data.items() if isinstance(value, dict) and key not in (*TABLES, settings.stage)
+            key for key, value in data.items() if isinstance(value, dict) and key not in (*STAGES, settings.stage)
         ]:
-            raise SettingsError(f"{path}: there is no stage {', '.join(unknown)}, only {', '.join(TABLES)}")
+            raise SettingsError(f"{path}: there is no stage {', '.join(unknown)}, only {', '.join(STAGES)}")
         table = data.get(settings.stage, {})
         self.init_kwargs = {k: v for k, v in data.items() if not isinstance(v, dict)} | table
 

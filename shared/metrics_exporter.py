@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shared.errors import StartError
 from shared.messages import Heartbeat, WorkerHeartbeat
 from shared.metrics import Histogram, Kind, Meter, metrics_of
 from shared.metrics import Metric as Spec
@@ -129,11 +130,11 @@ class MetricsExporter:
         return generate_latest(self._registry)
 
     def start(self, host: str, port: int) -> None:
-        """Raises OSError if the port is taken."""
+        """Raises StartError if the port is taken."""
         try:
             self._server, _ = start_http_server(port, host, self._registry)
         except OSError as error:
-            raise OSError(f"metrics cannot be served on {host}:{port}: {error}") from None
+            raise StartError("cannot_listen", f"metrics cannot be served on {host}:{port}: {error}") from None
 
     def stop(self) -> None:
         """Returns at once: the server notices within half a second, and a stage that must be gone does not wait for it."""

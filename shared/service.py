@@ -143,10 +143,7 @@ class Service:
             from shared.metrics_exporter import MetricsExporter
 
             self._exporter = MetricsExporter(self)
-            try:
-                self._exporter.start(self.settings.metrics_host, self.settings.metrics_port)
-            except OSError as error:
-                raise StartError("cannot_listen", str(error)) from None
+            self._exporter.start(self.settings.metrics_host, self.settings.metrics_port)
         await self.on_start()
         self.ready = True
         await self.bus.subscribe(subjects.PS, self._answer_ps)

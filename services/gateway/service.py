@@ -51,10 +51,7 @@ class GatewayService(Service):
         await self.bus.subscribe(subjects.heartbeats(), self._on_heartbeat)
         await self._generations.start()
         app = build_app(self.settings, self.bus, self._fleet, self._generations, self._metrics, self.tracer)
-        try:
-            listener = _listen(self.settings.host, self.settings.port)
-        except OSError as error:
-            raise StartError("cannot_listen", str(error)) from None
+        listener = _listen(self.settings.host, self.settings.port)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             app,
@@ -128,6 +125,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from None
+        raise StartError("cannot_listen", f"cannot listen on {host}:{port}: {error}") from None
     listener.setblocking(False)
     return listener

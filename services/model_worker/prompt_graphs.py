@@ -167,7 +167,7 @@ class PromptGraphs:
             self._row_each[: sequences + 1], contexts, table, sequences, 1, max_query=0, max_context=longest
         )
         self._begin(size)
-        for index in range(min(layers or len(self._caches), len(self._caches)) - 1):
+        for index in range(len(self._caches[:layers]) - 1):
             self._attend(size, index, batch)
             self._between(size, index + 1)
         rows = (starts[1:] - 1).clamp_(min=0)  # nobody's, when it is captured

@@ -105,8 +105,8 @@ def warm_up(runner: ModelRunner, limits: SchedulerLimits, num_blocks: int) -> in
             [] if runner.verifier is None else [device_tree.tree for device_tree in runner.verifier.trees.values()]
         ):
             sizes = [size for size, nodes in runner.decode_shapes() if nodes == tree.size]
-            few = max((size for size in sizes if size <= 4), default=0)
-            for drafting in [few, *_many(few, max(sizes))] if few else []:
+            few = max(size for size in sizes if size <= 4)
+            for drafting in (few, *_many(few, max(sizes))):
                 beside_a_prompt(drafting - 1, tree)
     return scheduler.steps
 

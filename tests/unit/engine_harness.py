@@ -25,6 +25,8 @@ from services.model_worker.engine import (
     TokenOutput,
 )
 from services.model_worker.interface import PROMPT
+from services.model_worker.model_runner import ModelRunner
+from services.model_worker.step_plan import StepPlan
 from shared.sampling import SamplingParams
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -151,6 +153,14 @@ def running(model: Path, **options: Any) -> Iterator[Harness]:
         harness.engine.stop(timeout=TIMEOUT)
         raise
     harness.settle()
+
+
+def launched_plans(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
+    """What the runner launches from now on."""
+    plans: list[StepPlan] = []
+    launch = runner.launch
+    monkeypatch.setattr(runner, "launch", lambda plan: (plans.append(plan), launch(plan))[1])
+    return plans
 
 
 class RepeatedFunctions:

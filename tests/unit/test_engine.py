@@ -25,10 +25,17 @@ from services.model_worker.engine import (
 from services.model_worker.prompt_graphs import prompt_sizes
 from services.model_worker.sampler import CAPTURED_MODES
 from services.model_worker.step_bound import StepBound
-from services.model_worker.step_plan import StepPlan
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
-from tests.unit.engine_harness import Collected, Harness, RepeatedFunctions, dummy_model, greedy, running
+from tests.unit.engine_harness import (
+    Collected,
+    Harness,
+    RepeatedFunctions,
+    dummy_model,
+    greedy,
+    launched_plans,
+    running,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,9 +195,7 @@ def test_warming_up_sees_many_sequences_beside_a_prompt(model: Path, monkeypatch
     """Kernels of attention differ by the number of sequences, and outside graphs by whether contexts are split."""
     with running(model, load_format="dummy", max_seqs=200) as started:
         runner, info = started.engine.runner, started.engine.info
-        plans: list[StepPlan] = []
-        launch = runner.launch
-        monkeypatch.setattr(runner, "launch", lambda plan: (plans.append(plan), launch(plan))[1])
+        plans = launched_plans(runner, monkeypatch)
         warm_up(runner, started.engine.scheduler.limits, info.num_blocks)
     assert {len(plan.decodes) for plan in plans if plan.chunks} >= {1, 3, 16, 32, 128, 199}
 

@@ -18,7 +18,6 @@ from services.model_worker.model_runner import ModelRunner
 from services.model_worker.models.config import load_config
 from services.model_worker.speculation.medusa import MedusaHeads, save_heads
 from services.model_worker.speculation.tree import Tree
-from services.model_worker.step_plan import StepPlan
 from services.model_worker.warm_up import warm_up
 from shared.sampling import SamplingParams
 from tests.unit.engine_harness import (
@@ -27,6 +26,7 @@ from tests.unit.engine_harness import (
     RepeatedFunctions,
     dummy_model,
     greedy,
+    launched_plans,
     needs_weights,
     running,
     weights,
@@ -158,9 +158,7 @@ def test_warming_up_with_trees_leaves_no_trace(
 ) -> None:
     with speculating(model, max_seqs=24) as started:
         runner = started.engine.runner
-        plans: list[StepPlan] = []
-        launch = runner.launch
-        monkeypatch.setattr(runner, "launch", lambda plan: (plans.append(plan), launch(plan))[1])
+        plans = launched_plans(runner, monkeypatch)
         warm_up(runner, started.engine.scheduler.limits, started.engine.info.num_blocks)
         largest = {
             nodes: max(s for s, n in runner.decode_shapes() if n == nodes) for _, nodes in runner.decode_shapes()
