@@ -19,7 +19,8 @@ from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from kernels.ops import AttentionBatch
 
 PROGRAMS_PER_SM = 4
-MIN_SPAN = 64  # a shorter span costs more in merging than it saves
+MIN_SPAN = 64  # a shorter span costs more in merging than it saves; of wide tiles, twice as much
+WIDE_TILE = 64  # rows of a tile
 MAX_SPAN = 8192  # one long sequence in a full batch must not run alone at the end
 MERGE_TILE = 16
 
@@ -37,13 +38,15 @@ class SplitPlan:
     max_span: int
 
 
-def plan_splits(programs: int, max_context: int, processors: int, fixed_split: int | None) -> SplitPlan:
+def plan_splits(
+    programs: int, max_context: int, processors: int, fixed_split: int | None, min_span: int = MIN_SPAN
+) -> SplitPlan:
     """programs: those of an unsplit grid. fixed_split: tokens of every span, so that a result does not depend on the batch."""
     if fixed_split is not None:
         return SplitPlan(max(1, triton.cdiv(max_context, fixed_split)), 1, fixed_split, fixed_split)
     fill = max(1, PROGRAMS_PER_SM * processors // programs)
-    fill = min(fill, max(1, triton.cdiv(max_context, MIN_SPAN)))
-    return SplitPlan(max(fill, triton.cdiv(max_context, MAX_SPAN)), fill, MIN_SPAN, MAX_SPAN)
+    fill = min(fill, max(1, triton.cdiv(max_context, min_span)))
+    return SplitPlan(max(fill, triton.cdiv(max_context, MAX_SPAN)), fill, min_span, MAX_SPAN)
 
 
 @triton.jit
@@ -296,7 +299,8 @@ def decode_attention(
         load = 1.0 if fixed_split is not None else sequences * kv_heads / _processors(q.device)
         config = decode_config(k_cache, rows * group, load)
     tiles = triton.cdiv(rows * group, config.block_m)
-    plan = plan_splits(sequences * kv_heads * tiles, batch.max_context, _processors(q.device), fixed_split)
+    min_span = 2 * MIN_SPAN if config.block_m >= WIDE_TILE else MIN_SPAN
+    plan = plan_splits(sequences * kv_heads * tiles, batch.max_context, _processors(q.device), fixed_split, min_span)
     partial = lse = out
     split = plan.splits > 1
     if split:

@@ -168,7 +168,7 @@ class ModelRunner:
         """The first half of `launch`, for whoever knows only later which tokens the step may choose."""
         mode = self._mode(plan)
         if plan.chunks:
-            return self._forward_mixed(plan, mode)
+            return self._forward_prompts(plan, mode) or self._forward_mixed(plan, mode)
         if plan.decodes:
             return self._forward_decodes(plan, mode)
         self._staging.begin()
@@ -228,6 +228,39 @@ class ModelRunner:
             return None
         self._guesses.fetch(tree_rows.tokens[: len(plan.decodes)])
         return self._guesses
+
+    def _forward_prompts(self, plan: StepPlan, mode: SamplingMode) -> Forward | None:
+        """A step of few prompts and nothing else; None, and nothing is done, if it is another. The device has nothing to do until
+        such a step comes: its forward pass is launched before all that only the choice of tokens, or a later step, needs."""
+        chunks = plan.chunks
+        if self.prompts is None or not self.prompts.has_whole(sum(chunk.rows for chunk in chunks), len(chunks)):
+            return None
+        if plan.decodes or plan.copies or plan.has_search or any(chunk.report_rows for chunk in chunks):
+            return None
+        contexts = [chunk.start + chunk.rows for chunk in chunks]
+        hidden = self.prompts.forward_prompts(
+            self._rows_of_chunks(chunks),
+            np.cumsum([chunk.rows for chunk in chunks], dtype=np.int32),
+            contexts,
+            [chunk.sequence.blocks for chunk in chunks],
+        )
+        put = self._staging.put
+        self._staging.begin()
+        slots = put([chunk.sequence.slot for chunk in chunks])
+        context_len = put(contexts)
+        final = put([index for index, chunk in enumerate(chunks) if chunk.final])
+        sampled_slots = put(self._padded([sequence.slot for sequence in plan.sampled], len(plan.sampled)))
+        self._upload_changes(plan)
+        self.state.context.index_copy_(0, slots.long(), context_len)
+        last_rows = hidden.index_select(0, final)
+
+        def choose(masks: RowMasks | None) -> Chosen:
+            if not len(final):
+                return [], []
+            lengths_after = context_len.index_select(0, final)
+            return [self._sample(last_rows, sampled_slots.long(), lengths_after, mode, masks)], []
+
+        return Forward(plan, choose, None)
 
     def _forward_mixed(self, plan: StepPlan, mode: SamplingMode) -> Forward:
         """Decodes and chunks of prompts in one forward pass, at their own sizes."""
@@ -515,7 +548,7 @@ class ModelRunner:
 
     def _prompt_graphs(self, sizes: list[int]) -> PromptGraphs:
         max_blocks = self.state.max_blocks if self._whole_prompts else None
-        return PromptGraphs(self.decoder, self.cache.layers, self._rows, sizes, max_blocks)
+        return PromptGraphs(self.decoder, self.cache.layers, self._rows, sizes, max_blocks, STEPS_IN_FLIGHT)
 
     def prompt_sizes(self) -> list[int]:
         """Rows of the steps with prompts that are captured."""

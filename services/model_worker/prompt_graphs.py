@@ -5,20 +5,25 @@ sequences; everything else sees rows. That is captured, padded to some number of
 Of a small model's step the host's launches take longer than the device's work: they are what this saves.
 
 A step of few sequences is captured whole all the same: its attention is launched for as many sequences, each as long as the step,
-as the graph is made for, and programs of those that are not there, or shorter, end at once.
+as the graph is made for, and programs of those that are not there, or shorter, end at once. Where it holds prompts alone, all that
+the graph reads comes from the host, and nothing needs to be launched before it but the copy of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Product, whole
 from services.model_worker.cuda_graphs import Graphs, padded_size
 from services.model_worker.models.decoder import Decoder
+from services.model_worker.step_state import Staging, round_up
 
 # Parameters × rows of a pass from which the device takes longer than the host would without graphs.
 WORTHWHILE = 4e12
@@ -32,10 +37,12 @@ _SIZES = (
 # busy for as long as the host launches their pieces.
 WHOLE_ROWS = 2048
 WHOLE_SEQUENCES = (1, 8)
+_STARTS = round_up(WHOLE_SEQUENCES[-1] + 1, 4)  # words, so that what comes behind is aligned
 # Tokens in the cache up to which a whole step also takes decodes, as prompts of one row: their contexts are not split.
 WHOLE_CONTEXT = 2048
 
 Caches = list[tuple[Tensor, Tensor]]
+T = TypeVar("T", Tensor, NDArray[np.int32])
 
 
 def prompt_sizes(parameters: int, most_rows: int) -> list[int]:
@@ -52,20 +59,27 @@ def whole_shapes(sizes: list[int]) -> list[tuple[int, int]]:
 class PromptGraphs:
     """`Decoder.forward` for at most `sizes[-1]` rows; the caches are the model's own and stay where they are. rows int32 [3, ≥
     sizes[-1]]: where a step's ids, positions and places in the cache will be. max_blocks: columns of block tables, None: no step is
-    captured whole.
+    captured whole. in_flight: see Staging.
 
     All sizes share what goes from piece to piece: a pass uses the first rows. Rows that only fill up are computed
     like the others, and reach neither the cache nor attention.
     """
 
     def __init__(
-        self, decoder: Decoder, caches: Caches, rows: Tensor, sizes: list[int], max_blocks: int | None = None
+        self,
+        decoder: Decoder,
+        caches: Caches,
+        rows: Tensor,
+        sizes: list[int],
+        max_blocks: int | None = None,
+        in_flight: int = 1,
     ) -> None:
         config, embedding = decoder.config, decoder.weights.embedding
         most, device = sizes[-1], embedding.device
         self.sizes = sizes
         self._decoder = decoder
         self._caches = caches
+        self._rows = rows
         self._ids, self._positions, self._slots = rows
         self._slots.fill_(-1)  # what is rehearsed and captured writes nothing
         shape = (most, config.num_heads, config.head_dim)
@@ -74,9 +88,11 @@ class PromptGraphs:
         self._residual = torch.zeros(most, config.hidden_size, dtype=embedding.dtype, device=device)
         self._added = torch.zeros_like(self._residual)
         self._whole_shapes = [] if max_blocks is None else whole_shapes(sizes)
+        sizes_of_whole = [size for size, _ in self._whole_shapes]
         sequences = WHOLE_SEQUENCES[-1]
-        self._starts, self._contexts = torch.zeros(2, sequences + 1, dtype=torch.int32, device=device)
-        self._table = torch.zeros(sequences, max_blocks or 1, dtype=torch.int32, device=device)
+        self._layout = torch.zeros(2 * _STARTS + sequences * (max_blocks or 1), dtype=torch.int32, device=device)
+        self._starts, self._contexts, self._table = self._parts(self._layout)
+        self._staging = Staging(3 * max(sizes_of_whole, default=0) + len(self._layout), device, in_flight)
         self._row_each = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self._graphs: Graphs
 
@@ -121,7 +137,7 @@ class PromptGraphs:
         size = padded_size(self.sizes, rows)
         if rows < size:
             self._slots[rows:size].fill_(-1)
-        if sequences is not None and (made_for := self._sequences_of_whole(size, batch)) is not None:
+        if sequences is not None and (made_for := self._made_for(size, batch)) is not None:
             self._lay_out(batch, rows, made_for)
             hidden: Tensor = self._graphs.replay(("prompts", size, made_for))
             return hidden.index_select(0, sequences)
@@ -133,6 +149,36 @@ class PromptGraphs:
         self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
 
+    def has_whole(self, rows: int, sequences: int) -> bool:
+        """Whether there is a graph for `forward_prompts` of so many."""
+        return self.fits(rows) and self._sequences_of_whole(padded_size(self.sizes, rows), sequences) is not None
+
+    def forward_prompts(
+        self, rows: NDArray[np.int32], ends: NDArray[np.int32], contexts: list[int], tables: list[list[int]]
+    ) -> Tensor:
+        """A step of prompts alone, told by the host: ids, positions and places in the cache int32 [3, T]; of each sequence where its
+        rows end, its context with them and its blocks → the final hidden states of the last rows, [≥ sequences, H], valid until the
+        next pass is launched."""
+        count = rows.shape[1]
+        size = padded_size(self.sizes, count)
+        padded = np.zeros((3, size), dtype=np.int32)
+        padded[2, count:] = -1
+        padded[:, :count] = rows
+        layout = np.zeros(len(self._layout), dtype=np.int32)
+        starts, contexts_of, table = self._parts(layout)
+        starts[1:] = count  # of those that are not there
+        starts[1 : len(ends) + 1] = ends
+        contexts_of[: len(contexts)] = contexts
+        for row, blocks in zip(table, tables, strict=False):
+            row[: len(blocks)] = blocks
+        self._staging.begin()
+        staged_rows, staged_layout = self._staging.put(padded.ravel()), self._staging.put(layout)
+        self._staging.upload()
+        self._rows[:, :size].copy_(staged_rows.view(3, size))
+        self._layout.copy_(staged_layout)
+        hidden: Tensor = self._graphs.replay(("prompts", size, self._sequences_of_whole(size, len(contexts))))
+        return hidden
+
     def _attend(self, rows: int, index: int, batch: AttentionBatch) -> None:
         decoder, (keys, values) = self._decoder, self._caches[index]
         queries, attended, window = self._queries[:rows], self._attended[:rows], decoder.config.windows[index]
@@ -140,11 +186,18 @@ class PromptGraphs:
 
     # A step as a whole.
 
-    def _sequences_of_whole(self, size: int, batch: AttentionBatch) -> int | None:
-        """Those that the graph of a step of so many rows is made for; None: it is not captured whole."""
-        count = batch.context_len.shape[0]
+    @staticmethod
+    def _parts(layout: T) -> tuple[T, T, T]:
+        """Where the sequences' rows start, their contexts, their block tables [sequences, columns]."""
+        return layout[:_STARTS], layout[_STARTS : 2 * _STARTS], layout[2 * _STARTS :].reshape(WHOLE_SEQUENCES[-1], -1)
+
+    def _made_for(self, size: int, batch: AttentionBatch) -> int | None:
         if batch.decode_seqs and (batch.decode_rows > 1 or batch.max_context > WHOLE_CONTEXT):
             return None
+        return self._sequences_of_whole(size, batch.context_len.shape[0])
+
+    def _sequences_of_whole(self, size: int, count: int) -> int | None:
+        """Those that the graph of a step of so many rows and sequences is made for; None: it is not captured whole."""
         fitting = [made for rows, made in self._whole_shapes if rows == size and made >= count]
         return min(fitting, default=None)
 

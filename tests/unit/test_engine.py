@@ -22,7 +22,7 @@ from services.model_worker.engine import (
     ModelError,
     RequestRejected,
 )
-from services.model_worker.prompt_graphs import prompt_sizes
+from services.model_worker.prompt_graphs import PromptGraphs, prompt_sizes
 from services.model_worker.sampler import CAPTURED_MODES
 from services.model_worker.step_bound import StepBound
 from services.model_worker.warm_up import warm_up
@@ -173,6 +173,41 @@ def test_prompts_in_padded_replayed_pieces_change_nothing(model: Path, whole: bo
     pieces, steps = ({key[1] for key in replayed if key[0] == kind} for kind in ("prompt", "prompts"))
     assert pieces | steps == {16, 32, 64} and pieces  # more than eight sequences are never a whole step
     assert {key[2] for key in replayed if key[0] == "prompts"} == ({1, 8} if whole else set())
+
+
+def test_steps_of_prompts_alone_change_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such steps read what the host has laid out, where longer ones with more sequences have left theirs; prompts in chunks, new
+    tokens sampled by each sequence's own parameters, and sequences that were there before."""
+
+    def request(length: int, index: int) -> EngineRequest:
+        kind = list(KINDS)[(length + index) % len(KINDS)]
+        params = KINDS[kind] | {"max_tokens": 3}
+        return sampled(f"{length} {index}", [3 + (length + 7 * n) % 90 for n in range(length)], **params)
+
+    calls: list[int] = []
+    forward = PromptGraphs.forward_prompts
+
+    def counted(self: PromptGraphs, rows: Any, ends: Any, contexts: list[int], tables: Any) -> torch.Tensor:
+        calls.append(len(contexts))
+        return forward(self, rows, ends, contexts, tables)
+
+    monkeypatch.setattr(PromptGraphs, "forward_prompts", counted)
+    batches = [(20, 9, 4, 1, 17, 5, 3, 2), (60,), (3, 30), (1,), (150,), (7, 7, 7, 7, 7, 7, 7, 7, 7), (2, 40, 11)]
+    outputs: list[list[list[int]]] = []
+    for captured in (False, True):
+        with running(model, load_format="dummy", max_seqs=12, max_batched_tokens=64) as started:
+            if captured:
+                started.engine.runner.capture_graphs(RepeatedFunctions(), lambda fraction: None)
+            outputs.append([])
+            for batch in batches:
+                started.engine.pause_output(True)  # until all are there
+                submitted = [started.submit(request(length, index)) for index, length in enumerate(batch)]
+                started.engine.pause_output(False)
+                started.wait(submitted)
+                outputs[-1] += [output.ids for output in submitted]
+    assert outputs[0] == outputs[1]
+    # Of the 150, which begin as the 60 did, 48 are in the prefix cache: two steps. Nine are more than a graph is made for.
+    assert calls == [8, 1, 2, 1, 1, 1, 3]
 
 
 def test_sizes_of_captured_prompts() -> None:
