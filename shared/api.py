@@ -63,10 +63,19 @@ def _prompt(value: Any) -> Any:
         return value
     if not isinstance(value, list):
         raise ValueError("neither a string nor an array of token ids")
-    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > _MOST_ID):
+    if value and not _are_ids(value):
         at = next(i for i, item in enumerate(value) if type(item) is not int or not 0 <= item <= _MOST_ID)
         raise ValueError(f"item {at} is no token id, an integer from 0 to {_MOST_ID}")
     return value
+
+
+def _are_ids(values: list[Any]) -> bool:
+    if set(map(type, values)) != {int}:
+        return False
+    try:
+        return pack_ids(values)[3::4].isascii()  # none of the highest bytes has the sign's bit
+    except OverflowError:
+        return False
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
