@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+from kernels.eight_bit import EightBit
 from kernels.skinny_gemm import PREFETCH_BYTES, prefetch
 from kernels.token_scores import ordered_key
 
@@ -26,6 +27,7 @@ def _heads_kernel(
     x_ptr,
     slots_ptr,
     weight_ptr,
+    factors_ptr,
     bias_ptr,
     out_ptr,
     R,
@@ -34,13 +36,15 @@ def _heads_kernel(
     head_stride,
     GATHER: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of one head's weight [N, K] × x; with RESIDUAL x + SiLU of it plus a bias, N = K."""
+    """A tile of one head's weight [N, K] × x; with RESIDUAL x + SiLU of it plus a bias, N = K. EIGHT_BIT: the weight's rows are whole
+    numbers, exact in 16 bits, times a factor each."""
     start_next(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -48,7 +52,7 @@ def _heads_kernel(
     k = tl.arange(0, BLOCK_K)
     weight_row = weight_ptr + (head * N + tl.minimum(n, N - 1).to(tl.int64)) * K
     if PDL and PREFETCH:
-        prefetch(weight_row, tl.minimum(K * 2, PREFETCH))
+        prefetch(weight_row, tl.minimum(K * (1 if EIGHT_BIT else 2), PREFETCH))
     wait_for_inputs(PDL)
     row = m.to(tl.int64)
     if GATHER:
@@ -59,7 +63,11 @@ def _heads_kernel(
         inside = (start + k < K)[None, :]
         weight = tl.load(weight_row[:, None] + (start + k)[None, :], mask=inside, other=0.0)
         x = tl.load(x_row[:, None] + (start + k)[None, :], mask=inside & (m < R)[:, None], other=0.0)
+        if EIGHT_BIT:
+            weight = weight.to(tl.float32).to(x.dtype)
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
+    if EIGHT_BIT:
+        acc *= tl.load(factors_ptr + head * N + n, mask=n < N, other=0.0)[:, None]
     stored = (n < N)[:, None] & (m < R)[None, :]
     if RESIDUAL:
         acc += tl.load(bias_ptr + head * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -69,18 +77,23 @@ def _heads_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-def _each_head(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None) -> Tensor:
-    heads, width, depth = weight.shape
+def _each_head(x: Tensor, weight: Tensor | EightBit, bias: Tensor | None, slots: Tensor | None) -> Tensor:
+    values, factors = (weight.values, weight.factors) if isinstance(weight, EightBit) else (weight, weight)
+    heads, width, depth = values.shape
     rows = x.shape[1] if slots is None else slots.shape[0]
     out = x.new_empty(heads, rows, width)
     if rows:
         x = x.contiguous()
         block_m = min(64, max(16, triton.next_power_of_2(rows)))
-        _heads_kernel[(triton.cdiv(width, BLOCK_N), triton.cdiv(rows, block_m), heads)](
+        block_n, block_k, warps = BLOCK_N, 256 // x.element_size(), 4
+        if values.element_size() == 1:
+            block_n, block_k, warps = 64, 256 if block_m == 16 else 128, 2 if block_m <= 32 else 4
+        _heads_kernel[(triton.cdiv(width, block_n), triton.cdiv(rows, block_m), heads)](
             x,
             x if slots is None else slots,
-            weight.contiguous(),
-            weight if bias is None else bias,
+            values.contiguous(),
+            factors.contiguous(),
+            factors if bias is None else bias,
             out,
             rows,
             width,
@@ -88,22 +101,23 @@ def _each_head(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | N
             x.stride(0) if x.shape[0] > 1 else 0,
             GATHER=slots is not None,
             RESIDUAL=bias is not None,
+            EIGHT_BIT=isinstance(weight, EightBit),
             BLOCK_M=block_m,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=256 // x.element_size(),
-            PREFETCH=PREFETCH_BYTES if depth % 8 == 0 and x.element_size() == 2 else 0,
-            num_warps=4,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            PREFETCH=PREFETCH_BYTES if depth % 16 == 0 and values.element_size() <= 2 else 0,
+            num_warps=warps,
             **launch_options(x.device),
         )
     return out
 
 
-def residual_block(x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None) -> Tensor:
+def residual_block(x: Tensor, weight: Tensor | EightBit, bias: Tensor, slots: Tensor | None) -> Tensor:
     """See `Ops.residual_block`."""
     return _each_head(x, weight, bias, slots)
 
 
-def linear_each(x: Tensor, weight: Tensor) -> Tensor:
+def linear_each(x: Tensor, weight: Tensor | EightBit) -> Tensor:
     """See `Ops.linear_each`."""
     return _each_head(x, weight, None, None)
 

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.eight_bit import EightBit
+
 
 @dataclass(slots=True)
 class AttentionBatch:
@@ -305,13 +307,13 @@ class Ops(Protocol):
         context stays 0.
         """
 
-    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+    def residual_block(self, x: Tensor, weight: Tensor | EightBit, bias: Tensor, slots: Tensor | None = None) -> Tensor:
         """x + SiLU(weight x + bias) of each Medusa head (Cai et al. 2024): weight [heads, H, H], bias [heads, H].
 
         x [heads, R, H], or [1, R, H] for all heads; with slots int64 [R] its rows are x[:, slots]. Returns [heads, R, H].
         """
 
-    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear_each(self, x: Tensor, weight: Tensor | EightBit) -> Tensor:
         """x [heads, R, K] · weight [heads, N, K]ᵀ → [heads, R, N]."""
 
     def guess_tokens(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.eight_bit import EightBit
 from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables, whole
 from kernels.philox import gumbel_noise
 
@@ -251,11 +252,13 @@ class ReferenceOps:
         kept_hidden.index_copy_(0, slots, hidden.index_select(0, rows))
         return AcceptedTree(ids, source.flatten(), target.flatten())
 
-    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+    def residual_block(self, x: Tensor, weight: Tensor | EightBit, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+        weight = weight.expanded(x.dtype) if isinstance(weight, EightBit) else weight
         x = (x if slots is None else x.index_select(1, slots)).expand(len(weight), -1, -1)
         return x + F.silu(torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)))
 
-    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear_each(self, x: Tensor, weight: Tensor | EightBit) -> Tensor:
+        weight = weight.expanded(x.dtype) if isinstance(weight, EightBit) else weight
         return torch.bmm(x, weight.transpose(1, 2))
 
     def guess_tokens(

@@ -37,6 +37,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.int8: "*i8",
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
@@ -143,6 +144,7 @@ def _inspect(name: str, binary: Any) -> Resources:
 def production_calls() -> dict[str, Callable[[], object]]:
     """Calls of every operation at the shapes of an 8B model (32 query and 8 KV heads of 128, bf16)."""
     from kernels.attention_prefill_hopper import new_counters
+    from kernels.eight_bit import EightBit
     from kernels.gemm_choice import choose, choose_gated, invariant
     from kernels.ops import AttentionBatch, LogitEdits, Product, SamplingBatch, Sums
     from kernels.skinny_gemm import skinny_gated_product, skinny_linear
@@ -228,9 +230,10 @@ def production_calls() -> dict[str, Callable[[], object]]:
         rows = torch.zeros(2, nodes, dtype=torch.int32)
         return ops.accept_tree(tree, long, tokens, tokens, rows, states, ints[:2], ints, ints64(8), states)
 
-    def heads(rows: int) -> object:
+    def heads(rows: int, eight_bit: bool = False) -> object:
         weight, slots = torch.zeros(4, hidden, hidden, dtype=bf16), torch.zeros(rows, dtype=torch.int64)
-        return ops.residual_block(x[None], weight, weight[:, 0], slots)
+        read = EightBit.of(weight) if eight_bit else weight
+        return ops.residual_block(x[None], read, weight[:, 0], slots)
 
     table = torch.zeros(8, 264, dtype=torch.int32)
     return {
@@ -278,6 +281,8 @@ def production_calls() -> dict[str, Callable[[], object]]:
         "accept_tree of 64": lambda: accept(64, 5),
         "residual_block, 1 row": lambda: heads(1),
         "residual_block, 64 rows": lambda: heads(64),
+        "residual_block in 8 bits, 1 row": lambda: heads(1, eight_bit=True),
+        "residual_block in 8 bits, 64 rows": lambda: heads(64, eight_bit=True),
         "guess_tokens of 64": lambda: ops.guess_tokens(
             torch.zeros(4, 2, vocabulary, dtype=bf16),
             None,

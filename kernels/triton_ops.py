@@ -9,6 +9,7 @@ from kernels import activation, draft, kv_move, logit_edits, norm, rope_cache, s
 from kernels.attention_decode import decode_attention
 from kernels.attention_invariant import invariant_attention
 from kernels.attention_prefill import prefill_attention
+from kernels.eight_bit import EightBit
 from kernels.gemm_choice import choose, choose_gated, invariant
 from kernels.ops import AcceptedTree, AttentionBatch, LogitEdits, Product, RowLayout, SamplingBatch, TreeTables
 from kernels.skinny_gemm import add_up, fits, skinny_gated_product, skinny_linear, skinny_product
@@ -188,10 +189,10 @@ class TritonOps:
             tree, slots, tokens, chosen, kv_slots, hidden, context_len, context, last_token, kept_hidden
         )
 
-    def residual_block(self, x: Tensor, weight: Tensor, bias: Tensor, slots: Tensor | None = None) -> Tensor:
+    def residual_block(self, x: Tensor, weight: Tensor | EightBit, bias: Tensor, slots: Tensor | None = None) -> Tensor:
         return draft.residual_block(x, weight, bias, slots)
 
-    def linear_each(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear_each(self, x: Tensor, weight: Tensor | EightBit) -> Tensor:
         return draft.linear_each(x, weight)
 
     def guess_tokens(

@@ -47,6 +47,7 @@ class EngineConfig:
                          whatever others hold), on a CPU into cpu_cache_bytes
     heads                folder of a drafter for the model; None: `medusa` in the model's folder, if there is one
     speculate            False: no drafter is loaded
+    eight_bit_drafts     on CUDA: a copy in 8 bits of the large matrices that guesses are made with, where it is faster
     max_tree_rows        speculation trees of all sequences in a step have at most so many nodes
     batch_invariant      tokens do not depend on what shares their steps, bit by bit; slower, without speculation, on CUDA in bfloat16
     typical_acceptance   (ε, δ): sampled tokens are taken from the drafter when they are plausible, though the distribution is no longer
@@ -73,6 +74,7 @@ class EngineConfig:
     cpu_cache_bytes: int = 1 << 30
     heads: Path | None = None
     speculate: bool = True
+    eight_bit_drafts: bool = True
     batch_invariant: bool = False
     max_tree_rows: int = 512
     typical_acceptance: tuple[float, float] | None = None
@@ -219,7 +221,8 @@ def _speculation(config: EngineConfig, model: ModelConfig, weights: Weights, ops
     folder = config.heads or config.model / "medusa"
     if not config.speculate or config.batch_invariant or (config.heads is None and not folder.is_dir()):
         return None
-    drafter, trees = load_drafter(folder, model, weights.head, ops)
+    eight_bit = config.eight_bit_drafts and weights.head.is_cuda
+    drafter, trees = load_drafter(folder, model, weights.head, ops, eight_bit)
     # Prompts must get on beside sequences with trees.
     max_rows = min(config.max_tree_rows, max(config.max_batched_tokens, config.max_seqs) // 2)
     usable = [tree for tree in trees.trees if tree.size <= max_rows]

@@ -66,6 +66,9 @@ class WorkerSettings(StageSettings):
     batch_invariant: bool = Field(
         False, description="tokens do not depend on what shares their steps, bit by bit; slower, without speculation"
     )
+    eight_bit_drafts: bool = Field(
+        True, description="on a GPU, guess with 8-bit copies of the drafter's large matrices; the output is the same"
+    )
     heads: str | None = Field(None, description="folder of the drafter; default: medusa in the model's folder, if any")
     max_tree_rows: int = Field(512, ge=2, description="guessed tokens of all sequences in a step, at most")
     typical_acceptance: tuple[float, float] | None = Field(

@@ -32,6 +32,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         gpu_memory_fraction=settings.gpu_memory_fraction,
         cpu_cache_bytes=settings.cpu_cache_bytes,
         speculate=settings.speculate,
+        eight_bit_drafts=settings.eight_bit_drafts,
         batch_invariant=settings.batch_invariant,
         heads=None if settings.heads is None else Path(settings.heads),
         max_tree_rows=settings.max_tree_rows,

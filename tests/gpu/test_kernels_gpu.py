@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import dependent_launch
+from kernels.eight_bit import EightBit
 from kernels.ops import AttentionBatch, LogitEdits, Sums
 from kernels.philox import gumbel_noise
 from kernels.reference import ReferenceOps, filter_scores, keep_typical
@@ -144,6 +145,19 @@ def test_residual_blocks_of_heads(ops, rows):
     wide = weight[:, :1000].contiguous()
     theirs = REFERENCE.linear_each(got, wide)
     assert_as_exact_as_torch(ops.linear_each(got, wide).flatten(0, 1), theirs.flatten(0, 1), exact.flatten(0, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20, 70])
+def test_products_with_eight_bit_weights(ops, rows):
+    square, bias, table = EightBit.of(bf16(4, 4096, 4096) / 64), bf16(4, 4096), bf16(1, 90, 4096)
+    slots = torch.randperm(90, device="cuda")[:rows]
+    got = ops.residual_block(table, square, bias, slots)
+    exact = REFERENCE.residual_block(table.double(), square, bias.double(), slots)
+    theirs = REFERENCE.residual_block(table, square, bias, slots)
+    assert_as_exact_as_torch(got.flatten(0, 1), theirs.flatten(0, 1), exact.flatten(0, 1))
+    wide = EightBit.of(bf16(1, 10_007, 4096))
+    exact, theirs = REFERENCE.linear_each(got[:1].double(), wide), REFERENCE.linear_each(got[:1], wide)
+    assert_as_exact_as_torch(ops.linear_each(got[:1], wide)[0], theirs[0], exact[0])
 
 
 @pytest.mark.parametrize("size", [2, 16, 64])

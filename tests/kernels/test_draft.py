@@ -8,6 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: tests/gpu runs the compiled kernels", allow_module_level=True)
 
+from kernels import eight_bit
+from kernels.eight_bit import EightBit
 from kernels.reference import ReferenceOps
 from kernels.triton_ops import TritonOps
 from services.model_worker.speculation.acceptance import DeviceTree
@@ -32,6 +34,34 @@ def test_residual_block(rows: int, hidden: int) -> None:
     torch.testing.assert_close(
         TRITON.linear_each(first, wide), REFERENCE.linear_each(first, wide), atol=1e-3, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize(("width", "depth"), [(75, 96), (33, 300)])
+def test_products_with_eight_bit_weights(dtype: torch.dtype, rows: int, width: int, depth: int) -> None:
+    torch.manual_seed(rows)
+    x, scales = torch.randn(2, rows, depth).to(dtype), 10 ** torch.randn(2, width, 1).clamp(-2, 1)
+    weight = EightBit.of((torch.randn(2, width, depth) * scales).to(dtype))
+    exact = REFERENCE.linear_each(x.double(), weight)
+    got = TRITON.linear_each(x, weight)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, atol=1e-3, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+    square, bias, slots = EightBit.of(torch.randn(2, depth, depth) / 10), torch.randn(2, depth), torch.arange(rows)
+    got = TRITON.residual_block(x[:1].float(), square, bias, slots)
+    torch.testing.assert_close(got, REFERENCE.residual_block(x[:1].float(), square, bias, slots), atol=1e-4, rtol=1e-4)
+
+
+def test_eight_bit_rows_are_as_close_as_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bit, "_PIECE", 3 * 50)  # in several pieces
+    weight = torch.randn(2, 4, 50)
+    weight[0, 1], weight[1, 2, 7] = 0.0, 40.0
+    small = EightBit.of(weight.bfloat16())
+    assert small.values.dtype == torch.int8 and small.values.shape == weight.shape
+    assert small.values[1, 2, 7] == 127 and not small.values[0, 1].any()
+    errors = (small.expanded(torch.float64) - weight.bfloat16().double()).abs()
+    assert (errors <= weight.abs().amax(-1, keepdim=True) / 253).all()
+    assert torch.equal(small[1].expanded(torch.float32), small.expanded(torch.float32)[1])
 
 
 @pytest.mark.parametrize("tree", [Tree.of([(0,)]), Tree.of([(2,), (0,), (0, 1), (2, 3)]), default_trees(4).trees[-1]])

@@ -12,10 +12,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kernels.eight_bit import EightBit
 from kernels.reference import ReferenceOps
 from services.model_worker import train_heads
 from services.model_worker.engine import EngineRequest
 from services.model_worker.models.config import ModelConfig, ModelError, load_config
+from services.model_worker.speculation import drafter as drafter_module
 from services.model_worker.speculation.acceptance import DeviceTree
 from services.model_worker.speculation.drafter import DraftInputs, MedusaDrafter, load_drafter
 from services.model_worker.speculation.measure import Backbone, head_targets, target_ranks, top_accuracies
@@ -128,6 +130,33 @@ def test_node_tokens(model: ModelConfig) -> None:
     top = heads.logits(heads.states(hidden[slots]), model_head).topk(4).indices
     wanted = [slots, top[0, :, 0], top[0, :, 2], top[1, :, 1], top[1, :, 3]]
     assert torch.equal(tokens, torch.stack(wanted, dim=1))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_guesses_with_eight_bits(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """Of large matrices only, and with tied heads only of few rows; what is guessed with are the rounded weights."""
+    heads = MedusaHeads(torch.randn(1, 2, HIDDEN, HIDDEN), torch.randn(1, 2, HIDDEN))
+    heads.outputs = torch.randn(2, VOCABULARY, HIDDEN) if own else None
+    model_head, hidden, last = torch.randn(VOCABULARY, HIDDEN), torch.randn(5, HIDDEN), torch.arange(5)
+    tree = DeviceTree(Tree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]), torch.device("cpu"))
+
+    def guesses(heads: MedusaHeads, head: Tensor, eight_bit: bool, rows: int = 5) -> Tensor:
+        drafter = MedusaDrafter(heads, head, ReferenceOps(), eight_bit)
+        return drafter.draft(DraftInputs(torch.arange(rows), last.int(), last, hidden), tree)
+
+    def rounded(weight: Tensor) -> Tensor:
+        return EightBit.of(weight).expanded(torch.float32)
+
+    assert torch.equal(guesses(heads, model_head, True), guesses(heads, model_head, False))  # so small: as they are
+    monkeypatch.setattr(drafter_module, "EIGHT_BIT_FROM", 2 * HIDDEN * HIDDEN)
+    monkeypatch.setattr(drafter_module, "EIGHT_BIT_ROWS", 10)
+    outputs = rounded(heads.outputs) if heads.outputs is not None else None
+    small = MedusaHeads(rounded(heads.weights[0])[None], heads.biases, outputs)
+    coarse = guesses(small, rounded(model_head), False)
+    assert torch.equal(guesses(heads, model_head, True), coarse)
+    monkeypatch.setattr(drafter_module, "EIGHT_BIT_ROWS", 9)
+    wanted = coarse if own else guesses(small, model_head, False)
+    assert torch.equal(guesses(heads, model_head, True), wanted)
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.eight_bit import EightBit
 from kernels.ops import Ops
 from services.model_worker.models.config import ModelConfig, ModelError
 from services.model_worker.speculation.acceptance import DeviceTree
@@ -15,6 +16,9 @@ from services.model_worker.speculation.medusa import MedusaHeads, load_heads, ti
 from services.model_worker.speculation.tree import TreeSet, default_trees
 
 TREES_FILE = "trees.json"
+# Parameters of a matrix from which its bytes take longer than the launch: below it the copy is not worth its memory.
+EIGHT_BIT_FROM = 32 << 20
+EIGHT_BIT_ROWS = 32  # with more of them cuBLAS's product with tied heads is faster, in 16 bits
 
 
 @dataclass(slots=True)
@@ -44,29 +48,54 @@ class Drafter(Protocol):
 
 
 class MedusaDrafter:
-    """See Drafter. model_head [V, H]: the target's output matrix."""
+    """See Drafter. model_head [V, H]: the target's output matrix. eight_bit: large matrices that only guesses are made with are read
+    in 8 bits: of a small batch their bytes are what a draft takes."""
 
-    def __init__(self, heads: MedusaHeads, model_head: Tensor, ops: Ops) -> None:
+    def __init__(self, heads: MedusaHeads, model_head: Tensor, ops: Ops, eight_bit: bool = False) -> None:
+        heads = heads.to(model_head.device, model_head.dtype)
+
+        def guessing(weight: Tensor) -> Tensor | EightBit:
+            return EightBit.of(weight) if eight_bit and weight.numel() >= EIGHT_BIT_FROM else weight
+
         self._ops = ops
-        self._heads = heads.to(model_head.device, model_head.dtype)
-        self._output = tied_output(self._heads, model_head)
+        self._blocks = [(guessing(weight), bias) for weight, bias in zip(heads.weights, heads.biases, strict=True)]
+        self._tied = tied_output(heads, model_head) if heads.outputs is None else None
+        outputs = heads.outputs if self._tied is None else self._tied[None]
+        assert outputs is not None
+        self._outputs = guessing(outputs)
+        self._token_map = heads.token_map
+        self.depth = heads.num_heads
 
     @property
     def vocabulary(self) -> int:
         """The tokens that the heads know."""
-        return self._output.shape[0]
-
-    @property
-    def depth(self) -> int:
-        return self._heads.num_heads
+        return self._outputs.shape[1]
 
     def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
-        heads, ops, slots = self._heads, self._ops, inputs.slots
-        logits = heads.logits(heads.states(inputs.hidden, tree.tree.depth, slots, ops), self._output, ops)
-        return ops.guess_tokens(logits, heads.token_map, slots, inputs.last_token, tree.sources, tree.tree.width)
+        ops, depth = self._ops, tree.tree.depth
+        states = inputs.hidden[None]
+        rows: Tensor | None = inputs.slots
+        for weight, bias in self._blocks:
+            states, rows = ops.residual_block(states, weight[:depth], bias[:depth], rows), None
+        return ops.guess_tokens(
+            self._logits(states), self._token_map, inputs.slots, inputs.last_token, tree.sources, tree.tree.width
+        )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """[heads, R, H] → [heads, R, V']"""
+        if self._tied is None:
+            return self._ops.linear_each(states, self._outputs[: len(states)])
+        rows = states.flatten(0, 1)
+        if isinstance(self._outputs, EightBit) and len(rows) <= EIGHT_BIT_ROWS:
+            logits = self._ops.linear_each(rows[None], self._outputs)
+        else:
+            logits = self._ops.linear(rows, self._tied)
+        return logits.view(*states.shape[:2], -1)
 
 
-def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor, ops: Ops) -> tuple[Drafter, TreeSet]:
+def load_drafter(
+    folder: Path, model: ModelConfig, model_head: Tensor, ops: Ops, eight_bit: bool = False
+) -> tuple[Drafter, TreeSet]:
     """The drafter in `folder` and its trees (those of trees.json, or a default). Raises ModelError."""
     heads = load_heads(folder, model)
     trees = default_trees(heads.num_heads)
@@ -75,7 +104,7 @@ def load_drafter(folder: Path, model: ModelConfig, model_head: Tensor, ops: Ops)
             trees = TreeSet.load(folder / TREES_FILE).limited(heads.num_heads)
         except (ValueError, OSError) as error:
             raise ModelError("trees_invalid", str(error)) from None
-    drafter = MedusaDrafter(heads, model_head, ops)
+    drafter = MedusaDrafter(heads, model_head, ops, eight_bit)
     if any(tree.width > drafter.vocabulary for tree in trees.trees):
         raise ModelError("trees_invalid", "a tree wants more candidates than there are tokens")
     return drafter, trees

@@ -54,21 +54,19 @@ class MedusaHeads:
         outputs = None if output is None else output.float().expand(heads, *output.shape).clone()
         return cls(torch.zeros(*shape, hidden), torch.zeros(shape), outputs)
 
-    def states(
-        self, hidden: Tensor, heads: int | None = None, slots: Tensor | None = None, ops: Ops = _TORCH
-    ) -> Tensor:
-        """hidden [R, H] → the first `heads` heads' states [heads, R, H]. slots int64 [R]: hidden's rows, None: all."""
+    def states(self, hidden: Tensor, heads: int | None = None) -> Tensor:
+        """hidden [R, H] → the first `heads` heads' states [heads, R, H]."""
         heads = self.num_heads if heads is None else heads
         x = hidden[None]
         for weight, bias in zip(self.weights[:, :heads], self.biases[:, :heads], strict=True):
-            x, slots = ops.residual_block(x, weight, bias, slots), None
+            x = _TORCH.residual_block(x, weight, bias)
         return x
 
-    def logits(self, states: Tensor, model_head: Tensor, ops: Ops = _TORCH) -> Tensor:
+    def logits(self, states: Tensor, model_head: Tensor) -> Tensor:
         """states [heads, R, H] → [heads, R, V']. model_head: the matrix that tied heads share, [V', H]."""
         if self.outputs is None:
-            return ops.linear(states.flatten(0, 1), model_head).view(*states.shape[:2], -1)
-        return ops.linear_each(states, self.outputs[: len(states)])
+            return states @ model_head.T
+        return _TORCH.linear_each(states, self.outputs[: len(states)])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MedusaHeads:
         def move(tensor: Tensor | None) -> Tensor | None:
