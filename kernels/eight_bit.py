@@ -36,9 +36,6 @@ class EightBit:
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     def __getitem__(self, index: object) -> EightBit:
         """Of the dimensions before the rows."""
         return EightBit(self.values[index], self.factors[index])  # type: ignore[index]

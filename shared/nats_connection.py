@@ -32,7 +32,8 @@ NO_SUBJECT = re.compile(r"[ \t\r\n]").search
 LARGE = 32 * 1024  # bytes read at once: a backlog
 # Seconds for which what a turn of the loop publishes waits for its end. Each writing wakes who reads it, which on few processors keeps
 # this process from the rest of its turn.
-LONG_TURN = 0.005 if len(os.sched_getaffinity(0)) <= 4 else 0.002
+_PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+LONG_TURN = 0.005 if _PROCESSORS <= 4 else 0.002
 
 
 class DirectReader(asyncio.Protocol):

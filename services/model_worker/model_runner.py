@@ -233,9 +233,9 @@ class ModelRunner:
         """A step of few prompts and nothing else; None, and nothing is done, if it is another. The device has nothing to do until
         such a step comes: its forward pass is launched before all that only the choice of tokens, or a later step, needs."""
         chunks = plan.chunks
-        if self.prompts is None or not self.prompts.has_whole(sum(chunk.rows for chunk in chunks), len(chunks)):
-            return None
         if plan.decodes or plan.copies or plan.has_search or any(chunk.report_rows for chunk in chunks):
+            return None
+        if self.prompts is None or not self.prompts.has_whole(sum(chunk.rows for chunk in chunks), len(chunks)):
             return None
         contexts = [chunk.start + chunk.rows for chunk in chunks]
         hidden = self.prompts.forward_prompts(

@@ -67,7 +67,8 @@ class WorkerSettings(StageSettings):
         False, description="tokens do not depend on what shares their steps, bit by bit; slower, without speculation"
     )
     eight_bit_drafts: bool = Field(
-        True, description="on a GPU, guess with 8-bit copies of the drafter's large matrices; the output is the same"
+        True,
+        description="on a GPU, guess with 8-bit copies of the drafter's large matrices; what counts is still checked in 16 bits",
     )
     heads: str | None = Field(None, description="folder of the drafter; default: medusa in the model's folder, if any")
     max_tree_rows: int = Field(512, ge=2, description="guessed tokens of all sequences in a step, at most")
