@@ -4,6 +4,8 @@
     python -m benchmarks.engine --shape llama3.1-8b --rows "batch 1,ttft 2048" --profile
 
 Prints a table row as soon as it is measured and writes `engine-<shape>.json` after each, so that a run cut short leaves what it had.
+The host's share is the part of the time in which the engine's thread does not wait for the device, so that it may hold the
+interpreter's lock (which is free while it waits): what is left is all that other threads of the process can have.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 from benchmarks.kernel_profile import profile_steps
 from benchmarks.workloads import CONTEXT, SHAPES, WORKLOADS, Workload, earlier_rows
 from services.model_worker.engine import Engine, EngineConfig, EngineRequest, StepOutput
+from services.model_worker.readback import StepResult, Ticket
 from shared.sampling import SamplingParams
 
 
@@ -43,7 +45,21 @@ class Client:
         self._runs = 0
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._watch: Callable[[], None] | None = None
+        self.waited = 0.0  # seconds for the device, by the engine's thread
+        self._note_waits()
+
+    def _note_waits(self) -> None:
+        result = Ticket.result
+
+        def noted(ticket: Ticket) -> StepResult:
+            event = ticket._event
+            if event is not None:
+                began = time.perf_counter()
+                event.synchronize()
+                self.waited += time.perf_counter() - began
+            return result(ticket)
+
+        Ticket.result = noted  # type: ignore[method-assign]
 
     def _on_step(self, output: StepOutput) -> None:
         now = time.perf_counter()
@@ -94,7 +110,7 @@ class Client:
 
 def measure(client: Client, workload: Workload, seed: int, limit: float) -> dict[str, Any]:
     """One timed run. A run over the time limit gives the rate up to there, and says so."""
-    start = time.perf_counter()
+    start, waited = time.perf_counter(), client.waited
     requests = client.begin(workload, np.random.default_rng(seed))
     complete = client.wait(limit)
     elapsed = (client.step_times[-1] if client.step_times else time.perf_counter()) - start
@@ -113,6 +129,7 @@ def measure(client: Client, workload: Workload, seed: int, limit: float) -> dict
         "seconds": elapsed,
         "output_tokens": tokens,
         "prompt_tokens": prompt_tokens,
+        "host_share": 1 - (client.waited - waited) / elapsed,
     }
     if len(steps):
         result |= {f"step_ms_p{p}": float(np.percentile(steps, p)) for p in (50, 90, 99, 100)}
@@ -163,14 +180,15 @@ def table_row(shape: str, workload: Workload, result: dict[str, Any]) -> str:
     return (
         f"| {shape} | {workload.name} | {workload.figure} | {result['figure']:,.{digits}f}{note} | {spread} "
         f"| {target(workload.at_least)} | {target(workload.aim)} | {result.get('step_ms_p50', float('nan')):.2f} "
-        f"| {result.get('step_ms_p99', float('nan')):.2f} | {result.get('first_token_ms_mean', float('nan')):.1f} |"
+        f"| {result.get('step_ms_p99', float('nan')):.2f} | {result.get('first_token_ms_mean', float('nan')):.1f} "
+        f"| {result['host_share']:.2f} |"
         + (f" after a rest of so many s: {result['after_rest_ms']}" if "after_rest_ms" in result else "")
     )
 
 
 HEADER = (
-    "| shape | workload | figure | median | runs | at least | aim | step ms p50 | p99 | mean ms to first token |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| shape | workload | figure | median | runs | at least | aim | step ms p50 | p99 | mean ms to first token | host's share |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
