@@ -112,7 +112,7 @@ def candidates(product: str, rows: int, width: int, depth: int) -> Iterator[Gemm
         return
     for block_n, block_k, warps, stages in (*TILES, *(WIDE_TILES if rows > 16 else ())):
         tiles, spans = -(-width // block_n), depth // block_k
-        splits = {1} if product == "gate_up" else {max(1, min(8, spans // 2, round(n / tiles))) for n in (132, 264)}
+        splits = {1} if product == "gate_up" else {max(1, min(8, spans // 2, round(n / tiles))) for n in (96, 132, 264)}
         for split in sorted(splits):
             yield GemmConfig(block_n, block_k, warps, split, stages, tma=True)
 
