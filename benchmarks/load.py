@@ -31,7 +31,7 @@ TIMEOUT = 180.0
 
 
 NOTICE = 0.03  # seconds from the last process's being ready to the start of all
-AWAKE = 0.0005  # seconds for which a process awaits it without sleeping: to be woken takes some of them a millisecond longer than others
+AWAKE = 0.0005  # seconds for which it awaits that without sleeping: some are woken a millisecond later than others
 
 
 class Start:

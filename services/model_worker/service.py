@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from services.model_worker.engine_api import Engine, OnFatal, OnSteps
@@ -40,6 +41,8 @@ from shared.tracing import SpanEvent, wall_clock
 FLUSH_TIMEOUT = 0.7
 # Seconds for which a run's end is remembered. An order that comes later is run in vain: the fold drops what it gives.
 REMEMBER_ENDED = 120.0
+# Seconds after which the log is told of a run: at first the engine's thread wants the interpreter, and the client its first token.
+TOLD_AFTER = 0.001
 # The worker gives itself up when a step has taken this many times its bound.
 STALL_FACTOR = 3.0
 
@@ -285,7 +288,8 @@ class WorkerService(Service):
             run.key, run.epoch, partition, lengths, choices, unproven, taken, prompt, prefix, run.trace
         )
         note_request(run.key, run.epoch, run.trace)
-        self.log.info("run", request_id=run.key, epoch=run.epoch, prompt=prompt, prefix=prefix)
+        told = partial(self.log.info, "run", request_id=run.key, epoch=run.epoch, prompt=prompt, prefix=prefix)
+        asyncio.get_running_loop().call_later(TOLD_AFTER, told)
         return m.RunReply(True)
 
     def _company(self) -> str:
