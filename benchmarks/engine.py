@@ -33,6 +33,26 @@ from services.model_worker.readback import StepResult, Ticket
 from shared.sampling import SamplingParams
 
 
+class Waits:
+    """Seconds for which engines' threads have waited for the device, once `note` was called. Of the process: it keeps no engine."""
+
+    seconds = 0.0
+
+    @classmethod
+    def note(cls) -> None:
+        result = Ticket.result
+
+        def noted(ticket: Ticket) -> StepResult:
+            event = ticket._event
+            if event is not None:
+                began = time.perf_counter()
+                event.synchronize()
+                cls.seconds += time.perf_counter() - began
+            return result(ticket)
+
+        Ticket.result = noted  # type: ignore[method-assign]
+
+
 class Client:
     """Submits a batch of sequences and times what comes back; `on_step` runs on the engine's thread."""
 
@@ -45,21 +65,6 @@ class Client:
         self._runs = 0
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self.waited = 0.0  # seconds for the device, by the engine's thread
-        self._note_waits()
-
-    def _note_waits(self) -> None:
-        result = Ticket.result
-
-        def noted(ticket: Ticket) -> StepResult:
-            event = ticket._event
-            if event is not None:
-                began = time.perf_counter()
-                event.synchronize()
-                self.waited += time.perf_counter() - began
-            return result(ticket)
-
-        Ticket.result = noted  # type: ignore[method-assign]
 
     def _on_step(self, output: StepOutput) -> None:
         now = time.perf_counter()
@@ -110,7 +115,7 @@ class Client:
 
 def measure(client: Client, workload: Workload, seed: int, limit: float) -> dict[str, Any]:
     """One timed run. A run over the time limit gives the rate up to there, and says so."""
-    start, waited = time.perf_counter(), client.waited
+    start, waited = time.perf_counter(), Waits.seconds
     requests = client.begin(workload, np.random.default_rng(seed))
     complete = client.wait(limit)
     elapsed = (client.step_times[-1] if client.step_times else time.perf_counter()) - start
@@ -129,7 +134,7 @@ def measure(client: Client, workload: Workload, seed: int, limit: float) -> dict
         "seconds": elapsed,
         "output_tokens": tokens,
         "prompt_tokens": prompt_tokens,
-        "host_share": 1 - (client.waited - waited) / elapsed,
+        "host_share": 1 - (Waits.seconds - waited) / elapsed,
     }
     if len(steps):
         result |= {f"step_ms_p{p}": float(np.percentile(steps, p)) for p in (50, 90, 99, 100)}
@@ -294,6 +299,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.profile == []:
         arguments.profile = [1, 256]
+    Waits.note()
     shapes = arguments.shape or ["qwen3-0.6b", "llama3.1-8b"]
     good = True
     for shape in shapes:

@@ -28,8 +28,6 @@ from shared import messages as m
 FINISHED = b'"event":"finished"'
 PROMPT = "The captain looked at the sea for a long time, and then he said"
 TIMEOUT = 180.0
-
-
 NOTICE = 0.03  # seconds from the last process's being ready to the start of all
 AWAKE = 0.0005  # seconds for which it awaits that without sleeping: some are woken a millisecond later than others
 

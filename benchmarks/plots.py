@@ -34,8 +34,10 @@ def tables(text: str) -> list[Table]:
             header = [cell.rstrip(" ¹²³⁴") for cell in cells]
             found.append([])
         elif set(cells[0]) != {"-"}:
-            pairs = list(zip(header, cells, strict=True))
-            found[-1].append(dict(reversed(pairs)))  # of columns with the same name the first
+            row: dict[str, str] = {}
+            for column, cell in zip(header, cells, strict=True):
+                row.setdefault(column, cell)  # of columns with the same name the first
+            found[-1].append(row)
     return found
 
 
@@ -89,7 +91,7 @@ def draw_engines(figure: Any) -> None:
 
 def draw_attention(figure: Any) -> None:
     rows = table_with((DOCS / "performance.md").read_text(), "sequences × context")
-    columns = [column for column in reversed(rows[0]) if column != "sequences × context"]
+    columns = [column for column in rows[0] if column != "sequences × context"]
     axes = figure.subplots()
     for number, row in enumerate(rows):
         values = [figure_in(row[column]) or 0.0 for column in columns]

@@ -78,7 +78,9 @@ def _heads_kernel(
 
 
 def _each_head(x: Tensor, weight: Tensor | EightBit, bias: Tensor | None, slots: Tensor | None) -> Tensor:
-    values, factors = (weight.values, weight.factors) if isinstance(weight, EightBit) else (weight, weight)
+    eight_bit = isinstance(weight, EightBit)
+    values = (weight.values if eight_bit else weight).contiguous()
+    factors = weight.factors.contiguous() if eight_bit else values
     heads, width, depth = values.shape
     rows = x.shape[1] if slots is None else slots.shape[0]
     out = x.new_empty(heads, rows, width)
@@ -87,13 +89,13 @@ def _each_head(x: Tensor, weight: Tensor | EightBit, bias: Tensor | None, slots:
         block_m = min(64, max(16, triton.next_power_of_2(rows)))
         block_n, block_k, warps = BLOCK_N, 256 // x.element_size(), 4
         # Chosen by time on an H200: weights that are converted in registers want few warps with much in flight each.
-        if values.element_size() == 1:
+        if eight_bit:
             block_n, block_k, warps = 64, 256 if block_m == 16 else 128, 2 if block_m <= 32 else 4
         _heads_kernel[(triton.cdiv(width, block_n), triton.cdiv(rows, block_m), heads)](
             x,
             x if slots is None else slots,
-            values.contiguous(),
-            factors.contiguous(),
+            values,
+            factors,
             factors if bias is None else bias,
             out,
             rows,
@@ -102,11 +104,11 @@ def _each_head(x: Tensor, weight: Tensor | EightBit, bias: Tensor | None, slots:
             x.stride(0) if x.shape[0] > 1 else 0,
             GATHER=slots is not None,
             RESIDUAL=bias is not None,
-            EIGHT_BIT=isinstance(weight, EightBit),
+            EIGHT_BIT=eight_bit,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            PREFETCH=PREFETCH_BYTES if depth % 16 == 0 and values.element_size() <= 2 else 0,
+            PREFETCH=PREFETCH_BYTES if depth * values.element_size() % 16 == 0 and values.element_size() <= 2 else 0,
             num_warps=warps,
             **launch_options(x.device),
         )

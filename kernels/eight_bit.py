@@ -23,13 +23,14 @@ class EightBit:
     def of(cls, weight: Tensor) -> EightBit:
         """weight [..., N, K] of any floating type."""
         rows = weight.reshape(-1, weight.shape[-1])
-        factors = rows.abs().amax(1).float() / _STEPS
-        factors.clamp_(min=torch.finfo(torch.float32).tiny)
         values = torch.empty_like(rows, dtype=torch.int8)
+        factors = torch.empty(len(rows), device=rows.device)
         step = max(1, _PIECE // weight.shape[-1])
         for begin in range(0, len(rows), step):
             part = slice(begin, begin + step)
-            values[part] = (rows[part].float() / factors[part, None]).round_()
+            exact = rows[part].float()
+            factors[part] = (exact.abs().amax(1) / _STEPS).clamp_(min=torch.finfo(torch.float32).tiny)
+            values[part] = (exact / factors[part, None]).round_()
         return cls(values.view(weight.shape), factors.view(weight.shape[:-1]))
 
     @property

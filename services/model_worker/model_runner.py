@@ -235,27 +235,31 @@ class ModelRunner:
         chunks = plan.chunks
         if plan.decodes or plan.copies or plan.has_search or any(chunk.report_rows for chunk in chunks):
             return None
-        if self.prompts is None or not self.prompts.has_whole(sum(chunk.rows for chunk in chunks), len(chunks)):
+        if self.prompts is None:
+            return None
+        shape = self.prompts.whole_shape(sum(chunk.rows for chunk in chunks), len(chunks))
+        if shape is None:
             return None
         contexts = [chunk.start + chunk.rows for chunk in chunks]
         hidden = self.prompts.forward_prompts(
+            shape,
             self._rows_of_chunks(chunks),
             np.cumsum([chunk.rows for chunk in chunks], dtype=np.int32),
             contexts,
             [chunk.sequence.blocks for chunk in chunks],
         )
-        put = self._staging.put
+        put, sampled = self._staging.put, plan.sampled
         self._staging.begin()
         slots = put([chunk.sequence.slot for chunk in chunks])
         context_len = put(contexts)
         final = put([index for index, chunk in enumerate(chunks) if chunk.final])
-        sampled_slots = put(self._padded([sequence.slot for sequence in plan.sampled], len(plan.sampled)))
+        sampled_slots = put(self._padded([sequence.slot for sequence in sampled], len(sampled)))
         self._upload_changes(plan)
         self.state.context.index_copy_(0, slots.long(), context_len)
         last_rows = hidden.index_select(0, final)
 
         def choose(masks: RowMasks | None) -> Chosen:
-            if not len(final):
+            if not sampled:
                 return [], []
             lengths_after = context_len.index_select(0, final)
             return [self._sample(last_rows, sampled_slots.long(), lengths_after, mode, masks)], []

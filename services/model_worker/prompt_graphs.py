@@ -71,8 +71,8 @@ class PromptGraphs:
         caches: Caches,
         rows: Tensor,
         sizes: list[int],
-        max_blocks: int | None = None,
-        in_flight: int = 1,
+        max_blocks: int | None,
+        in_flight: int,
     ) -> None:
         config, embedding = decoder.config, decoder.weights.embedding
         most, device = sizes[-1], embedding.device
@@ -88,11 +88,11 @@ class PromptGraphs:
         self._residual = torch.zeros(most, config.hidden_size, dtype=embedding.dtype, device=device)
         self._added = torch.zeros_like(self._residual)
         self._whole_shapes = [] if max_blocks is None else whole_shapes(sizes)
-        sizes_of_whole = [size for size, _ in self._whole_shapes]
         sequences = WHOLE_SEQUENCES[-1]
         self._layout = torch.zeros(2 * _STARTS + sequences * (max_blocks or 1), dtype=torch.int32, device=device)
         self._starts, self._contexts, self._table = self._parts(self._layout)
-        self._staging = Staging(3 * max(sizes_of_whole, default=0) + len(self._layout), device, in_flight)
+        longest = max((size for size, _ in self._whole_shapes), default=0)
+        self._staging = Staging(3 * longest + len(self._layout), device, in_flight)
         self._row_each = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         self._graphs: Graphs
 
@@ -137,9 +137,9 @@ class PromptGraphs:
         size = padded_size(self.sizes, rows)
         if rows < size:
             self._slots[rows:size].fill_(-1)
-        if sequences is not None and (made_for := self._made_for(size, batch)) is not None:
-            self._lay_out(batch, rows, made_for)
-            hidden: Tensor = self._graphs.replay(("prompts", size, made_for))
+        if sequences is not None and (shape := self._shape_for(rows, batch)) is not None:
+            self._lay_out(batch, rows, shape[1])
+            hidden: Tensor = self._graphs.replay(("prompts", *shape))
             return hidden.index_select(0, sequences)
         for index in range(len(self._caches)):
             self._graphs.replay(("prompt", size, index))
@@ -149,18 +149,26 @@ class PromptGraphs:
         self._graphs.replay(("prompt", size, len(self._caches)))
         return decoder.hidden(self._added[:rows], self._residual[:rows], wanted)
 
-    def has_whole(self, rows: int, sequences: int) -> bool:
-        """Whether there is a graph for `forward_prompts` of so many."""
-        return self.fits(rows) and self._sequences_of_whole(padded_size(self.sizes, rows), sequences) is not None
+    def whole_shape(self, rows: int, sequences: int) -> tuple[int, int] | None:
+        """(rows, sequences) that the graph of a step of so many is made for; None: it is not captured whole."""
+        if not self.fits(rows):
+            return None
+        size = padded_size(self.sizes, rows)
+        fitting = [shape for shape in self._whole_shapes if shape[0] == size and shape[1] >= sequences]
+        return min(fitting, default=None)
 
     def forward_prompts(
-        self, rows: NDArray[np.int32], ends: NDArray[np.int32], contexts: list[int], tables: list[list[int]]
+        self,
+        shape: tuple[int, int],
+        rows: NDArray[np.int32],
+        ends: NDArray[np.int32],
+        contexts: list[int],
+        tables: list[list[int]],
     ) -> Tensor:
-        """A step of prompts alone, told by the host: ids, positions and places in the cache int32 [3, T]; of each sequence where its
-        rows end, its context with them and its blocks → the final hidden states of the last rows, [≥ sequences, H], valid until the
-        next pass is launched."""
-        count = rows.shape[1]
-        size = padded_size(self.sizes, count)
+        """A step of prompts alone, by the graph of its `whole_shape`, told by the host: ids, positions and places in the cache int32
+        [3, T]; of each sequence where its rows end, its context with them and its blocks → the final hidden states of the last rows,
+        [≥ sequences, H], valid until the next pass is launched."""
+        count, size = rows.shape[1], shape[0]
         padded = np.zeros((3, size), dtype=np.int32)
         padded[2, count:] = -1
         padded[:, :count] = rows
@@ -176,7 +184,7 @@ class PromptGraphs:
         self._staging.upload()
         self._rows[:, :size].copy_(staged_rows.view(3, size))
         self._layout.copy_(staged_layout)
-        hidden: Tensor = self._graphs.replay(("prompts", size, self._sequences_of_whole(size, len(contexts))))
+        hidden: Tensor = self._graphs.replay(("prompts", *shape))
         return hidden
 
     def _attend(self, rows: int, index: int, batch: AttentionBatch) -> None:
@@ -191,15 +199,10 @@ class PromptGraphs:
         """Where the sequences' rows start, their contexts, their block tables [sequences, columns]."""
         return layout[:_STARTS], layout[_STARTS : 2 * _STARTS], layout[2 * _STARTS :].reshape(WHOLE_SEQUENCES[-1], -1)
 
-    def _made_for(self, size: int, batch: AttentionBatch) -> int | None:
+    def _shape_for(self, rows: int, batch: AttentionBatch) -> tuple[int, int] | None:
         if batch.decode_seqs and (batch.decode_rows > 1 or batch.max_context > WHOLE_CONTEXT):
             return None
-        return self._sequences_of_whole(size, batch.context_len.shape[0])
-
-    def _sequences_of_whole(self, size: int, count: int) -> int | None:
-        """Those that the graph of a step of so many rows and sequences is made for; None: it is not captured whole."""
-        fitting = [made for rows, made in self._whole_shapes if rows == size and made >= count]
-        return min(fitting, default=None)
+        return self.whole_shape(rows, batch.context_len.shape[0])
 
     def _lay_out(self, batch: AttentionBatch, rows: int, sequences: int) -> None:
         count = batch.context_len.shape[0]

@@ -187,9 +187,9 @@ def test_steps_of_prompts_alone_change_nothing(model: Path, monkeypatch: pytest.
     calls: list[int] = []
     forward = PromptGraphs.forward_prompts
 
-    def counted(self: PromptGraphs, rows: Any, ends: Any, contexts: list[int], tables: Any) -> torch.Tensor:
+    def counted(self: PromptGraphs, shape: Any, rows: Any, ends: Any, contexts: list[int], tables: Any) -> torch.Tensor:
         calls.append(len(contexts))
-        return forward(self, rows, ends, contexts, tables)
+        return forward(self, shape, rows, ends, contexts, tables)
 
     monkeypatch.setattr(PromptGraphs, "forward_prompts", counted)
     batches = [(20, 9, 4, 1, 17, 5, 3, 2), (60,), (3, 30), (1,), (150,), (7, 7, 7, 7, 7, 7, 7, 7, 7), (2, 40, 11)]

@@ -12,7 +12,7 @@ from kernels.eight_bit import EightBit
 from kernels.ops import Ops
 from services.model_worker.models.config import ModelConfig, ModelError
 from services.model_worker.speculation.acceptance import DeviceTree
-from services.model_worker.speculation.medusa import MedusaHeads, load_heads, tied_output
+from services.model_worker.speculation.medusa import MedusaHeads, head_states, load_heads, tied_output
 from services.model_worker.speculation.tree import TreeSet, default_trees
 
 TREES_FILE = "trees.json"
@@ -72,14 +72,9 @@ class MedusaDrafter:
         return self._outputs.shape[1]
 
     def draft(self, inputs: DraftInputs, tree: DeviceTree) -> Tensor:
-        ops, depth = self._ops, tree.tree.depth
-        states = inputs.hidden[None]
-        rows: Tensor | None = inputs.slots
-        for weight, bias in self._blocks:
-            states, rows = ops.residual_block(states, weight[:depth], bias[:depth], rows), None
-        return ops.guess_tokens(
-            self._logits(states), self._token_map, inputs.slots, inputs.last_token, tree.sources, tree.tree.width
-        )
+        ops, slots = self._ops, inputs.slots
+        logits = self._logits(head_states(self._blocks, inputs.hidden, tree.tree.depth, slots, ops))
+        return ops.guess_tokens(logits, self._token_map, slots, inputs.last_token, tree.sources, tree.tree.width)
 
     def _logits(self, states: Tensor) -> Tensor:
         """[heads, R, H] → [heads, R, V']"""

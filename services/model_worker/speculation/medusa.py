@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.eight_bit import EightBit
 from kernels.ops import Ops
 from kernels.reference import ReferenceOps
 from services.model_worker.models.config import ModelConfig, ModelError, read_json
@@ -56,11 +57,8 @@ class MedusaHeads:
 
     def states(self, hidden: Tensor, heads: int | None = None) -> Tensor:
         """hidden [R, H] → the first `heads` heads' states [heads, R, H]."""
-        heads = self.num_heads if heads is None else heads
-        x = hidden[None]
-        for weight, bias in zip(self.weights[:, :heads], self.biases[:, :heads], strict=True):
-            x = _TORCH.residual_block(x, weight, bias)
-        return x
+        blocks = zip(self.weights, self.biases, strict=True)
+        return head_states(blocks, hidden, self.num_heads if heads is None else heads)
 
     def logits(self, states: Tensor, model_head: Tensor) -> Tensor:
         """states [heads, R, H] → [heads, R, V']. model_head: the matrix that tied heads share, [V', H]."""
@@ -79,6 +77,21 @@ class MedusaHeads:
         """Those that there are, by name."""
         named = {"weights": self.weights, "biases": self.biases, "outputs": self.outputs, "token_map": self.token_map}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def head_states(
+    blocks: Iterable[tuple[Tensor | EightBit, Tensor]],
+    hidden: Tensor,
+    heads: int,
+    slots: Tensor | None = None,
+    ops: Ops = _TORCH,
+) -> Tensor:
+    """hidden [R, H] → the first `heads` heads' states [heads, R, H]. blocks: weights [≥ heads, H, H] and biases [≥ heads, H] of each
+    layer; slots int64 [R]: hidden's rows, None: all."""
+    x = hidden[None]
+    for weight, bias in blocks:
+        x, slots = ops.residual_block(x, weight[:heads], bias[:heads], slots), None
+    return x
 
 
 def save_heads(heads: MedusaHeads, folder: Path, dtype: torch.dtype, notes: Mapping[str, Any]) -> None:
